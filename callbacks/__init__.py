@@ -1,0 +1,8 @@
+"""Lightning callbacks, named in YAML by their class: ``class_path: callbacks.EffOPD``."""
+
+from callbacks.benchmarks import Benchmarks
+from callbacks.effopd import EffOPD
+from callbacks.samples import SampleWriter
+from callbacks.summary import RunSummary
+
+__all__ = ["Benchmarks", "EffOPD", "RunSummary", "SampleWriter"]

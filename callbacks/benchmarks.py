@@ -1,0 +1,64 @@
+"""Runs lm-eval tasks on the live student while it trains. Logged as ``bench/<task>/<metric>``."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from lightning.pytorch import Callback, LightningModule, Trainer
+
+from opd.errors import UserError
+from opd.module import OPDModule
+
+
+class Benchmarks(Callback):
+    """Scores the student with lm-eval every so many steps and at the end.
+
+    Args:
+        tasks: Names of lm-eval tasks, built in or from the folder tasks/.
+        every_n_steps: Steps between evaluations.
+        samples: Completions per problem.
+        limit: Evaluate the first so many problems only.
+        batch_size: Problems per batch.
+    """
+
+    def __init__(
+        self,
+        tasks: list[str],
+        every_n_steps: int = 100,
+        samples: int = 1,
+        limit: int | None = None,
+        batch_size: int = 64,
+    ) -> None:
+        self.tasks = tasks
+        self.every_n_steps = every_n_steps
+        self.samples = samples
+        self.limit = limit
+        self.batch_size = batch_size
+
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if not isinstance(pl_module, OPDModule) or trainer.world_size > 1:
+            raise UserError("callbacks.Benchmarks needs opd's module and a single process")
+
+    def on_train_batch_end(
+        self,
+        trainer: Trainer,
+        pl_module: LightningModule,
+        outputs: Any,
+        batch: Any,
+        batch_idx: int,
+    ) -> None:
+        from eval.harness import evaluate_model, metrics_of  # loads lm-eval: only when it is used
+
+        if trainer.global_step % self.every_n_steps and trainer.global_step != trainer.max_steps:
+            return
+        assert isinstance(pl_module, OPDModule)
+        results = evaluate_model(
+            pl_module.student,
+            pl_module.tokenizer,
+            self.tasks,
+            samples=self.samples,
+            limit=self.limit,
+            batch_size=self.batch_size,
+            seed=pl_module.seed,
+        )
+        pl_module.log_dict({f"bench/{name}": value for name, value in metrics_of(results).items()})

@@ -1,0 +1,75 @@
+"""Writes rollouts as JSONL, one record per completion, each token with its reverse KL."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.utilities import rank_zero_only
+
+from opd.module import OPDModule
+from opd.rollouts import rollout_records
+
+
+class SampleWriter(Callback):
+    """Writes ``samples/step_NNNNNN.jsonl`` in training and ``predictions.jsonl`` in predict.
+
+    Args:
+        every_n_steps: Steps between files.
+        rollouts: Completions per file, of this step's rank 0.
+    """
+
+    def __init__(self, every_n_steps: int = 10, rollouts: int = 16) -> None:
+        self.every_n_steps = every_n_steps
+        self.rollouts = rollouts
+
+    @rank_zero_only
+    def on_train_batch_end(
+        self,
+        trainer: Trainer,
+        pl_module: LightningModule,
+        outputs: Any,
+        batch: Any,
+        batch_idx: int,
+    ) -> None:
+        step = trainer.global_step
+        if not isinstance(pl_module, OPDModule) or step % self.every_n_steps:
+            return
+        records: list[dict[str, Any]] = []
+        for micro, reverse_kl in zip(outputs["rollouts"], outputs["reverse_kl"], strict=True):
+            if len(records) >= self.rollouts:
+                break
+            token_kl = micro.spread(reverse_kl)
+            records += rollout_records(micro, pl_module.tokenizer, reverse_kl=token_kl)
+        path = Path(trainer.default_root_dir) / "samples" / f"step_{step:06d}.jsonl"
+        write_jsonl(path, records[: self.rollouts])
+
+    def on_predict_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        write_jsonl(self._predictions(trainer), [])
+
+    def on_predict_batch_end(
+        self,
+        trainer: Trainer,
+        pl_module: LightningModule,
+        outputs: Any,
+        batch: Any,
+        batch_idx: int,
+        dataloader_idx: int = 0,
+    ) -> None:
+        with self._predictions(trainer).open("a", encoding="utf-8") as file:
+            file.writelines(json.dumps(record) + "\n" for record in outputs)
+
+    @staticmethod
+    def _predictions(trainer: Trainer) -> Path:
+        rank = f"_rank{trainer.global_rank}" if trainer.world_size > 1 else ""
+        return Path(trainer.default_root_dir) / f"predictions{rank}.jsonl"
+
+
+def write_jsonl(path: Path, records: Iterable[Mapping[str, Any]]) -> None:
+    """Write one JSON object a line, making the folder if need be."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("w", encoding="utf-8") as file:
+        file.writelines(json.dumps(record) + "\n" for record in records)

@@ -1,0 +1,1 @@
+"""Programs that turn checkpoints and runs into numbers and pictures."""

@@ -1,0 +1,221 @@
+"""Score a model with lm-eval: a live student, a checkpoint, a folder, a hub id, an embedded model."""
+
+from __future__ import annotations
+
+import json
+import logging
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from lm_eval.evaluator import simple_evaluate
+from lm_eval.models.huggingface import HFLM
+from lm_eval.tasks import TaskManager
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from opd.errors import UserError
+from opd.models import Dtype, context_length, load_model, load_tokenizer
+
+TASKS = Path(__file__).parent.parent / "tasks"
+
+
+def evaluate(
+    model: str,
+    tasks: str,
+    samples: int = 1,
+    limit: int | None = None,
+    output: str | None = None,
+    batch_size: int = 128,
+    chat_template: bool = True,
+    dtype: Dtype = "float32",
+    device: str | None = None,
+    seed: int = 0,
+    trust_remote_code: bool = False,
+) -> None:
+    """Score a model on lm-eval tasks.
+
+    Args:
+        model: Hub id, folder, checkpoint of opd fit, embedded:base or embedded:teacher.
+        tasks: Names of lm-eval tasks, separated by commas; those in tasks/ come first.
+        samples: Completions per problem; the score is their mean (avg@k).
+        limit: Use the first so many problems of each task only.
+        output: Folder for results.json, results.md and samples. None: print only.
+        batch_size: Sequences per batch.
+        chat_template: Render prompts with the tokenizer's chat template, where it has one.
+        dtype: Dtype of the weights.
+        device: Device to run on. None: the GPU where there is one.
+        seed: Seed of the sampling.
+        trust_remote_code: Let a hub model run its own code.
+    """
+    names = [name for name in tasks.split(",") if name]
+    if not names:
+        raise UserError("--tasks names no task")
+    for option, value in [("samples", samples), ("limit", limit), ("batch_size", batch_size)]:
+        if value is not None and value < 1:
+            raise UserError(f"--{option} {value} must be at least 1")
+    folder = _output_folder(output)
+    start = time.perf_counter()
+    loaded = load_model(model, dtype=dtype, trust_remote_code=trust_remote_code)
+    loaded.to(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    tokenizer = load_tokenizer(model, trust_remote_code=trust_remote_code)
+    results = evaluate_model(
+        loaded,
+        tokenizer,
+        names,
+        samples=samples,
+        limit=limit,
+        batch_size=batch_size,
+        chat_template=chat_template,
+        seed=seed,
+    )
+    summary = {
+        "model": model,
+        "samples": samples,
+        "limit": limit,
+        "seed": seed,
+        "seconds": round(time.perf_counter() - start, 1),
+        "results": metrics_of(results),
+        "problems": {
+            task: counts["effective"] for task, counts in results.get("n-samples", {}).items()
+        },
+    }
+    table = markdown_table(model, summary["results"], samples)
+    if folder is not None:
+        (folder / "results.json").write_text(json.dumps(summary, indent=2) + "\n", "utf-8")
+        (folder / "results.md").write_text(table, "utf-8")
+        for task, records in results.get("samples", {}).items():
+            with (folder / f"samples_{task}.jsonl").open("w", encoding="utf-8") as file:
+                file.writelines(json.dumps(r, default=str) + "\n" for r in records)
+    print(table, end="")
+
+
+def _output_folder(output: str | None) -> Path | None:
+    if output is None:
+        return None
+    folder = Path(output).expanduser()
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / ".writable").touch()
+        (folder / ".writable").unlink()
+    except OSError as error:
+        raise UserError(f"--output {output}: cannot be written ({error.strerror})") from error
+    return folder
+
+
+def evaluate_model(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    tasks: Sequence[str],
+    *,
+    samples: int = 1,
+    limit: int | None = None,
+    batch_size: int = 128,
+    chat_template: bool = True,
+    seed: int = 0,
+) -> dict[str, Any]:
+    """Score a model that is in memory; its mode and the global random state are left as found.
+
+    Args:
+        model: Causal language model.
+        tokenizer: Its tokenizer.
+        tasks: Names of lm-eval tasks.
+        samples: Completions per problem.
+        limit: Use the first so many problems of each task only.
+        batch_size: Sequences per batch.
+        chat_template: Render prompts with the chat template, where the tokenizer has one.
+        seed: Seed of the sampling.
+
+    Returns:
+        What ``lm_eval.simple_evaluate`` returns.
+
+    Raises:
+        UserError: A task is unknown, or scores only the first of several samples.
+    """
+    templated = chat_template and tokenizer.chat_template is not None
+    manager = task_manager(tasks)
+    loaded = [load_task(manager, name, samples) for name in tasks]
+    training, logging_level = model.training, logging.getLogger("lm_eval").level
+    logging.getLogger("lm_eval").setLevel(logging.ERROR)
+    devices = [model.device] if model.device.type == "cuda" else []
+    try:
+        with torch.random.fork_rng(devices):
+            torch.manual_seed(seed)
+            lm = HFLM(
+                pretrained=model,
+                tokenizer=tokenizer,
+                batch_size=batch_size,
+                max_length=context_length(model),
+                # The template writes its own special tokens; plain text gets the tokenizer's.
+                add_bos_token=False if templated else None,
+            )
+            results = simple_evaluate(
+                lm,
+                tasks=loaded,
+                limit=limit,
+                task_manager=manager,
+                apply_chat_template=templated,
+                bootstrap_iters=0,
+                random_seed=None,
+                numpy_random_seed=None,
+                torch_random_seed=None,
+            )
+    finally:
+        model.train(training)
+        logging.getLogger("lm_eval").setLevel(logging_level)
+    assert results is not None
+    return dict(results)
+
+
+def task_manager(tasks: Sequence[str]) -> TaskManager:
+    """Index the tasks of tasks/, and those built into lm-eval only if they are asked for."""
+    own = TaskManager(include_path=str(TASKS), include_defaults=False)
+    if all(name in own.all_tasks for name in tasks):
+        return own
+    everything = TaskManager(include_path=str(TASKS))
+    unknown = [name for name in tasks if name not in everything.all_tasks]
+    if unknown:
+        raise UserError(
+            f"--tasks {','.join(unknown)}: no such task in lm-eval or in tasks/ "
+            f"(own tasks: {', '.join(own.all_tasks)})"
+        )
+    return everything
+
+
+def load_task(manager: TaskManager, name: str, samples: int) -> Any:
+    """Load a task so that it is given all samples of a problem.
+
+    Raises:
+        UserError: The task scores only the first sample.
+    """
+    if samples == 1:
+        return name
+    own = TaskManager(include_path=str(TASKS), include_defaults=False)
+    if name not in own.all_tasks:
+        raise UserError(
+            f"--samples {samples}: the task {name} of lm-eval scores only the first completion; "
+            "use --samples 1, or a task of tasks/"
+        )
+    every = {"name": "samples", "filter": [{"function": "take_first_k", "k": samples}]}
+    return {"task": name, "repeats": samples, "filter_list": [every]}
+
+
+def metrics_of(results: Mapping[str, Any]) -> dict[str, float]:
+    """Flatten lm-eval's results to ``<task>/<metric>``, without standard errors and filter names."""
+    flat = {}
+    for task, values in results["results"].items():
+        for key, value in values.items():
+            metric = key.partition(",")[0]
+            if isinstance(value, int | float) and not metric.endswith("_stderr"):
+                flat[f"{task}/{metric}"] = float(value)
+    return flat
+
+
+def markdown_table(model: str, results: Mapping[str, float], samples: int) -> str:
+    """Lay results out as a Markdown table."""
+    lines = [f"| {model} (avg@{samples}) | score |", "|---|---|"]
+    lines += [f"| {name} | {value:.4f} |" for name, value in results.items()]
+    return "\n".join(lines) + "\n"
+
+

@@ -1,0 +1,127 @@
+"""``opd``: the one front door.
+
+``fit``, ``validate``, ``test`` and ``predict`` are a LightningCLI; the other commands are functions
+whose arguments and help come from their signatures. This is the only file of ``opd/`` that knows
+the folders beside it.
+"""
+
+from __future__ import annotations
+
+import importlib
+import re
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from opd.errors import UserError
+
+USAGE_ERROR = 2
+
+
+@dataclass(frozen=True)
+class Command:
+    """A command of the front door.
+
+    Attributes:
+        help: One line for ``opd --help``.
+        function: ``module:function`` that runs it; None: LightningCLI does.
+        positional: Name of the argument that is given without an option, if any.
+    """
+
+    help: str
+    function: str | None = None
+    positional: str | None = None
+
+
+COMMANDS = {
+    "fit": Command("distil a student on-policy; resume with --ckpt_path last"),
+    "validate": Command("accuracy and teacher KL of a student on held-out prompts"),
+    "test": Command("the same, logged as test/*"),
+    "predict": Command("sample completions and write them with teacher scores as JSONL"),
+    "evaluate": Command("score a model on lm-eval tasks", "eval.harness:evaluate"),
+    "export": Command("turn a checkpoint into a Hugging Face folder", "opd.export:export"),
+    "report": Command("one HTML page with curves and tables", "eval.report:report", "runs"),
+    "study": Command("accelerators x learning rates x seeds", "eval.study:study"),
+}
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command.
+
+    Returns:
+        0, or 2 where the user can put right what went wrong; one line on stderr says what.
+    """
+    args = list(sys.argv[1:] if argv is None else argv)
+    if not args or args[0] in ("-h", "--help"):
+        print(_usage())
+        return 0 if args else USAGE_ERROR
+    name, *rest = args
+    if name not in COMMANDS:
+        print(f"opd: unknown command {name!r}; see opd --help", file=sys.stderr)
+        return USAGE_ERROR
+    from jsonargparse import ArgumentError
+    from lightning.pytorch.utilities.exceptions import MisconfigurationException
+
+    try:
+        run_command(name, rest)
+    except (UserError, ArgumentError, MisconfigurationException) as error:
+        print(f"opd {name}: error: {_one_line(error)}", file=sys.stderr)
+        return USAGE_ERROR
+    return 0
+
+
+def _usage() -> str:
+    lines = ["On-policy distillation of language models.", "", "usage: opd COMMAND ...", ""]
+    lines += [f"  {name:<10}{command.help}" for name, command in COMMANDS.items()]
+    return "\n".join([*lines, "", "opd COMMAND --help lists the options of one command."])
+
+
+def run_command(name: str, args: list[str]) -> Any:
+    """Run a command; returns what its function returns, or the LightningCLI.
+
+    Raises:
+        UserError: The user can put it right.
+        jsonargparse.ArgumentError: An option is unknown or has a wrong value.
+    """
+    command = COMMANDS[name]
+    if command.function is None:
+        return _run_lightning([name, *args])
+    from jsonargparse import ArgumentParser
+
+    module, _, function_name = command.function.partition(":")
+    function: Callable[..., Any] = getattr(importlib.import_module(module), function_name)
+    parser = ArgumentParser(prog=f"opd {name}", description=command.help, exit_on_error=False)
+    if command.positional:
+        parser.add_argument(command.positional, nargs="+", type=str)
+    skip = {command.positional} if command.positional else set()
+    if name == "study":
+        parser.add_argument("--config", action="config", help="YAML file with these options")
+    parser.add_function_arguments(function, skip=skip)
+    options = parser.parse_args(args).as_dict()
+    options.pop("config", None)
+    return function(**options)
+
+
+def _one_line(error: Exception) -> str:
+    text = " ".join(str(error).split())
+    return re.sub(r"^Parser key \"?([\w.]+)\"?: ?", r"\1: ", text)
+
+
+# --- fit, validate, test, predict -----------------------------------------------------------------
+
+
+def _run_lightning(args: list[str]) -> Any:
+    """Run LightningCLI as if ``args`` had been typed: launchers start other ranks from sys.argv."""
+    from opd.lightning_cli import OPDCLI
+
+    typed = sys.argv
+    sys.argv = [typed[0], *args]
+    try:
+        return OPDCLI.run()
+    finally:
+        sys.argv = typed
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,8 @@
+"""The one exception that a user's mistake raises."""
+
+
+class UserError(ValueError):
+    """Something the user can put right: says what is wrong, where, and what to do.
+
+    The command line prints it as one line and exits with code 2. Any other exception is a bug.
+    """

@@ -1,0 +1,345 @@
+"""EffOPD as pure functions: when to search, along what, which candidates, and which one wins.
+
+Paper (arXiv 2605.11739, EffOPD). After the optimizer steps t of a schedule (1, 2, 4, 8, ...), with
+W the weights at t and an anchor from an earlier one::
+
+    D = W - anchor                      direction
+    W(c) = W + c D                      candidate with coefficient c
+    c = 2, 4, 6, 8, 10                  tried in this order, while the score is not worse
+
+Nothing here knows models, scores or Lightning: weights are lists of tensors, scores are numbers.
+
+A schedule, a set of coefficients and an acceptance rule are written as short specifications:
+
+=============  =====================================  ============================================
+schedule       ``powers_of_two``                      t = 1, 2, 4, 8, ... (paper)
+               ``every 5``                            t = 5, 10, 15, ...
+               ``[3, 7, 20]``                         these steps
+               ``[powers_of_two, every 50]``          the union of its items
+coefficients   ``[2, 4, 6, 8, 10]``                   in this order, until one is refused (paper)
+               ``doubling`` or ``doubling 64``        1, 2, 4, ... up to the limit, likewise
+               ``two_sided`` or ``two_sided 64``      doubling; if 1 is refused, back toward the
+                                                      anchor: -1/2, -3/4, -7/8, -15/16, -1
+accept         ``not_worse``                          score >= best so far (paper)
+               ``better``                             score > best so far (published code)
+               ``better 1.0``                         by more than so many standard errors
+=============  =====================================  ============================================
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Generator, Sequence
+from dataclasses import dataclass, field
+from fnmatch import fnmatch
+
+import torch
+from torch import Tensor
+
+from opd.errors import UserError
+
+DEFAULT_LIMIT = 64.0
+BACKWARD = (-1 / 2, -3 / 4, -7 / 8, -15 / 16, -1.0)
+ATTENTION_AND_MLP = (
+    *("attn", "attention", "mlp", "ffn"),
+    *("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"),
+)
+
+# --- schedule -------------------------------------------------------------------------------------
+
+ScheduleItem = str | int
+Schedule = Callable[[int], bool]
+
+
+def parse_schedule(spec: ScheduleItem | Sequence[ScheduleItem]) -> Schedule:
+    """Turn a schedule's specification into a function: is there a search after step t >= 1?
+
+    Raises:
+        UserError: The specification is not one of the module's table.
+    """
+    items = [spec] if isinstance(spec, str | int) else list(spec)
+    if not items:
+        raise UserError("EffOPD.schedule is empty; leave the callback out instead")
+    parsed = [_parse_schedule_item(item) for item in items]
+    return lambda step: any(due(step) for due in parsed)
+
+
+def _parse_schedule_item(item: ScheduleItem) -> Schedule:
+    name, number = (str(item), None) if isinstance(item, int) else _split(item, "schedule")
+    if name == "powers_of_two" and number is None:
+        return lambda step: step > 0 and step & (step - 1) == 0
+    if name == "every" and number is not None and number >= 1 and number.is_integer():
+        every = int(number)
+        return lambda step: step > 0 and step % every == 0
+    if name.isdigit() and number is None and int(name) > 0:
+        only = int(name)
+        return lambda step: step == only
+    raise UserError(
+        f"EffOPD.schedule {item!r} must be powers_of_two, 'every N', a step number from 1, or a "
+        "list of these"
+    )
+
+
+# --- coefficients ---------------------------------------------------------------------------------
+
+# Yields coefficients; is sent whether the last one was accepted.
+Coefficients = Callable[[], Generator[float, bool, None]]
+
+
+def parse_coefficients(spec: str | Sequence[float]) -> Coefficients:
+    """Turn a specification of coefficients into a generator function.
+
+    Raises:
+        UserError: The specification is not one of the module's table.
+    """
+    if not isinstance(spec, str):
+        values = [float(c) for c in spec]
+        if not values or 0.0 in values:
+            raise UserError(f"EffOPD.coefficients {values} must hold numbers other than 0")
+        return lambda: in_order(values)
+    name, number = _split(spec, "coefficients")
+    limit = DEFAULT_LIMIT if number is None else number
+    if name not in ("doubling", "two_sided") or limit < 1:
+        raise UserError(
+            f"EffOPD.coefficients {spec!r} must be a list of numbers, 'doubling LIMIT' or "
+            "'two_sided LIMIT' with a limit of at least 1"
+        )
+    return lambda: doubling(limit) if name == "doubling" else two_sided(limit)
+
+
+def in_order(coefficients: Sequence[float]) -> Generator[float, bool, None]:
+    """Yield the coefficients in order until one is refused (paper: 2, 4, 6, 8, 10)."""
+    for coefficient in coefficients:
+        if not (yield coefficient):
+            return
+
+
+def doubling(limit: float) -> Generator[float, bool, None]:
+    """Yield 1, 2, 4, ... up to ``limit`` until one is refused."""
+    coefficient = 1.0
+    while coefficient <= limit and (yield coefficient):
+        coefficient *= 2
+
+
+def two_sided(limit: float) -> Generator[float, bool, None]:
+    """Double as long as it helps; if already 1 is refused, go back toward the anchor instead."""
+    coefficient = 1.0
+    while coefficient <= limit:
+        if not (yield coefficient):
+            break
+        coefficient *= 2
+    if coefficient == 1.0:
+        yield from in_order(BACKWARD)
+
+
+# --- acceptance -----------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """How a candidate's score differs from the best so far, on the same examples.
+
+    Attributes:
+        difference: Candidate minus best; higher is better.
+        standard_error: Of the difference, from its scatter over examples.
+    """
+
+    difference: float
+    standard_error: float
+
+
+Accept = Callable[[Comparison], bool]
+
+
+def parse_accept(spec: str) -> Accept:
+    """Turn an acceptance rule into a function.
+
+    Raises:
+        UserError: The rule is not one of the module's table.
+    """
+    name, number = _split(spec, "accept")
+    if name == "not_worse" and number is None:
+        return lambda comparison: comparison.difference >= 0
+    if name == "better" and (number is None or number >= 0):
+        margin = number or 0.0
+        return lambda comparison: comparison.difference > margin * comparison.standard_error
+    raise UserError(f"EffOPD.accept {spec!r} must be not_worse, better or 'better MARGIN'")
+
+
+def _split(spec: str, key: str) -> tuple[str, float | None]:
+    """Split ``name`` or ``name number``."""
+    name, _, rest = spec.strip().partition(" ")
+    if not rest:
+        return name, None
+    try:
+        return name, float(rest)
+    except ValueError:
+        raise UserError(f"EffOPD.{key} {spec!r}: {rest!r} is not a number") from None
+
+
+# --- search ---------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Score:
+    """What a score says of some weights: a weighted mean over examples; higher is better.
+
+    Attributes:
+        values: Sum of the quantity over each example's units, on this rank, [E].
+        weights: Units of each example (1 answer, n tokens), on this rank, [E].
+    """
+
+    values: Tensor
+    weights: Tensor
+
+    def mean(self, reduce_sum: Callable[[Tensor], Tensor]) -> float:
+        """Sum of values divided by sum of weights, over all ranks; a collective."""
+        sums = torch.stack([self.values.double().sum(), self.weights.double().sum()])
+        total, weight = reduce_sum(sums).tolist()
+        return total / weight if weight else float("nan")
+
+    def compare(self, best: Score, reduce_sum: Callable[[Tensor], Tensor]) -> Comparison:
+        """Compare with the best score so far, example by example, over all ranks; a collective."""
+        change = self.values.double() - best.values.double()
+        weight = self.weights.double().sum()
+        count = torch.full_like(weight, float(change.numel()))
+        sums = torch.stack([change.sum(), change.square().sum(), count, weight])
+        total, squares, n, units = reduce_sum(sums).tolist()
+        if not units:
+            return Comparison(float("nan"), float("nan"))
+        variance = max(squares - total * total / n, 0.0) / max(n - 1, 1)
+        return Comparison(total / units, (n * variance) ** 0.5 / units)
+
+
+@dataclass(frozen=True)
+class Tried:
+    """One candidate of a search."""
+
+    coefficient: float
+    score: float
+    accepted: bool
+
+
+@dataclass
+class SearchResult:
+    """What a search found.
+
+    Attributes:
+        score_before: Score of W.
+        score_after: Score of the weights kept.
+        coefficient: Of the weights kept; 0 if every candidate was refused.
+        tried: All candidates, in order.
+    """
+
+    score_before: float
+    score_after: float
+    coefficient: float = 0.0
+    tried: list[Tried] = field(default_factory=list)
+
+
+def search(
+    coefficients: Coefficients,
+    score_at: Callable[[float], Score],
+    accept: Accept,
+    reduce_sum: Callable[[Tensor], Tensor] = lambda tensor: tensor,
+) -> SearchResult:
+    """Walk along the direction and keep the last accepted candidate (2605.11739, EffOPD).
+
+    Args:
+        coefficients: Yields candidates and is told whether they were accepted.
+        score_at: Scores W + c D; c = 0 scores W itself.
+        accept: Whether a candidate replaces the best so far.
+        reduce_sum: Sums a tensor over ranks, so that all ranks decide alike.
+    """
+    best = score_at(0.0)
+    before = best.mean(reduce_sum)
+    result = SearchResult(score_before=before, score_after=before)
+    candidates = coefficients()
+    coefficient = next(candidates, None)
+    while coefficient is not None:
+        score = score_at(coefficient)
+        value = score.mean(reduce_sum)
+        accepted = accept(score.compare(best, reduce_sum))
+        result.tried.append(Tried(coefficient, value, accepted))
+        if accepted:
+            best, result.score_after, result.coefficient = score, value, coefficient
+        try:
+            coefficient = candidates.send(accepted)
+        except StopIteration:
+            coefficient = None
+    return result
+
+
+# --- weights --------------------------------------------------------------------------------------
+
+
+@torch.no_grad()
+def set_candidate(
+    weights: Sequence[Tensor], base: Sequence[Tensor], anchor: Sequence[Tensor], coefficient: float
+) -> None:
+    """Set weights to W + c (W - anchor), elementwise, without further memory.
+
+    Always computed from the exact copies, never from an earlier candidate; c = 0 gives back W bit
+    for bit. Tensors may be shards: nothing is gathered.
+
+    Args:
+        weights: Tensors to overwrite.
+        base: Exact copy of W, on the same or another device.
+        anchor: The anchor, on the same or another device.
+        coefficient: c.
+    """
+    copy_weights(weights, base)
+    if coefficient == 0.0:
+        return
+    targets = list(weights)
+    torch._foreach_sub_(targets, _beside(targets, anchor))
+    torch._foreach_mul_(targets, coefficient)
+    torch._foreach_add_(targets, _beside(targets, base))
+
+
+@torch.no_grad()
+def copy_weights(targets: Sequence[Tensor], sources: Sequence[Tensor]) -> None:
+    """Copy weights, across devices if need be."""
+    torch._foreach_copy_(list(targets), list(sources))
+
+
+@torch.no_grad()
+def direction_norm(
+    weights: Sequence[Tensor],
+    anchor: Sequence[Tensor],
+    reduce_sum: Callable[[Tensor], Tensor] = lambda tensor: tensor,
+) -> float:
+    """Frobenius norm of D = W - anchor over all tensors and ranks' shards; a collective."""
+    squares = [
+        (w.double() - a.to(w.device).double()).square().sum()
+        for w, a in zip(weights, anchor, strict=True)
+    ]
+    return float(reduce_sum(torch.stack(squares).sum()).sqrt())
+
+
+def _beside(targets: Sequence[Tensor], tensors: Sequence[Tensor]) -> list[Tensor]:
+    """Move tensors to the devices of their targets."""
+    return [t.to(target.device) for t, target in zip(tensors, targets, strict=True)]
+
+
+def select_parameters(names: Sequence[str], spec: str | Sequence[str]) -> list[str]:
+    """Choose the parameters that a search moves.
+
+    Args:
+        names: Names of all trainable parameters.
+        spec: ``all``; ``attention_and_mlp``, every name that contains one of the published code's
+            words; or glob patterns such as ``*.layers.*``, of which one must match.
+
+    Raises:
+        UserError: Nothing matches.
+    """
+    if spec == "all":
+        chosen = list(names)
+    elif spec == "attention_and_mlp":
+        chosen = [name for name in names if any(word in name for word in ATTENTION_AND_MLP)]
+    else:
+        patterns = [spec] if isinstance(spec, str) else list(spec)
+        chosen = [name for name in names if any(fnmatch(name, p) for p in patterns)]
+    if not chosen:
+        examples = ", ".join(list(names)[:2])
+        raise UserError(f"EffOPD.parameters {spec!r} matches no parameter; names are like {examples}")
+    return chosen

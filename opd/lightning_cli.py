@@ -1,0 +1,212 @@
+"""LightningCLI for this project: the run folder, its loggers and callbacks, and resuming."""
+
+from __future__ import annotations
+
+import logging
+import os
+import shutil
+import time
+import zipfile
+from pathlib import Path
+from typing import Any
+
+from lightning.pytorch import Trainer
+from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
+from lightning.pytorch.loggers import TensorBoardLogger
+
+from callbacks import RunSummary, SampleWriter
+from opd.errors import UserError
+from opd.loggers import MetricsCSV
+from opd.module import OPDModule
+from opd.prompts import PromptDataModule
+
+log = logging.getLogger(__name__)
+
+SUBCOMMANDS = ("fit", "validate", "test", "predict")
+OUTPUT_VARIABLE = "OPD_OUTPUT"  # tells ranks that a launcher starts which folder rank 0 has chosen
+PARSER_OPTIONS = {"exit_on_error": False}
+
+
+class OPDCLI(LightningCLI):
+    """fit, validate, test and predict on an OPDModule and a PromptDataModule.
+
+    Besides LightningCLI's arguments there are ``--output``, ``--overwrite``, and the groups
+    ``--checkpoint`` (ModelCheckpoint) and ``--samples`` (SampleWriter), so that
+    ``trainer.callbacks`` holds only what the user adds.
+    """
+
+    @classmethod
+    def run(cls) -> OPDCLI:
+        """Parse sys.argv, build everything, run the subcommand."""
+        logging.getLogger("opd").setLevel(logging.INFO)
+        return cls(
+            OPDModule,
+            PromptDataModule,
+            seed_everything_default=0,
+            auto_configure_optimizers=False,
+            save_config_callback=SaveFitConfig,
+            save_config_kwargs={"overwrite": True},
+            trainer_defaults={
+                "max_epochs": -1,
+                "num_sanity_val_steps": -1,  # validates the untrained student, all of it
+                "check_val_every_n_epoch": None,
+                "val_check_interval": 50,
+                "log_every_n_steps": 1,
+                "callbacks": [RunSummary()],
+            },
+            parser_kwargs={
+                **PARSER_OPTIONS,
+                **{name: dict(PARSER_OPTIONS) for name in SUBCOMMANDS},
+            },
+        )
+
+    def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+        """Add the run folder, our two configurable callbacks, and what follows from other keys."""
+        parser.add_argument(
+            "--output",
+            type=str | None,
+            default=None,
+            help="Run folder. Default: runs/<recipe>/<time>.",
+        )
+        parser.add_argument(
+            "--overwrite",
+            type=bool,
+            default=False,
+            help="Delete an earlier run in the folder instead of refusing to start.",
+        )
+        parser.add_lightning_class_args(ModelCheckpoint, "checkpoint")
+        parser.add_lightning_class_args(SampleWriter, "samples")
+        parser.set_defaults(
+            {
+                "checkpoint.filename": "step={step:06d}",
+                "checkpoint.auto_insert_metric_name": False,
+                "checkpoint.every_n_train_steps": 50,
+                "checkpoint.save_last": "link",
+                "checkpoint.save_on_train_epoch_end": False,
+            }
+        )
+        for target in ("model.seed", "data.seed"):
+            parser.link_arguments("seed_everything", target, compute_fn=_seed)
+        parser.link_arguments(("model.tokenizer", "model.student"), "data.tokenizer", _first)
+        parser.link_arguments("model.trust_remote_code", "data.trust_remote_code")
+
+    # --- the run folder -------------------------------------------------------------------------
+
+    def before_instantiate_classes(self) -> None:
+        """Choose and check the run folder, and find the checkpoint to resume.
+
+        Raises:
+            UserError: The folder cannot be written, or already holds a run.
+        """
+        options = self._options
+        self.folder: Path | None = None
+        if self.subcommand not in ("fit", "predict") and options.output is None:
+            return
+        self.folder = _run_folder(options.output, [str(c) for c in options.config or []])
+        options.output = options.trainer.default_root_dir = str(self.folder)
+        options.checkpoint.dirpath = str(self.folder / "checkpoints")
+        resuming = options.ckpt_path is not None
+        if self.subcommand == "fit" and _is_rank_zero():
+            _refuse_or_clear(self.folder, resuming=resuming, overwrite=options.overwrite)
+        if options.ckpt_path == "last":
+            newest = newest_checkpoint(self.folder / "checkpoints")
+            if newest is None:
+                log.warning("--ckpt_path last: %s holds no checkpoint; starting anew", self.folder)
+            options.ckpt_path = None if newest is None else str(newest)
+        elif resuming and not Path(options.ckpt_path).exists():
+            raise UserError(f"--ckpt_path {options.ckpt_path}: there is no such checkpoint")
+
+    @property
+    def _options(self) -> Any:
+        assert self.subcommand is not None
+        return self.config[self.subcommand]
+
+    def instantiate_trainer(self, **kwargs: Any) -> Trainer:
+        """Log to TensorBoard and metrics.csv in the run folder, unless the user names loggers."""
+        chosen = self._get(self.config_init, "trainer").get("logger")
+        if chosen in (None, True):
+            kwargs["logger"] = False
+            if self.folder is not None and self.subcommand == "fit":
+                kwargs["logger"] = [
+                    TensorBoardLogger(str(self.folder), name="", version=""),
+                    MetricsCSV(self.folder),
+                ]
+        return super().instantiate_trainer(**kwargs)
+
+    def after_fit(self) -> None:
+        """Say where the results are."""
+        if self.trainer.is_global_zero and self.folder is not None:
+            print(f"run folder: {self.folder}")
+
+    def after_predict(self) -> None:
+        """Say where the results are."""
+        if self.trainer.is_global_zero and self.folder is not None:
+            print(f"wrote {self.folder / 'predictions.jsonl'}")
+
+
+class SaveFitConfig(SaveConfigCallback):
+    """Writes config.yaml into the run folder; only fit makes a run."""
+
+    def setup(self, trainer: Trainer, pl_module: Any, stage: str) -> None:
+        if stage == "fit":
+            super().setup(trainer, pl_module, stage)
+
+
+def _seed(seed_everything: bool | int) -> int:
+    return 0 if isinstance(seed_everything, bool) else seed_everything
+
+
+def _first(tokenizer: str | None, student: str) -> str:
+    return tokenizer or student
+
+
+def _is_rank_zero() -> bool:
+    names = ("RANK", "LOCAL_RANK", "SLURM_PROCID")
+    return next((os.environ[name] for name in names if name in os.environ), "0") == "0"
+
+
+def _run_folder(output: str | None, configs: list[str]) -> Path:
+    """Return the run folder, made and writable."""
+    if output is None:
+        output = os.environ.get(OUTPUT_VARIABLE)
+    if output is None:
+        if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+            raise UserError("name the run folder with --output when a launcher starts the ranks")
+        recipe = Path(configs[0]).stem if configs else "opd"
+        output = f"runs/{recipe}/{time.strftime('%Y-%m-%d_%H-%M-%S')}"
+    os.environ[OUTPUT_VARIABLE] = output
+    folder = Path(output).expanduser()
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        probe = folder / f".writable-{os.getpid()}"
+        probe.touch()
+        probe.unlink()
+    except OSError as error:
+        raise UserError(f"--output {output}: cannot be written ({error.strerror})") from error
+    return folder
+
+
+def _refuse_or_clear(folder: Path, *, resuming: bool, overwrite: bool) -> None:
+    """Never mix two runs in one folder, and never lose one by accident."""
+    parts = ["checkpoints", "samples", "metrics.csv", "summary.json", "config.yaml"]
+    present = [folder / part for part in parts if (folder / part).exists()]
+    if resuming or not present:
+        return
+    if not overwrite:
+        raise UserError(
+            f"--output {folder}: already holds a run; resume it with --ckpt_path last, choose "
+            "another folder, or delete it with --overwrite true"
+        )
+    for path in [*present, *folder.glob("events.out.tfevents.*")]:
+        shutil.rmtree(path) if path.is_dir() else path.unlink()
+
+
+def newest_checkpoint(folder: Path) -> Path | None:
+    """Find the newest whole checkpoint; a half-written one is named and passed over."""
+    files = [path for path in folder.glob("*.ckpt") if path.is_file() and not path.is_symlink()]
+    for path in sorted(files, key=lambda path: path.stat().st_mtime_ns, reverse=True):
+        if zipfile.is_zipfile(path):
+            return path
+        log.warning("%s is incomplete and is passed over", path)
+    return None

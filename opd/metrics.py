@@ -1,0 +1,120 @@
+"""Metrics of a step: per-token diagnostics and their reduction over tokens and ranks.
+
+Shapes: N tokens, V vocabulary. Symbols as in the paper: p = student, q = teacher.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import torch
+from torch import Tensor
+from torchmetrics import Metric
+
+from opd.objectives import entropy, kl
+
+OVERLAP_K = 16
+TOKEN_METRICS = (
+    "opd/reverse_kl",
+    "opd/forward_kl",
+    "opd/student_entropy",
+    "opd/teacher_entropy",
+    "opd/entropy_gap",
+    "opd/overlap_at_16",
+    "opd/overlap_advantage",
+    "opd/teacher_logprob",
+    "rollout/engine_logprob_gap",
+)
+ROLLOUT_MEANS = ("rollout/length_mean", "rollout/truncated_fraction", "rollout/accuracy")
+
+
+@torch.no_grad()
+def token_metrics(
+    log_p: Tensor, log_q: Tensor, tokens: Tensor, logmu_y: Tensor
+) -> dict[str, Tensor]:
+    """Diagnose every token.
+
+    Args:
+        log_p: Student's log-probabilities, [N, V].
+        log_q: Teacher's log-probabilities, [N, V].
+        tokens: The tokens sampled, [N].
+        logmu_y: Their log-probabilities under the rollout engine, [N].
+
+    Returns:
+        [N] by metric: both KLs and entropies in nats; ``entropy_gap`` = \\|H(q) - H(p)\\|;
+        ``overlap_at_16``, the share of the student's 16 likeliest tokens that are among the
+        teacher's; ``overlap_advantage``, sum over those of p (log q - log p) with p and q
+        renormalised over them (0 = they agree); log q(y); and \\|log p(y) - log mu(y)\\|.
+    """
+    student_entropy, teacher_entropy = entropy(log_p), entropy(log_q)
+    overlap, advantage = overlap_at_k(log_p, log_q, OVERLAP_K)
+    logp_y = log_p.gather(1, tokens[:, None]).squeeze(1)
+    values = (
+        kl(log_p, log_q),
+        kl(log_q, log_p),
+        student_entropy,
+        teacher_entropy,
+        (teacher_entropy - student_entropy).abs(),
+        overlap,
+        advantage,
+        log_q.gather(1, tokens[:, None]).squeeze(1),
+        (logp_y - logmu_y).abs(),
+    )
+    return dict(zip(TOKEN_METRICS, values, strict=True))
+
+
+def overlap_at_k(log_p: Tensor, log_q: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    """Compare the k likeliest tokens of student and teacher.
+
+    Returns:
+        The share of them in common [N], and the student's advantage on those [N].
+    """
+    k = min(k, log_p.shape[1])
+    top_p, ids_p = log_p.topk(k, dim=1)
+    ids_q = log_q.topk(k, dim=1).indices
+    shared = (ids_p[:, :, None] == ids_q[:, None, :]).any(dim=2)  # [N, k]
+    lowest = torch.finfo(log_p.dtype).min
+    student = top_p.masked_fill(~shared, lowest).log_softmax(dim=1)
+    teacher = log_q.gather(1, ids_p).masked_fill(~shared, lowest).log_softmax(dim=1)
+    advantage = (student.exp() * (teacher - student)).masked_fill(~shared, 0.0).sum(dim=1)
+    return shared.float().mean(dim=1), advantage
+
+
+class StepMetrics(Metric):
+    """Named means and maxima, reduced over ranks as (sum, count) in one go.
+
+    Args:
+        means: Names of the means.
+        maxima: Names of the maxima.
+    """
+
+    full_state_update = False
+
+    def __init__(self, means: Sequence[str], maxima: Sequence[str] = ()) -> None:
+        super().__init__()
+        self.means = list(means)
+        self.maxima = list(maxima)
+        zeros = torch.zeros(len(self.means), dtype=torch.float64)
+        self.add_state("sums", zeros, dist_reduce_fx="sum")
+        self.add_state("counts", zeros.clone(), dist_reduce_fx="sum")
+        lowest = torch.full((len(self.maxima),), -torch.inf, dtype=torch.float64)
+        self.add_state("highest", lowest, dist_reduce_fx="max")
+
+    def update(self, values: Mapping[str, Tensor]) -> None:
+        """Add values, each a tensor of any shape whose elements count alike."""
+        for name, value in values.items():
+            if name in self.maxima:
+                i = self.maxima.index(name)
+                if value.numel():
+                    self.highest[i] = torch.maximum(self.highest[i], value.max())
+            else:
+                i = self.means.index(name)
+                self.sums[i] += value.sum(dtype=torch.float64)
+                self.counts[i] += value.numel()
+
+    def compute(self) -> dict[str, float]:
+        """Return all means and maxima that have at least one value."""
+        means = zip(self.means, self.sums.tolist(), self.counts.tolist(), strict=True)
+        result = {name: total / count for name, total, count in means if count}
+        highest = zip(self.maxima, self.highest.tolist(), strict=True)
+        return result | {name: value for name, value in highest if value != -torch.inf}

@@ -1,0 +1,43 @@
+"""Divergences between student and teacher as pure functions of log-probabilities.
+
+Symbols as in the paper (arXiv 2605.11739): p = student, q = teacher, both [N, V] with N tokens and a
+vocabulary of V; results are per token, [N], in nats.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+
+def kl(log_p: Tensor, log_q: Tensor) -> Tensor:
+    """KL(p || q) = sum_v p (log p - log q), [N, V] -> [N]."""
+    return (log_p.exp() * (log_p - log_q)).sum(dim=-1)
+
+
+def reverse_kl(log_p: Tensor, log_q: Tensor) -> Tensor:
+    """KL(student || teacher): what OPD minimises (2605.11739, section 2)."""
+    return kl(log_p, log_q)
+
+
+def forward_kl(log_p: Tensor, log_q: Tensor) -> Tensor:
+    """KL(teacher || student)."""
+    return kl(log_q, log_p)
+
+
+def generalized_jsd(log_p: Tensor, log_q: Tensor, beta: float) -> Tensor:
+    """Generalised Jensen-Shannon divergence of GKD (arXiv 2306.13649, equation 1).
+
+    beta KL(q || m) + (1 - beta) KL(p || m) with the mixture m = beta q + (1 - beta) p, for
+    0 < beta < 1. Its gradient tends to beta times the forward KL's for beta -> 0, and to
+    (1 - beta) times the reverse KL's for beta -> 1.
+    """
+    log_m = torch.logaddexp(log_q + math.log(beta), log_p + math.log1p(-beta))
+    return beta * kl(log_q, log_m) + (1 - beta) * kl(log_p, log_m)
+
+
+def entropy(log_p: Tensor) -> Tensor:
+    """Entropy of p, [N, V] -> [N]."""
+    return -(log_p.exp() * log_p).sum(dim=-1)

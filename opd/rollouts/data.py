@@ -1,0 +1,194 @@
+"""What a rollout engine is asked for and what it returns.
+
+Shapes: B completions, P prompt tokens (padded left), C completion tokens (padded right), N tokens of
+all completions together.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedTokenizerBase
+
+from opd.errors import UserError
+from opd.prompts import PromptBatch
+
+
+@dataclass(frozen=True)
+class Sampler:
+    """A fully specified sampler: nothing comes from a model's generation config.
+
+    Attributes:
+        max_new_tokens: Longest completion, its EOS included.
+        temperature: Divides the logits; 0 is greedy.
+        top_p: Smallest set of tokens with this mass; 1 keeps all.
+        top_k: So many likeliest tokens; 0 keeps all.
+        eos_token_ids: Tokens that end a completion; they belong to it.
+        pad_token_id: Fills up after the end. May equal an EOS: lengths tell them apart.
+    """
+
+    max_new_tokens: int
+    temperature: float = 1.0
+    top_p: float = 1.0
+    top_k: int = 0
+    eos_token_ids: tuple[int, ...] = ()
+    pad_token_id: int = 0
+
+    def __post_init__(self) -> None:
+        for name, value, valid in [
+            ("max_new_tokens", self.max_new_tokens, self.max_new_tokens >= 1),
+            ("temperature", self.temperature, self.temperature >= 0),
+            ("top_p", self.top_p, 0 < self.top_p <= 1),
+            ("top_k", self.top_k, self.top_k >= 0),
+        ]:
+            if not valid:
+                raise UserError(f"model.{name}={value} is out of range")
+
+
+@dataclass
+class Rollouts:
+    """B completions with their prompts.
+
+    Attributes:
+        prompts: The B prompts, padded left.
+        completion_ids: Token ids, padded right, [B, C].
+        lengths: Tokens of each completion, its EOS included, [B].
+        finished: Whether an EOS ended it (rather than max_new_tokens), [B].
+        engine_logprobs: Log-probability of each token under the distribution it was drawn from,
+            float32, 0 at padding, [B, C].
+    """
+
+    prompts: PromptBatch
+    completion_ids: Tensor
+    lengths: Tensor
+    finished: Tensor
+    engine_logprobs: Tensor
+
+    def __len__(self) -> int:
+        return len(self.prompts)
+
+    @property
+    def mask(self) -> Tensor:
+        """True at completion tokens, [B, C]."""
+        columns = torch.arange(self.completion_ids.shape[1], device=self.lengths.device)
+        return columns < self.lengths[:, None]
+
+    @property
+    def num_tokens(self) -> int:
+        """N."""
+        return int(self.lengths.sum())
+
+    @property
+    def tokens(self) -> Tensor:
+        """All completion tokens, row after row, [N]."""
+        return self.completion_ids[self.mask]
+
+    def inputs(self) -> tuple[Tensor, Tensor, Tensor]:
+        """Return what a forward pass needs.
+
+        Returns:
+            Token ids [B, P + C], mask of tokens [B, P + C], and the positions whose hidden state
+            predicts a completion token [B, P + C]: one to the left of each, N in all.
+        """
+        ids = torch.cat([self.prompts.ids, self.completion_ids], dim=1)
+        mask = torch.cat([self.prompts.mask, self.mask], dim=1)
+        predicts = torch.zeros_like(mask)
+        predicts[:, self.prompts.ids.shape[1] - 1 : -1] = self.mask
+        return ids, mask, predicts
+
+    def spread(self, values: Tensor) -> Tensor:
+        """Spread values per token, [N], over positions, [B, C], with 0 at padding."""
+        return torch.zeros_like(self.engine_logprobs).masked_scatter(
+            self.mask, values.to(self.engine_logprobs.dtype)
+        )
+
+    def select(self, rows: Sequence[int]) -> Rollouts:
+        """Take some completions, in the order given, without the padding they no longer need."""
+        index = torch.as_tensor(rows, device=self.lengths.device, dtype=torch.long)
+        lengths = self.lengths[index]
+        width = int(lengths.max()) if len(rows) else 0
+        return Rollouts(
+            self.prompts.select(rows),
+            self.completion_ids[index, :width],
+            lengths,
+            self.finished[index],
+            self.engine_logprobs[index, :width],
+        )
+
+    @staticmethod
+    def concatenate(parts: Sequence[Rollouts], pad_id: int) -> Rollouts:
+        """Join rollouts of different widths."""
+        width = max(part.completion_ids.shape[1] for part in parts)
+
+        def widen(tensor: Tensor, value: float) -> Tensor:
+            return torch.nn.functional.pad(tensor, (0, width - tensor.shape[1]), value=value)
+
+        device = parts[0].completion_ids.device
+        prompts = [prompt for part in parts for prompt in part.prompts.prompts]
+        return Rollouts(
+            PromptBatch.collate(prompts, pad_id).to(device),
+            torch.cat([widen(part.completion_ids, pad_id) for part in parts]),
+            torch.cat([part.lengths for part in parts]),
+            torch.cat([part.finished for part in parts]),
+            torch.cat([widen(part.engine_logprobs, 0.0) for part in parts]),
+        )
+
+
+def cut_into_micro_batches(rollouts: Rollouts, max_tokens: int) -> list[Rollouts]:
+    """Sort completions by length and cut them into micro-batches, one teacher each.
+
+    A micro-batch holds at most ``max_tokens`` positions, padding and prompts included, but at least
+    one completion. The loss is a sum over tokens divided by the global count, so it does not depend
+    on the cut.
+    """
+    prompts, lengths = rollouts.prompts.prompts, rollouts.lengths.tolist()
+    sizes = [len(prompt.token_ids) for prompt in prompts]
+    order = sorted(
+        range(len(prompts)), key=lambda i: (prompts[i].teacher or "", lengths[i], sizes[i], i)
+    )
+    groups: list[list[int]] = []
+    for i in order:
+        if groups and prompts[groups[-1][0]].teacher == prompts[i].teacher:
+            group = [*groups[-1], i]
+            width = max(sizes[j] for j in group) + max(lengths[j] for j in group)
+            if width * len(group) <= max_tokens:
+                groups[-1] = group
+                continue
+        groups.append([i])
+    return [rollouts.select(group) for group in groups]
+
+
+def rollout_records(
+    rollouts: Rollouts, tokenizer: PreTrainedTokenizerBase, **per_token: Tensor
+) -> Iterator[dict[str, Any]]:
+    """Turn rollouts into JSON records, one per completion.
+
+    Args:
+        rollouts: B completions.
+        tokenizer: Decodes prompts and completions; special tokens are kept.
+        per_token: Further values per token, [B, C]; their padding is cut off.
+    """
+    ids, lengths = rollouts.completion_ids.tolist(), rollouts.lengths.tolist()
+    finished = rollouts.finished.tolist()
+    columns = {"engine_logprob": rollouts.engine_logprobs, **per_token}
+    values = {name: tensor.tolist() for name, tensor in columns.items()}
+    for i, prompt in enumerate(rollouts.prompts.prompts):
+        token_ids = ids[i][: lengths[i]]
+        yield {
+            "row": prompt.row,
+            "prompt": tokenizer.decode(prompt.token_ids),
+            "completion": tokenizer.decode(token_ids),
+            "answer": prompt.answer,
+            "teacher": prompt.teacher,
+            "finish_reason": "stop" if finished[i] else "length",
+            "prompt_ids": list(prompt.token_ids),
+            "completion_ids": token_ids,
+            **{
+                name: [round(value, 6) for value in value_rows[i][: lengths[i]]]
+                for name, value_rows in values.items()
+            },
+        }

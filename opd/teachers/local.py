@@ -1,0 +1,67 @@
+"""A frozen teacher on this rank's device.
+
+What is kept of a teacher's pass are hidden states of completion positions, [N, H]: log-probabilities
+over the vocabulary, [N, V], are made from them when they are needed and are not kept.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from opd.models import hidden_states, project
+from opd.rollouts import Rollouts
+
+
+class LocalTeacher:
+    """Scores completions with a model in this process; deliberately no ``nn.Module``.
+
+    Whoever holds it holds no parameters: it is in no checkpoint and no optimizer.
+
+    Args:
+        model: The teacher; it is frozen and put into eval mode.
+    """
+
+    def __init__(self, model: PreTrainedModel) -> None:
+        self.model = model.eval().requires_grad_(False)
+
+    def to(self, device: torch.device) -> None:
+        """Move the weights to a device."""
+        self.model.to(device)
+
+    @torch.no_grad()
+    def score(self, rollouts: Rollouts) -> TeacherScored:
+        """Run the teacher over B completions of N tokens together."""
+        return TeacherScored(rollouts, self, hidden_states(self.model, *rollouts.inputs()))
+
+
+@dataclass
+class TeacherScored:
+    """Completions with the teacher's opinion of every token.
+
+    Attributes:
+        rollouts: B completions of N tokens together.
+        teacher: Who scored them.
+        hidden: The teacher's hidden states, [N, H].
+    """
+
+    rollouts: Rollouts
+    teacher: LocalTeacher
+    hidden: Tensor
+
+    @torch.no_grad()
+    def teacher_logprobs(self, vocabulary: int, temperature: float) -> Tensor:
+        """Log-probabilities over the first ``vocabulary`` tokens, float32, [N, vocabulary]."""
+        logits = project(self.teacher.model, self.hidden)[:, :vocabulary]
+        return torch.log_softmax(logits / temperature, dim=-1)
+
+    def select(self, rows: Sequence[int]) -> TeacherScored:
+        """Take some completions with their part of the hidden states."""
+        keep = torch.zeros_like(self.rollouts.finished)
+        keep[list(rows)] = True
+        tokens_kept = keep[:, None].expand_as(self.rollouts.mask)[self.rollouts.mask]
+        return TeacherScored(self.rollouts.select(rows), self.teacher, self.hidden[tokens_kept])

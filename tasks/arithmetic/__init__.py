@@ -1,0 +1,1 @@
+"""Adding two three-digit numbers."""
