@@ -1,8 +1,9 @@
 """Lightning callbacks, named in YAML by their class: ``class_path: callbacks.EffOPD``."""
 
 from callbacks.benchmarks import Benchmarks
+from callbacks.checkpoint import RunCheckpoint
 from callbacks.effopd import EffOPD
 from callbacks.samples import SampleWriter
 from callbacks.summary import RunSummary
 
-__all__ = ["Benchmarks", "EffOPD", "RunSummary", "SampleWriter"]
+__all__ = ["Benchmarks", "EffOPD", "RunCheckpoint", "RunSummary", "SampleWriter"]

@@ -135,7 +135,7 @@ def evaluate_model(
     """
     templated = chat_template and tokenizer.chat_template is not None
     manager = task_manager(tasks)
-    loaded = [load_task(manager, name, samples) for name in tasks]
+    loaded = load_tasks(manager, tasks, samples)
     training, logging_level = model.training, logging.getLogger("lm_eval").level
     logging.getLogger("lm_eval").setLevel(logging.ERROR)
     devices = [model.device] if model.device.type == "cuda" else []
@@ -183,22 +183,25 @@ def task_manager(tasks: Sequence[str]) -> TaskManager:
     return everything
 
 
-def load_task(manager: TaskManager, name: str, samples: int) -> Any:
-    """Load a task so that it is given all samples of a problem.
+def load_tasks(manager: TaskManager, names: Sequence[str], samples: int) -> list[Any]:
+    """Load tasks so that they are given all samples of a problem.
 
     Raises:
-        UserError: The task scores only the first sample.
+        UserError: A task scores only the first of several samples.
     """
     if samples == 1:
-        return name
+        return list(names)
     own = TaskManager(include_path=str(TASKS), include_defaults=False)
-    if name not in own.all_tasks:
+    single = [name for name in names if name not in own.all_tasks]
+    if single:
         raise UserError(
-            f"--samples {samples}: the task {name} of lm-eval scores only the first completion; "
-            "use --samples 1, or a task of tasks/"
+            f"--samples {samples}: lm-eval's {', '.join(single)} scores only the first completion; "
+            f"use --samples 1, or a task of tasks/ ({', '.join(own.all_tasks)})"
         )
     every = {"name": "samples", "filter": [{"function": "take_first_k", "k": samples}]}
-    return {"task": name, "repeats": samples, "filter_list": [every]}
+    overridden = [{"task": name, "repeats": samples, "filter_list": [every]} for name in names]
+    group = {"group": "several_samples", "task": overridden}
+    return list(manager.load([group])["tasks"].values())
 
 
 def metrics_of(results: Mapping[str, Any]) -> dict[str, float]:
@@ -207,7 +210,8 @@ def metrics_of(results: Mapping[str, Any]) -> dict[str, float]:
     for task, values in results["results"].items():
         for key, value in values.items():
             metric = key.partition(",")[0]
-            if isinstance(value, int | float) and not metric.endswith("_stderr"):
+            is_score = isinstance(value, int | float) and metric != "sample_len"
+            if is_score and not metric.endswith("_stderr"):
                 flat[f"{task}/{metric}"] = float(value)
     return flat
 

@@ -104,8 +104,17 @@ def run_command(name: str, args: list[str]) -> Any:
 
 
 def _one_line(error: Exception) -> str:
-    text = " ".join(str(error).split())
-    return re.sub(r"^Parser key \"?([\w.]+)\"?: ?", r"\1: ", text)
+    """Boil an error down to one line.
+
+    jsonargparse lists what each member of a Union has to say; the first is about the type that the
+    value was meant to be.
+    """
+    text = str(error)
+    if "Errors:" in text:
+        key = re.match(r"([\w.\"' ]+): *\n?", text)
+        first = text.partition("Errors:")[2].strip().removeprefix("- ").split("\n  -")[0]
+        text = f"{key[1]}: {first}" if key else first
+    return re.sub(r"^Parser key \"?([\w.]+)\"?: ?", r"\1: ", " ".join(text.split()))
 
 
 # --- fit, validate, test, predict -----------------------------------------------------------------

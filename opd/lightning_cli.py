@@ -6,18 +6,18 @@ import logging
 import os
 import shutil
 import time
+import warnings
 import zipfile
 from pathlib import Path
 from typing import Any
 
 from lightning.pytorch import Trainer
-from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
 from lightning.pytorch.loggers import TensorBoardLogger
 
-from callbacks import RunSummary, SampleWriter
+from callbacks import RunCheckpoint, RunSummary, SampleWriter
 from opd.errors import UserError
-from opd.loggers import MetricsCSV
+from opd.loggers import MetricsCSV, read_metrics
 from opd.module import OPDModule
 from opd.prompts import PromptDataModule
 
@@ -25,6 +25,7 @@ log = logging.getLogger(__name__)
 
 SUBCOMMANDS = ("fit", "validate", "test", "predict")
 OUTPUT_VARIABLE = "OPD_OUTPUT"  # tells ranks that a launcher starts which folder rank 0 has chosen
+RUN_FILES = ("checkpoints", "samples", "*.csv", "*.json", "*.yaml", "events.out.tfevents.*")
 PARSER_OPTIONS = {"exit_on_error": False}
 
 
@@ -32,14 +33,14 @@ class OPDCLI(LightningCLI):
     """fit, validate, test and predict on an OPDModule and a PromptDataModule.
 
     Besides LightningCLI's arguments there are ``--output``, ``--overwrite``, and the groups
-    ``--checkpoint`` (ModelCheckpoint) and ``--samples`` (SampleWriter), so that
+    ``--checkpoint`` (Lightning's ModelCheckpoint) and ``--samples`` (SampleWriter), so that
     ``trainer.callbacks`` holds only what the user adds.
     """
 
     @classmethod
     def run(cls) -> OPDCLI:
         """Parse sys.argv, build everything, run the subcommand."""
-        logging.getLogger("opd").setLevel(logging.INFO)
+        warnings.filterwarnings("ignore", message=".*LeafSpec.*is deprecated")  # Lightning's own
         return cls(
             OPDModule,
             PromptDataModule,
@@ -75,7 +76,7 @@ class OPDCLI(LightningCLI):
             default=False,
             help="Delete an earlier run in the folder instead of refusing to start.",
         )
-        parser.add_lightning_class_args(ModelCheckpoint, "checkpoint")
+        parser.add_lightning_class_args(RunCheckpoint, "checkpoint")
         parser.add_lightning_class_args(SampleWriter, "samples")
         parser.set_defaults(
             {
@@ -107,8 +108,8 @@ class OPDCLI(LightningCLI):
         options.output = options.trainer.default_root_dir = str(self.folder)
         options.checkpoint.dirpath = str(self.folder / "checkpoints")
         resuming = options.ckpt_path is not None
-        if self.subcommand == "fit" and _is_rank_zero():
-            _refuse_or_clear(self.folder, resuming=resuming, overwrite=options.overwrite)
+        if self.subcommand == "fit" and not resuming and _is_rank_zero():
+            _refuse_or_clear(self.folder, overwrite=options.overwrite)
         if options.ckpt_path == "last":
             newest = newest_checkpoint(self.folder / "checkpoints")
             if newest is None:
@@ -116,6 +117,23 @@ class OPDCLI(LightningCLI):
             options.ckpt_path = None if newest is None else str(newest)
         elif resuming and not Path(options.ckpt_path).exists():
             raise UserError(f"--ckpt_path {options.ckpt_path}: there is no such checkpoint")
+
+    def instantiate_classes(self) -> None:
+        """Build trainer, module and data.
+
+        Raises:
+            UserError: An argument of one of the classes is wrong; jsonargparse hides it in a
+                ValueError that lists every type that a Union could have had.
+        """
+        try:
+            super().instantiate_classes()
+        except ValueError as error:
+            cause: BaseException | None = error
+            while cause is not None and not isinstance(cause, UserError):
+                cause = cause.__cause__ or cause.__context__
+            if cause is None:
+                raise
+            raise cause from None
 
     @property
     def _options(self) -> Any:
@@ -187,19 +205,24 @@ def _run_folder(output: str | None, configs: list[str]) -> Path:
     return folder
 
 
-def _refuse_or_clear(folder: Path, *, resuming: bool, overwrite: bool) -> None:
+def _refuse_or_clear(folder: Path, *, overwrite: bool) -> None:
     """Never mix two runs in one folder, and never lose one by accident."""
-    parts = ["checkpoints", "samples", "metrics.csv", "summary.json", "config.yaml"]
-    present = [folder / part for part in parts if (folder / part).exists()]
-    if resuming or not present:
-        return
-    if not overwrite:
+    if holds_a_run(folder) and not overwrite:
         raise UserError(
             f"--output {folder}: already holds a run; resume it with --ckpt_path last, choose "
             "another folder, or delete it with --overwrite true"
         )
-    for path in [*present, *folder.glob("events.out.tfevents.*")]:
-        shutil.rmtree(path) if path.is_dir() else path.unlink()
+    for name in RUN_FILES:
+        for path in folder.glob(name):
+            shutil.rmtree(path) if path.is_dir() else path.unlink()
+
+
+def holds_a_run(folder: Path) -> bool:
+    """Whether a folder holds at least one step of a run."""
+    if any((folder / "checkpoints").glob("*.ckpt")):
+        return True
+    metrics = folder / "metrics.csv"
+    return metrics.is_file() and any(row["step"] != "0" for row in read_metrics(metrics))
 
 
 def newest_checkpoint(folder: Path) -> Path | None:

@@ -26,10 +26,12 @@ from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
+from transformers.utils.logging import disable_progress_bar
 
 from opd.errors import UserError
 
 log = logging.getLogger(__name__)
+disable_progress_bar()  # of loading weights: a model of ours or a shard a second needs none
 
 Dtype = Literal["float32", "bfloat16", "float16"]
 EMBEDDED = Path(__file__).parent / "embedded"
@@ -147,7 +149,8 @@ def _explained(source: str, what: str) -> Iterator[None]:
         raise
     except (OSError, ValueError, KeyError, ImportError, RuntimeError) as error:
         reason = " ".join(str(error).split())[:300]
-        raise UserError(f"{source}: no {what} could be loaded from it ({reason})") from error
+        here = "" if Path(source).expanduser().exists() else "is no folder or file here, and "
+        raise UserError(f"{source}: {here}no {what} could be loaded from it ({reason})") from error
 
 
 def student_files(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> dict[str, bytes]:

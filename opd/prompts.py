@@ -133,10 +133,10 @@ def _read_jsonl(path: Path) -> list[Row]:
         text = path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"{path}: cannot be read as UTF-8 text ({error})") from error
-    for number, line in enumerate(text.split("\n"), start=1):
+    for number, line in enumerate(text.removesuffix("\n").split("\n"), start=1):
         if not line.strip():
-            if text[-1] == "\n" and number == text.count("\n") + 1:
-                continue  # what follows the last line break is no line
+            if not text.strip():
+                break
             raise UserError(f"{path} line {number}: is empty; remove it")
         try:
             row = json.loads(line)

@@ -1,0 +1,31 @@
+# make demo   environment, then the main job on the embedded pair; ends with a table
+# make test   environment, then every test that needs neither GPU nor network
+# make lint   ruff and mypy
+
+PYTHON ?= python3
+BIN := .venv/bin
+
+.PHONY: demo test lint clean
+
+demo: .venv/installed
+	$(BIN)/python -m eval.demo
+
+test: .venv/installed
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/python -m pytest
+
+lint: .venv/installed
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+.venv/installed: pyproject.toml constraints.txt
+	$(PYTHON) -m venv .venv
+	$(BIN)/pip install --quiet --upgrade "pip>=25.1" -c constraints.txt
+	$(BIN)/pip install --quiet -c constraints.txt -e ".[math]" --group dev
+	touch $@
+
+clean:
+	rm -rf .venv runs

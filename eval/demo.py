@@ -1,0 +1,58 @@
+"""``make demo``: the main job on the embedded pair, with the commands that a user would type."""
+
+from __future__ import annotations
+
+import shlex
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+from eval.report import benchmark_table, run_table, text_table
+from eval.runs import read_run
+
+OUTPUT = Path("runs/quickstart")
+RUNS = {
+    "vanilla": [],
+    "effopd-paper": ["--config", "configs/effopd/paper.yaml"],
+    "effopd-line-search": ["--config", "configs/effopd/line_search.yaml"],
+}
+MODELS = {"base": "embedded:base", "teacher": "embedded:teacher"}
+TARGET = 0.95
+
+
+def main() -> None:
+    """Train, evaluate, report, and say where to look."""
+    start = time.perf_counter()
+    for name, extra in RUNS.items():
+        options = ["--output", str(OUTPUT / name), "--overwrite", "true"]
+        opd("fit", "--config", "configs/quickstart.yaml", *extra, *options)
+    for name, model in MODELS.items():
+        opd("evaluate", "--model", model, "--tasks", "arithmetic", "--output", str(OUTPUT / name))
+    for name in RUNS:
+        checkpoint = OUTPUT / name / "checkpoints" / "last.ckpt"
+        folder = OUTPUT / name / "evaluation"
+        opd("evaluate", "--model", str(checkpoint), "--tasks", "arithmetic", "--output", str(folder))
+    folders = [OUTPUT / name for name in [*MODELS, *RUNS]]
+    opd("report", *map(str, folders), "--output", str(OUTPUT / "report.html"))
+
+    runs = [read_run(folder) for folder in folders]
+    print("\n" + text_table(*run_table(runs, TARGET)))
+    print("\n" + text_table(*benchmark_table(runs)))
+    print(f"\n{time.perf_counter() - start:.0f} seconds. Next:")
+    print(f"  open {OUTPUT / 'report.html'}")
+    print(f"  .venv/bin/tensorboard --logdir {OUTPUT}")
+    print("  README.md, 'Your own student, teacher and prompts'")
+
+
+def opd(*args: str) -> None:
+    """Run one command in a process of its own, as from a shell."""
+    print("$ opd " + shlex.join(args), flush=True)
+    command = [str(Path(sys.executable).parent / "opd"), *args]
+    finished = subprocess.run(command, capture_output=True, text=True, check=False)
+    if finished.returncode:
+        sys.exit(finished.stdout + finished.stderr)
+
+
+if __name__ == "__main__":
+    main()

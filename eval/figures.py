@@ -1,0 +1,112 @@
+"""Figures of runs, as PNG."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Mapping, Sequence
+
+import matplotlib
+
+matplotlib.use("Agg")
+from matplotlib import pyplot as plt  # noqa: E402 - after the backend is chosen
+from matplotlib.axes import Axes  # noqa: E402
+from matplotlib.figure import Figure  # noqa: E402
+
+from eval.runs import Point, Run  # noqa: E402
+
+DPI = 110
+
+
+def png(figure: Figure) -> bytes:
+    """Render a figure and close it."""
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png", dpi=DPI, bbox_inches="tight")
+    plt.close(figure)
+    return buffer.getvalue()
+
+
+def curves(runs: Sequence[Run]) -> Figure:
+    """Accuracy and teacher KL against steps, seconds and generated tokens.
+
+    A triangle marks a search that accepted a candidate, a cross one that refused all.
+    """
+    figure, axes = plt.subplots(2, 2, figsize=(11, 7))
+    panels = [
+        (axes[0, 0], "step", "accuracy", "optimizer steps"),
+        (axes[0, 1], "step", "reverse_kl", "optimizer steps"),
+        (axes[1, 0], "seconds", "accuracy", "seconds (validation left out)"),
+        (axes[1, 1], "tokens", "accuracy", "generated tokens (searches included)"),
+    ]
+    for axis, x, y, label in panels:
+        for i, run in enumerate(runs):
+            _curve(axis, run, x, y, f"C{i % 10}")
+        axis.set_xlabel(label)
+        axis.set_ylabel("held-out accuracy" if y == "accuracy" else "reverse KL, nats per token")
+        axis.grid(alpha=0.3)
+        if y == "reverse_kl":
+            axis.set_yscale("log")
+    handles, labels = axes[0, 0].get_legend_handles_labels()
+    if handles:
+        figure.legend(handles, labels, loc="upper center", ncols=min(len(labels), 4), frameon=False)
+    figure.tight_layout(rect=(0, 0, 1, 0.95))
+    return figure
+
+
+def _curve(axis: Axes, run: Run, x: str, y: str, color: str) -> None:
+    points = [p for p in run.points if getattr(p, y) is not None]
+    axis.plot(
+        [getattr(p, x) for p in points],
+        [getattr(p, y) for p in points],
+        color=color,
+        label=run.name,
+        linewidth=1.6,
+    )
+    for search in run.searches if x == "step" else []:
+        accepted = bool(search["coefficient"])
+        axis.plot(
+            search["step"],
+            _interpolate(points, search["step"], y),
+            marker="^" if accepted else "x",
+            color=color,
+            markersize=6 if accepted else 4,
+            linestyle="none",
+        )
+
+
+def _interpolate(points: Sequence[Point], step: int, y: str) -> float:
+    """Read a curve between two validations."""
+    for left, right in zip(points, points[1:], strict=False):
+        if left.step <= step <= right.step and right.step > left.step:
+            share = (step - left.step) / (right.step - left.step)
+            return float(getattr(left, y) + share * (getattr(right, y) - getattr(left, y)))
+    return float("nan")
+
+
+def steps_to_target(
+    results: Mapping[str, Mapping[float, Sequence[float | None]]], target: float, max_steps: int
+) -> Figure:
+    """Steps to a target accuracy against the learning rate, one line per accelerator.
+
+    Args:
+        results: By accelerator and learning rate, the steps of each seed; None: not reached.
+        target: The target accuracy.
+        max_steps: Where runs ended; runs that did not reach the target are drawn above it.
+    """
+    figure, axis = plt.subplots(figsize=(7, 4.5))
+    above = max_steps * 1.15
+    for i, (name, by_rate) in enumerate(results.items()):
+        rates = sorted(by_rate)
+        steps = [[above if s is None else s for s in by_rate[rate]] for rate in rates]
+        middle = [sorted(s)[len(s) // 2] for s in steps]
+        axis.plot(rates, middle, marker="o", color=f"C{i % 10}", label=name)
+        axis.fill_between(
+            rates, [min(s) for s in steps], [max(s) for s in steps], color=f"C{i % 10}", alpha=0.15
+        )
+    axis.axhline(max_steps, color="gray", linewidth=0.8, linestyle=":")
+    axis.text(axis.get_xlim()[0], max_steps, " not reached above this line", va="bottom", size=8)
+    axis.set_xscale("log")
+    axis.set_xlabel("learning rate")
+    axis.set_ylabel(f"optimizer steps to {target:g} accuracy")
+    axis.grid(alpha=0.3)
+    axis.legend(frameon=False)
+    return figure

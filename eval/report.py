@@ -1,0 +1,165 @@
+"""``opd report``: one self-contained HTML page with the curves and tables of one or more runs."""
+
+from __future__ import annotations
+
+import base64
+import html
+from collections.abc import Sequence
+from pathlib import Path
+
+from eval.figures import curves, png
+from eval.runs import PHASES, Run, read_run
+from opd.errors import UserError
+
+STYLE = """
+body { font: 15px/1.5 system-ui, sans-serif; max-width: 70rem; margin: 2rem auto; padding: 0 1rem;
+       color: #222 }
+table { border-collapse: collapse; margin: 1rem 0; font-variant-numeric: tabular-nums }
+th, td { padding: .3rem .8rem; border-bottom: 1px solid #ddd; text-align: right }
+th:first-child, td:first-child { text-align: left }
+img { max-width: 100% } details { margin: .5rem 0 } small { color: #666 }
+"""
+
+
+def report(runs: list[str], output: str, target: float = 0.95) -> None:
+    """Write a page about runs.
+
+    Args:
+        runs: Run folders; a folder with only an lm-eval results.json adds a row of scores.
+        output: HTML file to write; the curves are also written beside it as PNG.
+        target: Accuracy for the columns "to target".
+    """
+    path = Path(output).expanduser()
+    records = [read_run(Path(run).expanduser()) for run in runs]
+    picture = png(curves([run for run in records if run.points]))
+    page = "\n".join(
+        [
+            "<!doctype html><html lang=en><meta charset=utf-8><title>On-policy distillation</title>",
+            f"<style>{STYLE}</style><h1>On-policy distillation</h1>",
+            _runs_section(records, picture, target),
+            _benchmarks_section(records),
+            _searches_section(records),
+            _versions_section(records),
+            "</html>",
+        ]
+    )
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(page, encoding="utf-8")
+        path.with_suffix(".png").write_bytes(picture)
+    except OSError as error:
+        raise UserError(f"--output {output}: cannot be written ({error.strerror})") from error
+    print(f"wrote {output}")
+
+
+def run_table(runs: Sequence[Run], target: float) -> tuple[list[str], list[list[str]]]:
+    """Lay out what runs cost and reached: the header and one row per run."""
+    header = [
+        *("run", "steps", "generated tokens", "seconds", "of which search"),
+        *("accuracy", "reverse KL", f"steps to {target:g}", f"seconds to {target:g}"),
+    ]
+    rows = []
+    for run in runs:
+        if not run.summary:
+            continue
+        cost = run.summary["cost"]
+        seconds = sum(cost[f"{phase}_seconds"] for phase in PHASES)
+        reached = run.reached(target)
+        rows.append(
+            [
+                run.name,
+                str(run.summary["steps"]),
+                f"{cost['rollout_tokens'] + cost['search_generated_tokens']:,.0f}",
+                f"{seconds:.1f}",
+                f"{cost['search_seconds'] / seconds:.0%}" if seconds else "-",
+                _change(run.summary["accuracy"]),
+                _change(run.summary["reverse_kl"]),
+                str(reached.step) if reached else "not reached",
+                f"{reached.seconds:.1f}" if reached else "not reached",
+            ]
+        )
+    return header, rows
+
+
+def benchmark_table(runs: Sequence[Run]) -> tuple[list[str], list[list[str]]]:
+    """Lay out lm-eval scores: the header and one row per model that has any."""
+    names = sorted({name for run in runs for name in run.benchmarks})
+    rows = [
+        [run.name, *(f"{run.benchmarks[n]:.3f}" if n in run.benchmarks else "-" for n in names)]
+        for run in runs
+        if run.benchmarks
+    ]
+    return ["model", *names], rows
+
+
+def _change(pair: dict[str, float | None]) -> str:
+    values = ["-" if v is None else f"{v:.3f}" for v in (pair["initial"], pair["final"])]
+    return " → ".join(values)
+
+
+def _runs_section(runs: Sequence[Run], picture: bytes, target: float) -> str:
+    header, rows = run_table(runs, target)
+    if not rows:
+        return ""
+    encoded = base64.b64encode(picture).decode()
+    return (
+        f"<h2>Runs</h2>{_table(header, rows)}"
+        "<p><small>Accuracy and reverse KL are those of held-out prompts, before and after. Seconds "
+        "are wall-clock for rollouts, teacher, training and searches, without validation and "
+        "start-up.</small></p>"
+        f'<img alt="accuracy and teacher KL of the runs" src="data:image/png;base64,{encoded}">'
+        "<p><small>▲ a search that accepted a candidate, × one that refused all.</small></p>"
+    )
+
+
+def _benchmarks_section(runs: Sequence[Run]) -> str:
+    header, rows = benchmark_table(runs)
+    return f"<h2>Benchmarks (lm-eval)</h2>{_table(header, rows)}" if rows else ""
+
+
+def _searches_section(runs: Sequence[Run]) -> str:
+    parts = []
+    for run in runs:
+        if not run.searches:
+            continue
+        rows = [
+            [
+                str(search["step"]),
+                f"{search['coefficient']:g}" if search["coefficient"] else "refused",
+                ", ".join(f"{c['coefficient']:g}: {c['score']:.3f}" for c in search["candidates"]),
+                f"{search['seconds']:.2f}",
+                f"{search['tokens']:,}",
+            ]
+            for search in run.searches
+        ]
+        table = _table(["step", "coefficient", "candidates: score", "seconds", "tokens"], rows)
+        accepted = sum(bool(search["coefficient"]) for search in run.searches)
+        summary = f"{html.escape(run.name)}: {len(rows)} searches, {accepted} accepted"
+        parts.append(f"<details><summary>{summary}</summary>{table}</details>")
+    return "<h2>Extrapolations</h2>" + "".join(parts) if parts else ""
+
+
+def _versions_section(runs: Sequence[Run]) -> str:
+    versions = next((run.summary["versions"] for run in runs if run.summary), {})
+    text = ", ".join(f"{name} {version}" for name, version in versions.items())
+    return f"<p><small>{html.escape(text)}</small></p>"
+
+
+def _table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    head = "".join(f"<th>{html.escape(cell)}</th>" for cell in header)
+    body = "".join(
+        "<tr>" + "".join(f"<td>{html.escape(cell)}</td>" for cell in row) + "</tr>" for row in rows
+    )
+    return f"<table><tr>{head}</tr>{body}</table>"
+
+
+def text_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """Lay a table out for a terminal or as Markdown."""
+    widths = [max(len(row[i]) for row in [header, *rows]) for i in range(len(header))]
+
+    def line(cells: Sequence[str]) -> str:
+        padded = [c.ljust(w) if i == 0 else c.rjust(w) for i, (c, w) in enumerate(zip(cells, widths, strict=True))]
+        return "| " + " | ".join(padded) + " |"
+
+    rule = "|" + "|".join("-" * (w + 2) for w in widths) + "|"
+    return "\n".join([line(header), rule, *(line(row) for row in rows)])

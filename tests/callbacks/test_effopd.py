@@ -1,0 +1,167 @@
+"""The callback on a plain LightningModule, with coefficients worked out by hand, and on OPD."""
+
+import pytest
+import torch
+from conftest import assert_same, load
+from lightning.pytorch import LightningModule, Trainer
+
+from callbacks import EffOPD
+from opd.errors import UserError
+from opd.extrapolation import Score
+
+
+class Line(LightningModule):
+    """One weight that every step of SGD moves by exactly 1; its validation loss is a quadratic."""
+
+    def __init__(self, optimum: float):
+        super().__init__()
+        self.weight = torch.nn.Parameter(torch.zeros(1))
+        self.frozen = torch.nn.Parameter(torch.ones(1), requires_grad=False)
+        self.optimum = optimum
+
+    def training_step(self, batch, batch_idx):
+        return -self.weight.sum()
+
+    def validation_loss(self):
+        return (self.weight.detach() - self.optimum).square()
+
+    def configure_optimizers(self):
+        return torch.optim.SGD([self.weight], lr=1.0)
+
+    def train_dataloader(self):
+        return torch.utils.data.DataLoader(torch.zeros(64, 1))
+
+
+class MinusValidationLoss:
+    def before_step(self, module):
+        pass
+
+    def prepare(self, module, step, seed):
+        pass
+
+    def __call__(self, module):
+        return Score(-module.validation_loss(), torch.ones(1))
+
+
+def run(callback, optimum, steps, ckpt_path=None, checkpoint=None):
+    module = Line(optimum)
+    trainer = Trainer(
+        max_steps=steps,
+        accelerator="cpu",
+        logger=False,
+        callbacks=[callback],
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+    )
+    trainer.fit(module, ckpt_path=ckpt_path)
+    if checkpoint:
+        trainer.save_checkpoint(checkpoint)
+    return module.weight.item()
+
+
+def effopd(**options):
+    return EffOPD(score=MinusValidationLoss(), **options)
+
+
+def coefficients(callback):
+    return [(search["step"], search["coefficient"]) for search in callback.history]
+
+
+def test_accept_rules_on_a_quadratic():
+    """W_1 = 1, D = 1, optimum 8: candidates 3, 5, 7, 9, 11 are 5, 3, 1, 1, 3 away."""
+    paper, code = effopd(accept="not_worse"), effopd(accept="better")
+    assert run(paper, optimum=8, steps=1) == 9  # 9 is as good as 7
+    assert run(code, optimum=8, steps=1) == 7
+    assert coefficients(paper) == [(1, 8)]
+    assert coefficients(code) == [(1, 6)]
+
+
+def test_anchors_on_a_quadratic():
+    """Optimum 60. Both jump from 1 by 10 to 11; then W_2 = 12.
+
+    raw: D = 12 - W_1 = 11, candidates 34, 56, 78: keeps 56. W_4 = 58, D = 58 - W_2 = 46: refused.
+    accepted: D = 12 - 11 = 1: 22. W_4 = 24, D = 24 - 22 = 2: 44.
+    """
+    raw, accepted = effopd(anchor="raw"), effopd(anchor="accepted")
+    assert run(raw, optimum=60, steps=4) == 58
+    assert coefficients(raw) == [(1, 10), (2, 4), (4, 0)]
+    assert run(accepted, optimum=60, steps=4) == 44
+    assert coefficients(accepted) == [(1, 10), (2, 10), (4, 10)]
+
+
+def test_two_sided_goes_back_toward_the_anchor():
+    """W_1 = 1, optimum 0.2: 2 is worse; then 0.5, 0.25 (0.05 away), 0.125 (0.075 away)."""
+    callback = effopd(coefficients="two_sided")
+    assert run(callback, optimum=0.2, steps=1) == 0.25
+    assert coefficients(callback) == [(1, -0.75)]
+
+
+def test_resume_keeps_the_anchor(tmp_path):
+    straight = effopd()
+    expected = run(straight, optimum=60, steps=4)
+    run(effopd(), optimum=60, steps=3, checkpoint=tmp_path / "three.ckpt")
+    resumed = effopd()
+    assert run(resumed, optimum=60, steps=4, ckpt_path=tmp_path / "three.ckpt") == expected
+    assert coefficients(resumed) == coefficients(straight)
+
+
+def test_resume_with_other_parameters_is_refused(tmp_path):
+    run(effopd(), optimum=60, steps=1, checkpoint=tmp_path / "one.ckpt")
+    callback = effopd()
+    callback.parameters = ["*"]
+    run(callback, optimum=60, steps=2, ckpt_path=tmp_path / "one.ckpt")
+    state = torch.load(tmp_path / "one.ckpt", weights_only=True)
+    state["callbacks"]["EffOPD"]["anchor"] = {"other": torch.zeros(1)}
+    torch.save(state, tmp_path / "other.ckpt")
+    with pytest.raises(UserError, match="anchor belongs to other parameters"):
+        run(effopd(), optimum=60, steps=2, ckpt_path=tmp_path / "other.ckpt")
+
+
+def test_optimizer_state_is_reset_only_after_an_accepted_candidate(fit):
+    options = ["--trainer.callbacks+=callbacks.EffOPD", "--trainer.callbacks.schedule", "2"]
+    score = ["--trainer.callbacks.score", "opd.scores.TeacherKL"]
+    reset = ["--trainer.callbacks.optimizer_state", "reset"]
+    accepted = load(fit("accepted", *options, *score, *reset))
+    assert accepted["optimizer_states"][0]["state"] == {}
+    refusing = ["--trainer.callbacks.accept", "better 1000"]
+    refused = load(fit("refused", *options, *score, *reset, *refusing))
+    assert len(refused["optimizer_states"][0]["state"]) > 0
+
+
+@pytest.mark.parametrize(
+    "score",
+    [
+        ["opd.scores.AnswerAccuracy"],
+        ["opd.scores.TeacherKL"],
+        ["opd.scores.TeacherKL", "--trainer.callbacks.score.rollouts", "part"],
+        ["opd.scores.TeacherKL", "--trainer.callbacks.score.rollouts", "fresh"],
+    ],
+)
+def test_a_search_that_refuses_everything_changes_nothing(fit, score):
+    """Weights, optimizer, random state and data order are bit-identical to a run without it."""
+    vanilla = load(fit("vanilla", steps=3))
+    options = ["--trainer.callbacks.schedule", "every 1", "--trainer.callbacks.accept", "better 1000"]
+    refusing = ["--trainer.callbacks+=callbacks.EffOPD", *options, "--trainer.callbacks.score", *score]
+    searched = load(fit("refusing", *refusing, steps=3))
+    assert len(searched["callbacks"]["EffOPD"]["history"]) == 3
+    for part in ("state_dict", "optimizer_states", "random_state"):
+        assert_same(searched[part], vanilla[part], part)
+    position = lambda c: c["loops"]["fit_loop"]["state_dict"]["combined_loader"]  # noqa: E731
+    assert position(searched) == position(vanilla)
+
+
+def test_held_out_rollouts_are_kept_out_of_the_gradient(fit):
+    options = ["--trainer.callbacks.schedule", "1", "--trainer.callbacks.score", "opd.scores.TeacherKL"]
+    held_out = ["--trainer.callbacks.score.rollouts", "held_out", "--trainer.callbacks.score.fraction", "0.25"]
+    cost = load(fit("run", "--trainer.callbacks+=callbacks.EffOPD", *options, *held_out, steps=1))["cost"]
+    assert 0.7 < cost["train_tokens"] / cost["rollout_tokens"] < 0.8
+    assert cost["teacher_tokens"] == cost["rollout_tokens"]
+    assert cost["search_generated_tokens"] == 0
+
+
+def test_anchor_on_the_cpu_gives_the_same_weights(fit):
+    options = ["--trainer.callbacks+=callbacks.EffOPD", "--trainer.callbacks.score", "opd.scores.TeacherKL"]
+    beside = load(fit("beside", *options))
+    on_cpu = load(fit("cpu", *options, "--trainer.callbacks.anchor_device", "cpu"))
+    assert_same(on_cpu["state_dict"], beside["state_dict"])

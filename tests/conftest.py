@@ -1,0 +1,150 @@
+"""What several tests share: tiny real models with real tokenizers, and runs of the command line."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from tokenizers import Tokenizer, decoders, pre_tokenizers, processors, trainers
+from tokenizers import models as tokenizer_models
+from transformers import (
+    GPT2Config,
+    GPT2LMHeadModel,
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedTokenizerFast,
+)
+
+from opd.cli import main
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+ROOT = Path(__file__).parent.parent
+QUICKSTART = str(ROOT / "configs" / "quickstart.yaml")
+TEXTS = ["what is 12 plus 30? the answer is 42", "add 7 and 8: 15", "question: 9+9 = 18"]
+LLAMA_TEMPLATE = (
+    "{{ bos_token }}{% for m in messages %}[{{ m['role'] }}]{{ m['content'] }}"
+    "{% if m['role'] == 'assistant' %}{{ eos_token }}{% endif %}{% endfor %}"
+    "{% if add_generation_prompt %}[assistant]{% endif %}"
+)
+
+
+@pytest.fixture(autouse=True)
+def _one_thread() -> None:
+    torch.set_num_threads(1)
+
+
+def byte_level_tokenizer(specials: list[str]) -> Tokenizer:
+    """Train a small byte-level BPE tokenizer, the kind that Llama 3 and GPT-2 use."""
+    tokenizer = Tokenizer(tokenizer_models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=300,
+        special_tokens=specials,
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(TEXTS, trainer)
+    return tokenizer
+
+
+def save_llama(folder: Path, seed: int) -> None:
+    """Save a Llama whose tokenizer adds a BOS to plain text and whose template writes its own."""
+    tokenizer = byte_level_tokenizer(["<s>", "</s>", "<pad>"])
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single="<s> $A", special_tokens=[("<s>", 0)]
+    )
+    wrapped = PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        bos_token="<s>",
+        eos_token="</s>",
+        pad_token="<pad>",
+        chat_template=LLAMA_TEMPLATE,
+    )
+    torch.manual_seed(seed)
+    config = LlamaConfig(
+        vocab_size=len(wrapped),
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=128,
+        tie_word_embeddings=True,
+        bos_token_id=0,
+        eos_token_id=[1],
+        pad_token_id=2,
+    )
+    LlamaForCausalLM(config).save_pretrained(folder)
+    wrapped.save_pretrained(folder)
+
+
+def save_gpt2(folder: Path, seed: int) -> None:
+    """Save a GPT-2: learned positions, dropout, padding token = EOS, no chat template."""
+    tokenizer = byte_level_tokenizer(["<|endoftext|>"])
+    end = "<|endoftext|>"
+    wrapped = PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, bos_token=end, eos_token=end, pad_token=end
+    )
+    torch.manual_seed(seed)
+    config = GPT2Config(
+        vocab_size=len(wrapped),
+        n_embd=32,
+        n_layer=2,
+        n_head=4,
+        n_positions=128,
+        bos_token_id=0,
+        eos_token_id=0,
+    )
+    GPT2LMHeadModel(config).save_pretrained(folder)
+    wrapped.save_pretrained(folder)
+
+
+@pytest.fixture(scope="session")
+def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Folder with llama-student, llama-teacher, gpt2-student and gpt2-teacher."""
+    folder = tmp_path_factory.mktemp("tiny")
+    for seed, role in enumerate(["student", "teacher"]):
+        save_llama(folder / f"llama-{role}", seed)
+        save_gpt2(folder / f"gpt2-{role}", seed)
+    return folder
+
+
+@pytest.fixture
+def fit(tmp_path: Path) -> Callable[..., Path]:
+    """Run ``opd fit`` on a shrunk quickstart; returns the run folder."""
+
+    def run(name: str, *arguments: str, steps: int = 2) -> Path:
+        folder = tmp_path / name
+        shrunk = ["--data.validation_limit", "16", "--data.batch_size", "8"]
+        options = ["--output", str(folder), "--trainer.max_steps", str(steps)]
+        quiet = ["--trainer.enable_progress_bar", "false"]
+        code = main(["fit", "--config", QUICKSTART, *shrunk, *options, *quiet, *arguments])
+        assert code == 0
+        return folder
+
+    return run
+
+
+def load(folder: Path, name: str = "last.ckpt") -> dict:
+    return torch.load(folder / "checkpoints" / name, weights_only=True)
+
+
+def assert_same(left: object, right: object, where: str = "") -> None:
+    """Compare nested containers of tensors bit for bit."""
+    assert type(left) is type(right), where
+    if isinstance(left, torch.Tensor):
+        assert torch.equal(left, right), where
+    elif isinstance(left, dict):
+        assert left.keys() == right.keys(), where
+        for key in left:
+            assert_same(left[key], right[key], f"{where}/{key}")
+    elif isinstance(left, list | tuple):
+        assert len(left) == len(right), where
+        for i, (a, b) in enumerate(zip(left, right, strict=True)):
+            assert_same(a, b, f"{where}/{i}")
+    else:
+        assert left == right, where

@@ -1,0 +1,67 @@
+"""The sampled-token form against the paper's formulas, written out token by token."""
+
+import math
+
+import pytest
+import torch
+
+from opd.objectives import PolicyGradient, ReverseKL
+from opd.objectives.policy_gradient import policy_gradient_loss
+
+
+def written_out(logp, logp_old, advantage, clip=0.2, dual_clip=3.0):
+    rho = math.exp(min(max(logp - logp_old, -20), 20))
+    clipped = min(max(rho, 1 - clip), 1 + clip)
+    surrogate = min(rho * advantage, clipped * advantage)
+    if advantage < 0:
+        surrogate = max(surrogate, dual_clip * advantage)
+    return -surrogate
+
+
+@pytest.mark.parametrize("advantage", [-2.0, -0.1, 0.0, 0.3, 5.0])
+@pytest.mark.parametrize("logp_old", [-30.0, -3.0, -1.1, -1.0, -0.9, -0.05])
+def test_surrogate_is_the_published_one(advantage, logp_old):
+    logp = torch.tensor([-1.0], dtype=torch.float64)
+    loss = policy_gradient_loss(logp, torch.tensor([logp_old]).double(), torch.tensor([advantage]))
+    assert loss.item() == pytest.approx(written_out(-1.0, logp_old, advantage), rel=1e-6)
+
+
+def test_gradient_is_minus_advantage_times_score():
+    """sum_t (log p(y_t) - log q(y_t)) grad log p(y_t), 2605.11739 section 2."""
+    generator = torch.Generator().manual_seed(0)
+    student = torch.randn(6, 9, generator=generator, dtype=torch.float64, requires_grad=True)
+    log_q = torch.randn(6, 9, generator=generator, dtype=torch.float64).log_softmax(-1)
+    tokens = torch.randint(9, (6,), generator=generator)
+    log_p = student.log_softmax(-1)
+    logmu = log_p.detach().gather(1, tokens[:, None]).squeeze(1)
+    (ours,) = torch.autograd.grad(
+        PolicyGradient()(log_p, log_q, tokens, logmu).sum(), student, retain_graph=True
+    )
+    rows = torch.arange(6)
+    cost = (log_p - log_q)[rows, tokens].detach()
+    (expected,) = torch.autograd.grad((cost * log_p[rows, tokens]).sum(), student)
+    torch.testing.assert_close(ours, expected)
+
+
+def test_gradient_is_that_of_reverse_kl_on_average():
+    """Summed over all tokens with weight p(y), the sampled-token gradient is the full one."""
+    student = torch.randn(1, 5, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    log_q = torch.randn(1, 5, generator=torch.Generator().manual_seed(2), dtype=torch.float64)
+    student.requires_grad_()
+    log_q = log_q.log_softmax(-1)
+    log_p = student.log_softmax(-1)
+    tokens, everywhere = torch.arange(5), (log_p.expand(5, 5), log_q.expand(5, 5))
+    logmu = log_p.detach()[0]
+    loss = (log_p.exp().detach()[0] * PolicyGradient()(*everywhere, tokens, logmu)).sum()
+    (sampled,) = torch.autograd.grad(loss, student, retain_graph=True)
+    (full,) = torch.autograd.grad(ReverseKL()(log_p, log_q, tokens[:1], logmu[:1]).sum(), student)
+    torch.testing.assert_close(sampled, full)
+
+
+@pytest.mark.parametrize(("logmu", "weight"), [(-1.0, 1.0), (-1.5, math.exp(0.5)), (-9.0, 5.0)])
+def test_importance_weight_is_capped(logmu, weight):
+    log_p = torch.tensor([[-1.0, math.log(1 - math.exp(-1.0))]], dtype=torch.float64)
+    log_q = torch.tensor([[-2.0, math.log(1 - math.exp(-2.0))]], dtype=torch.float64)
+    arguments = (log_p, log_q, torch.tensor([0]), torch.tensor([logmu], dtype=torch.float64))
+    plain = PolicyGradient(importance_cap=None)(*arguments)
+    assert (PolicyGradient()(*arguments) / plain).item() == pytest.approx(weight)
