@@ -39,6 +39,7 @@ def export(checkpoint: str, output: str) -> None:
     Raises:
         UserError: The checkpoint cannot be read, or the folder not be written.
     """
+    model, tokenizer = load_model(checkpoint), load_tokenizer(checkpoint)
     folder = Path(output).expanduser()
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -46,7 +47,6 @@ def export(checkpoint: str, output: str) -> None:
         raise UserError(f"--output {output}: cannot be written ({error.strerror})") from error
     if any(folder.iterdir()):
         raise UserError(f"--output {output}: is not empty; name a new folder")
-    model, tokenizer = load_model(checkpoint), load_tokenizer(checkpoint)
     try:
         model.save_pretrained(folder)
         tokenizer.save_pretrained(folder)

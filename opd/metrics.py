@@ -26,6 +26,8 @@ TOKEN_METRICS = (
     "rollout/engine_logprob_gap",
 )
 ROLLOUT_MEANS = ("rollout/length_mean", "rollout/truncated_fraction", "rollout/accuracy")
+ROLLOUT_SUMS = ("rollout/tokens",)
+ROLLOUT_MAXIMA = ("rollout/length_max",)
 
 
 @torch.no_grad()
@@ -81,21 +83,25 @@ def overlap_at_k(log_p: Tensor, log_q: Tensor, k: int) -> tuple[Tensor, Tensor]:
 
 
 class StepMetrics(Metric):
-    """Named means and maxima, reduced over ranks as (sum, count) in one go.
+    """Named means, sums and maxima, each reduced over ranks once: means as (sum, count).
 
     Args:
         means: Names of the means.
+        sums: Names of the sums.
         maxima: Names of the maxima.
     """
 
     full_state_update = False
 
-    def __init__(self, means: Sequence[str], maxima: Sequence[str] = ()) -> None:
+    def __init__(
+        self, means: Sequence[str], sums: Sequence[str] = (), maxima: Sequence[str] = ()
+    ) -> None:
         super().__init__()
-        self.means = list(means)
+        self.summed = [*means, *sums]
+        self.means = frozenset(means)
         self.maxima = list(maxima)
-        zeros = torch.zeros(len(self.means), dtype=torch.float64)
-        self.add_state("sums", zeros, dist_reduce_fx="sum")
+        zeros = torch.zeros(len(self.summed), dtype=torch.float64)
+        self.add_state("totals", zeros, dist_reduce_fx="sum")
         self.add_state("counts", zeros.clone(), dist_reduce_fx="sum")
         lowest = torch.full((len(self.maxima),), -torch.inf, dtype=torch.float64)
         self.add_state("highest", lowest, dist_reduce_fx="max")
@@ -108,13 +114,16 @@ class StepMetrics(Metric):
                 if value.numel():
                     self.highest[i] = torch.maximum(self.highest[i], value.max())
             else:
-                i = self.means.index(name)
-                self.sums[i] += value.sum(dtype=torch.float64)
+                i = self.summed.index(name)
+                self.totals[i] += value.sum(dtype=torch.float64)
                 self.counts[i] += value.numel()
 
     def compute(self) -> dict[str, float]:
-        """Return all means and maxima that have at least one value."""
-        means = zip(self.means, self.sums.tolist(), self.counts.tolist(), strict=True)
-        result = {name: total / count for name, total, count in means if count}
+        """Return everything that has at least one value."""
+        result = {}
+        rows = zip(self.summed, self.totals.tolist(), self.counts.tolist(), strict=True)
+        for name, total, count in rows:
+            if count:
+                result[name] = total / count if name in self.means else total
         highest = zip(self.maxima, self.highest.tolist(), strict=True)
         return result | {name: value for name, value in highest if value != -torch.inf}

@@ -50,6 +50,8 @@ def model_folder(source: str) -> Iterator[str]:
         UserError: The source looks like a path and is not there, or is a folder without a model.
     """
     path = Path(source).expanduser()
+    if not source:
+        raise UserError("no model named: give a hub id, a folder, a checkpoint or embedded:NAME")
     if source.startswith("embedded:"):
         name = source.removeprefix("embedded:")
         if name not in EMBEDDED_MODELS:
@@ -66,8 +68,6 @@ def model_folder(source: str) -> Iterator[str]:
         yield str(path)
     elif source.startswith((".", "/", "~")) or source.count("/") > 1 or source.endswith(".ckpt"):
         raise UserError(f"{source}: there is no such model folder or checkpoint")
-    elif not source:
-        raise UserError("no model named: give a hub id, a folder, a checkpoint or embedded:NAME")
     else:
         yield source
 

@@ -29,7 +29,14 @@ from opd import models
 from opd.answers import AnswerVerifier
 from opd.errors import UserError
 from opd.ledger import Ledger
-from opd.metrics import ROLLOUT_MEANS, TOKEN_METRICS, StepMetrics, token_metrics
+from opd.metrics import (
+    ROLLOUT_MAXIMA,
+    ROLLOUT_MEANS,
+    ROLLOUT_SUMS,
+    TOKEN_METRICS,
+    StepMetrics,
+    token_metrics,
+)
 from opd.objectives import Objective, ReverseKL
 from opd.prompts import PromptBatch, PromptDataModule, pad_token_id
 from opd.rollouts import (
@@ -145,8 +152,8 @@ class OPDModule(LightningModule):
             pad_token_id=pad_token_id(self.tokenizer),
         )
         names = [*TOKEN_METRICS, *ROLLOUT_MEANS]
-        self.train_metrics = StepMetrics(["opd/loss", *names], ["rollout/length_max"])
-        self.evaluation_metrics = StepMetrics(names, ["rollout/length_max"])
+        self.train_metrics = StepMetrics(["opd/loss", *names], ROLLOUT_SUMS, ROLLOUT_MAXIMA)
+        self.evaluation_metrics = StepMetrics(names, ROLLOUT_SUMS, ROLLOUT_MAXIMA)
         self.step_rollouts = StepRollouts()
         self._student_files: dict[str, bytes] = {}
 
@@ -327,8 +334,11 @@ class OPDModule(LightningModule):
                 log_p = self.student_logprobs(micro)
                 logmu_y = micro.engine_logprobs[micro.mask]
                 loss = self.objective(log_p, log_q, micro.tokens, logmu_y)
-                # Data parallel strategies average gradients over ranks; the sum is wanted.
-                self.manual_backward(loss.sum() * (self.trainer.world_size / total))
+                # Lightning's bf16-mixed keeps autocast on in here; a backward under it would round
+                # the products of the float32 head to bfloat16.
+                with torch.autocast(self.device.type, enabled=False):
+                    # Data parallel strategies average gradients over ranks; the sum is wanted.
+                    self.manual_backward(loss.sum() * (self.trainer.world_size / total))
                 self.ledger.count("train_tokens", micro.num_tokens)
                 diagnosis = token_metrics(log_p.detach(), log_q, micro.tokens, logmu_y)
                 self.train_metrics.update({**diagnosis, "opd/loss": loss.detach()})
@@ -369,6 +379,7 @@ class OPDModule(LightningModule):
         lengths = rollouts.lengths.double()
         metrics.update(
             {
+                "rollout/tokens": lengths,
                 "rollout/length_mean": lengths,
                 "rollout/length_max": lengths,
                 "rollout/truncated_fraction": (~rollouts.finished).double(),

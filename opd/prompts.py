@@ -215,6 +215,11 @@ class PromptFormat:
                 return text, False
             system = [{"role": "system", "content": self.system_prompt}]
             messages = [*(system if self.system_prompt else []), {"role": "user", "content": text}]
+        elif not _is_chat(messages):
+            raise UserError(
+                f"{where}: {self.messages_field!r} must be a non-empty list of objects with a "
+                "'role' and a 'content'"
+            )
         elif tokenizer.chat_template is None:
             raise UserError(
                 f"{where}: holds {self.messages_field!r}, but the tokenizer has no chat template; "
@@ -230,6 +235,14 @@ class PromptFormat:
         except Exception as error:  # templates raise whatever their author chose
             raise UserError(f"{where}: the chat template refuses it ({error})") from error
         return str(rendered), True
+
+
+def _is_chat(messages: Any) -> bool:
+    return (
+        isinstance(messages, list)
+        and len(messages) > 0
+        and all(isinstance(m, Mapping) and {"role", "content"} <= m.keys() for m in messages)
+    )
 
 
 def tokenize_rows(

@@ -1,0 +1,120 @@
+"""The transformers engine: what it samples, what it says of it, and what it leaves alone."""
+
+import pytest
+import torch
+from transformers import GenerationConfig
+
+from opd.models import eos_token_ids, load_model, load_tokenizer
+from opd.prompts import PromptBatch, PromptFormat, tokenize_rows
+from opd.rollouts import Sampler, TransformersEngine
+from opd.rollouts.engine import completion_lengths
+from opd.seeding import generator
+
+FAMILIES = ["llama", "gpt2"]
+TEXTS = ["add 7", "what is 12 plus 30?", "9"]
+
+
+def pair(source):
+    model, tokenizer = load_model(source), load_tokenizer(source)
+    rows = [{"prompt": text} for text in TEXTS]
+    prompts = tokenize_rows(rows, tokenizer, PromptFormat(chat_template=False))
+    batch = PromptBatch.collate(prompts, tokenizer.pad_token_id)
+    sampler = Sampler(12, eos_token_ids=eos_token_ids(model, tokenizer), pad_token_id=tokenizer.pad_token_id)
+    return model, batch, sampler
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_engine_logprobs_are_those_of_one_unpadded_forward(tiny, family):
+    model, batch, sampler = pair(str(tiny / f"{family}-student"))
+    rollouts = TransformersEngine()(model.train(), batch, sampler, generator("cpu", 0))
+    assert model.training
+    model.eval()
+    for i, prompt in enumerate(batch.prompts):
+        tokens = rollouts.completion_ids[i, : rollouts.lengths[i]].tolist()
+        ids = torch.tensor([[*prompt.token_ids, *tokens]])
+        logprobs = model(ids).logits[0].log_softmax(-1)
+        expected = [logprobs[len(prompt.token_ids) - 1 + t, y].item() for t, y in enumerate(tokens)]
+        ours = rollouts.engine_logprobs[i, : len(tokens)].tolist()
+        assert ours == pytest.approx(expected, abs=1e-4)
+
+
+@pytest.mark.parametrize("batch_size", [None, 1, 2])
+def test_same_generator_same_completions_and_global_state_untouched(tiny, batch_size):
+    model, batch, sampler = pair(str(tiny / "llama-student"))
+    state = torch.get_rng_state()
+    engine = TransformersEngine(batch_size=batch_size)
+    first, again = (engine(model, batch, sampler, generator("cpu", 7)) for _ in range(2))
+    other = engine(model, batch, sampler, generator("cpu", 8))
+    assert torch.equal(first.completion_ids, again.completion_ids)
+    assert not torch.equal(first.completion_ids[:, :5], other.completion_ids[:, :5])
+    assert torch.equal(torch.get_rng_state(), state)
+    assert first.prompts.ids.tolist() == batch.ids.tolist()
+
+
+def test_draws_follow_the_models_distribution():
+    """One token, 3,000 draws: each frequency within 5 standard errors."""
+    model, tokenizer = load_model("embedded:base"), load_tokenizer("embedded:base")
+    (prompt,) = tokenize_rows([{"prompt": "123+456="}], tokenizer, PromptFormat())
+    draws = 3_000
+    batch = PromptBatch.collate([prompt] * draws, 0)
+    rollouts = TransformersEngine()(model, batch, Sampler(1), generator("cpu", 0))
+    with torch.no_grad():
+        p = model(batch.ids[:1]).logits[0, -1].softmax(-1)
+    counts = torch.bincount(rollouts.completion_ids[:, 0], minlength=len(p))
+    error = (p * (1 - p) / draws).sqrt()
+    assert ((counts / draws - p).abs() <= 5 * error + 1e-4).all()
+
+
+@pytest.mark.parametrize(
+    ("options", "allowed"),
+    [({"temperature": 0.0}, 1), ({"top_k": 3}, 3), ({"top_p": 1e-6}, 1)],
+)
+def test_sampler_fields_restrict_the_choice(options, allowed):
+    model, tokenizer = load_model("embedded:base"), load_tokenizer("embedded:base")
+    (prompt,) = tokenize_rows([{"prompt": "123+456="}], tokenizer, PromptFormat())
+    batch = PromptBatch.collate([prompt] * 500, 0)
+    rollouts = TransformersEngine()(model, batch, Sampler(1, **options), generator("cpu", 0))
+    assert len(rollouts.completion_ids.unique()) == allowed
+    with torch.no_grad():
+        best = model(batch.ids[:1]).logits[0, -1].topk(allowed).indices
+    assert set(rollouts.completion_ids.unique().tolist()) == set(best.tolist())
+
+
+def test_the_models_own_generation_config_does_not_leak_in(tiny):
+    model, batch, sampler = pair(str(tiny / "llama-student"))
+    expected = TransformersEngine()(model, batch, sampler, generator("cpu", 1))
+    own = GenerationConfig(
+        do_sample=True, top_k=1, temperature=0.01, repetition_penalty=3.0, max_new_tokens=2, min_new_tokens=2
+    )
+    model.generation_config = own
+    ours = TransformersEngine()(model, batch, sampler, generator("cpu", 1))
+    assert torch.equal(ours.completion_ids, expected.completion_ids)
+    assert model.generation_config is own
+
+
+def test_completions_end_at_the_first_eos_even_where_it_is_the_padding():
+    ids = torch.tensor([[4, 0, 0, 0], [0, 0, 0, 0], [4, 5, 6, 7], [4, 9, 5, 0]])
+    lengths, finished = completion_lengths(ids, (0, 9))
+    assert lengths.tolist() == [2, 1, 4, 2]
+    assert finished.tolist() == [True, True, False, True]
+
+
+def test_padding_token_equal_to_eos_keeps_the_real_eos(tiny):
+    model, batch, sampler = pair(str(tiny / "gpt2-student"))
+    assert sampler.pad_token_id in sampler.eos_token_ids
+    batch = batch.repeat(60)
+    rollouts = TransformersEngine()(model, batch, Sampler(40, eos_token_ids=(0,)), generator("cpu", 2))
+    ended = rollouts.finished.nonzero().flatten().tolist()
+    assert 0 < len(ended) < len(batch)
+    for i in ended:
+        tokens = rollouts.completion_ids[i, : rollouts.lengths[i]].tolist()
+        assert tokens[-1] == 0
+        assert 0 not in tokens[:-1]
+
+
+@pytest.mark.parametrize(
+    "options", [{"max_new_tokens": 0}, {"temperature": -1.0}, {"top_p": 0.0}, {"top_k": -1}]
+)
+def test_sampler_out_of_range_is_refused(options):
+    with pytest.raises(ValueError, match="out of range"):
+        Sampler(**{"max_new_tokens": 4, **options})

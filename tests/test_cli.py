@@ -1,0 +1,204 @@
+"""The front door: bad input ends with exit code 2 and one line; good input with files."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+from conftest import QUICKSTART, ROOT
+
+from opd.cli import COMMANDS, main
+from opd.embedded.build import build_model, build_tokenizer
+
+
+def error_of(capsys, *arguments):
+    """Run a command that must fail; returns its line on stderr."""
+    capsys.readouterr()
+    assert main(list(arguments)) == 2
+    lines = [line for line in capsys.readouterr().err.splitlines() if "error" in line]
+    assert len(lines) == 1
+    return lines[0]
+
+
+def fit_error(capsys, tmp_path, *arguments):
+    output = [] if "--output" in arguments else ["--output", str(tmp_path / "run")]
+    return error_of(capsys, "fit", "--config", QUICKSTART, *output, *arguments)
+
+
+def write(path, text):
+    path.write_text(text)
+    return str(path)
+
+
+def test_unknown_key(capsys, tmp_path):
+    assert "--model.studnt" in fit_error(capsys, tmp_path, "--model.studnt", "x")
+    extra = write(tmp_path / "extra.yaml", "model: {temprature: 2}\n")
+    assert "model.temprature" in fit_error(capsys, tmp_path, "--config", extra)
+
+
+def test_wrong_type(capsys, tmp_path):
+    line = fit_error(capsys, tmp_path, "--data.batch_size", "many")
+    assert "data.batch_size" in line
+    assert "many" in line
+
+
+def test_missing_files(capsys, tmp_path):
+    nope = str(tmp_path / "nope")
+    assert f"{nope}: there is no such model" in fit_error(capsys, tmp_path, "--model.student", nope)
+    assert nope in fit_error(capsys, tmp_path, "--model.teacher", nope)
+    assert f"{nope}.jsonl" in fit_error(capsys, tmp_path, "--data.train", f"{nope}.jsonl")
+    assert f"{nope}.yaml" in error_of(capsys, "fit", "--config", f"{nope}.yaml")
+    assert "no such checkpoint" in fit_error(capsys, tmp_path, "--ckpt_path", f"{nope}.ckpt")
+
+
+def test_broken_line(capsys, tmp_path):
+    text = '{"prompt": "1+1="}\n{"prompt": "1+2="}\n{"prompt": oops}\n'
+    prompts = write(tmp_path / "p.jsonl", text)
+    assert f"{prompts} line 3: not valid JSON" in fit_error(capsys, tmp_path, "--data.train", prompts)
+
+
+def test_empty_prompts(capsys, tmp_path):
+    empty = write(tmp_path / "empty.jsonl", "")
+    assert "holds no prompts" in fit_error(capsys, tmp_path, "--data.train", empty)
+    blank = write(tmp_path / "blank.jsonl", '{"prompt": "1"}\n{"prompt": ""}\n')
+    assert "line 2: needs a non-empty" in fit_error(capsys, tmp_path, "--data.train", blank)
+
+
+def test_models_that_do_not_fit(capsys, tmp_path):
+    tokenizer = build_tokenizer()
+    model = build_model(tokenizer)
+    model.resize_token_embeddings(16)
+    model.save_pretrained(tmp_path / "vocabulary")
+    tokenizer.save_pretrained(tmp_path / "vocabulary")
+    tokenizer.add_tokens(["x"])
+    model.save_pretrained(tmp_path / "tokenizer")
+    tokenizer.save_pretrained(tmp_path / "tokenizer")
+    for name, message in [("vocabulary", "vocabulary has 16"), ("tokenizer", "tokenizer differs")]:
+        teacher = str(tmp_path / name)
+        assert message in fit_error(capsys, tmp_path, "--model.teacher", teacher)
+
+
+def test_completions_beyond_the_context(capsys, tmp_path):
+    line = fit_error(capsys, tmp_path, "--model.max_new_tokens", "500")
+    assert "context of 128 tokens" in line
+
+
+def test_output_that_cannot_be_written(capsys, tmp_path):
+    blocked = write(tmp_path / "file", "") + "/run"
+    assert "cannot be written" in fit_error(capsys, tmp_path, "--output", blocked)
+    assert "cannot be written" in fit_error(capsys, tmp_path, "--output", "/proc/run")
+    assert "cannot be written" in error_of(
+        capsys, "evaluate", "--model", "embedded:base", "--tasks", "arithmetic", "--output", blocked
+    )
+
+
+def test_bfloat16_master_weights(capsys, tmp_path):
+    line = fit_error(capsys, tmp_path, "--trainer.precision", "bf16-true")
+    assert "bf16-mixed" in line
+
+
+def test_effopd_without_answers_names_the_label_free_preset(capsys, tmp_path):
+    prompts = write(tmp_path / "p.jsonl", '{"prompt": "123+456="}\n' * 4)
+    search = "--trainer.callbacks+=callbacks.EffOPD"
+    line = fit_error(capsys, tmp_path, "--data.train", prompts, search)
+    assert "label_free.yaml" in line
+
+
+def test_wrong_effopd_option(capsys, tmp_path):
+    search = ["--trainer.callbacks+=callbacks.EffOPD", "--trainer.callbacks.schedule", "sometimes"]
+    assert "EffOPD.schedule 'sometimes' must be" in fit_error(capsys, tmp_path, *search)
+
+
+def test_other_commands(capsys, tmp_path):
+    nope = str(tmp_path / "nope")
+    evaluate = ["evaluate", "--model", "embedded:base", "--tasks"]
+    assert "no such task" in error_of(capsys, *evaluate, "nope")
+    assert "--sampels" in error_of(capsys, *evaluate, "arithmetic", "--sampels", "3")
+    assert "must be at least 1" in error_of(capsys, *evaluate, "arithmetic", "--samples", "0")
+    assert "no such model" in error_of(capsys, "export", "--checkpoint", nope, "--output", nope)
+    assert "does not exist" in error_of(capsys, "report", nope, "--output", nope)
+    full = write(tmp_path / "file", "")
+    base = ["export", "--checkpoint", "embedded:base", "--output"]
+    assert "is not empty" in error_of(capsys, *base, str(tmp_path))
+    assert "cannot be written" in error_of(capsys, *base, full)
+    assert main(["fitt"]) == 2
+    assert main([]) == 2
+
+
+def test_a_folder_with_a_run_is_not_overwritten_by_accident(capsys, fit):
+    folder = fit("run", steps=1)
+    line = error_of(capsys, "fit", "--config", QUICKSTART, "--output", str(folder))
+    assert "--ckpt_path last" in line
+    assert "--overwrite true" in line
+    before = (folder / "summary.json").read_text()
+    fit("run", "--overwrite", "true", "--seed_everything", "1", steps=1)
+    assert json.loads((folder / "summary.json").read_text())["seed"] == 1 != json.loads(before)["seed"]
+
+
+def test_help_names_every_command_and_explains_the_keys(capsys):
+    assert main(["--help"]) == 0
+    text = capsys.readouterr().out
+    assert all(name in text for name in COMMANDS)
+    with pytest.raises(SystemExit):
+        main(["fit", "--help"])
+    text = capsys.readouterr().out
+    for key in ("--output", "--model.student", "--model.max_new_tokens", "--data.batch_size"):
+        assert key in text
+    assert "Longest completion in tokens" in text
+
+
+def test_commands_work_from_any_directory(tmp_path):
+    command = [sys.executable, "-m", "opd.cli", "evaluate", "--model", "embedded:base"]
+    options = ["--tasks", "arithmetic", "--limit", "8", "--output", "out"]
+    subprocess.run([*command, *options], cwd=tmp_path, check=True, capture_output=True)
+    results = json.loads((tmp_path / "out" / "results.json").read_text())
+    assert results["problems"] == {"arithmetic": 8}
+
+
+def test_predict_writes_completions_with_teacher_scores(tmp_path):
+    output = tmp_path / "predictions"
+    options = ["--output", str(output), "--data.validation_limit", "5"]
+    assert main(["predict", "--config", QUICKSTART, *options]) == 0
+    records = [json.loads(line) for line in (output / "predictions.jsonl").read_text().splitlines()]
+    assert [record["row"] for record in records] == list(range(5))
+    for record in records:
+        length = len(record["completion_ids"])
+        for name in ("engine_logprob", "student_logprob", "teacher_logprob", "reverse_kl"):
+            assert len(record[name]) == length
+        assert record["student_logprob"] == pytest.approx(record["engine_logprob"], abs=1e-4)
+        assert min(record["reverse_kl"]) > -1e-6
+
+
+@pytest.mark.parametrize("command", ["validate", "test"])
+def test_validate_and_test_score_a_student(command, capsys):
+    options = ["--data.validation_limit", "8"]
+    assert main([command, "--config", QUICKSTART, *options]) == 0
+    prefix = "val" if command == "validate" else "test"
+    assert f"{prefix}/accuracy" in capsys.readouterr().out
+
+
+def test_a_run_folder_is_complete(fit):
+    folder = fit("run", "--samples.every_n_steps", "1", steps=2)
+    assert {"config.yaml", "metrics.csv", "summary.json", "samples", "checkpoints"} <= {
+        path.name for path in folder.iterdir()
+    }
+    assert list(folder.glob("events.out.tfevents.*"))
+    summary = json.loads((folder / "summary.json").read_text())
+    assert set(summary) == {
+        *("steps", "seed", "accuracy", "reverse_kl", "cost", "extrapolation", "versions")
+    }
+    assert summary["steps"] == 2
+    assert set(summary["accuracy"]) == {"initial", "final"}
+    sample = json.loads((folder / "samples" / "step_000002.jsonl").read_text().splitlines()[0])
+    assert len(sample["reverse_kl"]) == len(sample["completion_ids"])
+
+
+def test_the_saved_configuration_repeats_the_run(fit, tmp_path):
+    from conftest import assert_same, load
+
+    first = fit("first", "--model.optimizer.lr", "3e-4")
+    output = ["--output", str(tmp_path / "again")]
+    assert main(["fit", "--config", str(first / "config.yaml"), *output]) == 0
+    assert_same(load(tmp_path / "again")["state_dict"], load(first)["state_dict"])
+
+

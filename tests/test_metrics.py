@@ -1,0 +1,61 @@
+"""Diagnostics against plain loops, and their reduction as (sum, count)."""
+
+import math
+
+import pytest
+import torch
+
+from opd.metrics import TOKEN_METRICS, StepMetrics, overlap_at_k, token_metrics
+
+
+def logprobs(seed: int, n: int = 6, v: int = 40) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randn(n, v, generator=generator, dtype=torch.float64).log_softmax(-1)
+
+
+def test_overlap_against_sets():
+    log_p, log_q = logprobs(0), logprobs(1)
+    share, advantage = overlap_at_k(log_p, log_q, 16)
+    for n in range(len(log_p)):
+        p, q = log_p[n].tolist(), log_q[n].tolist()
+        top_p = set(sorted(range(40), key=lambda v: -p[v])[:16])
+        top_q = set(sorted(range(40), key=lambda v: -q[v])[:16])
+        shared = top_p & top_q
+        assert share[n].item() == pytest.approx(len(shared) / 16)
+        mass_p, mass_q = (sum(math.exp(x[v]) for v in shared) for x in (p, q))
+        expected = sum(
+            math.exp(p[v]) / mass_p * ((q[v] - math.log(mass_q)) - (p[v] - math.log(mass_p)))
+            for v in shared
+        )
+        assert advantage[n].item() == pytest.approx(expected)
+
+
+def test_no_overlap_is_no_advantage():
+    log_p = torch.tensor([[5.0, 4.0, 0.0, 0.0]]).log_softmax(-1)
+    log_q = torch.tensor([[0.0, 0.0, 5.0, 4.0]]).log_softmax(-1)
+    share, advantage = overlap_at_k(log_p, log_q, 2)
+    assert share.item() == 0
+    assert advantage.item() == 0
+
+
+def test_a_student_equal_to_its_teacher_has_no_gap():
+    log_p = logprobs(2)
+    tokens = torch.arange(6)
+    own = log_p.gather(1, tokens[:, None]).squeeze(1)
+    values = token_metrics(log_p, log_p, tokens, own)
+    assert set(values) == set(TOKEN_METRICS)
+    for name in ("opd/reverse_kl", "opd/forward_kl", "opd/entropy_gap", "rollout/engine_logprob_gap"):
+        assert values[name].abs().max().item() == pytest.approx(0, abs=1e-12)
+    assert (values["opd/overlap_at_16"] == 1).all()
+    torch.testing.assert_close(values["opd/teacher_logprob"], own)
+
+
+def test_metrics_are_means_of_all_values_not_means_of_means():
+    metrics = StepMetrics(["a", "b"], ["s"], ["m"])
+    first = {"a": torch.tensor([1.0]), "m": torch.tensor([3.0, 9.0]), "s": torch.tensor([2.0])}
+    metrics.update(first)
+    metrics.update({"a": torch.tensor([2.0, 3.0, 6.0]), "m": torch.tensor([4.0])})
+    metrics.update({"s": torch.tensor([3.0, 4.0])})
+    assert metrics.compute() == {"a": 3.0, "s": 9.0, "m": 9.0}
+    metrics.reset()
+    assert metrics.compute() == {}

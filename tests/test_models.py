@@ -1,0 +1,120 @@
+"""Loading, separating head from body, and the start-up checks."""
+
+import shutil
+
+import pytest
+import torch
+
+from opd import models
+from opd.models import hidden_states, load_model, load_tokenizer, project
+
+SOURCES = ["embedded:base", "llama-student", "gpt2-student"]
+
+
+def resolve(source, tiny):
+    return source if source.startswith("embedded:") else str(tiny / source)
+
+
+@pytest.mark.parametrize("source", SOURCES)
+def test_head_after_body_gives_the_models_logits_under_padding(source, tiny):
+    model = load_model(resolve(source, tiny)).eval()
+    ids = torch.tensor([[0, 0, 5, 6, 7, 0], [3, 4, 5, 6, 7, 8]])
+    mask = torch.tensor([[0, 0, 1, 1, 1, 0], [1, 1, 1, 1, 1, 1]], dtype=torch.bool)
+    ours = project(model, hidden_states(model, ids, mask, mask))
+    expected = [model(torch.tensor([row])).logits[0] for row in ([5, 6, 7], [3, 4, 5, 6, 7, 8])]
+    torch.testing.assert_close(ours, torch.cat(expected), rtol=1e-4, atol=1e-5)
+
+
+def test_gradient_does_not_suffer_from_bfloat16_logits():
+    """Under bf16 autocast the head stays float32: rounding its output costs several per cent."""
+    model = load_model("embedded:base").eval()
+    head = model.get_output_embeddings().weight
+    ids = torch.tensor([[6, 7, 8, 14, 9, 10, 11, 15]])
+    mask = torch.ones_like(ids, dtype=torch.bool)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        hidden = hidden_states(model, ids, mask, mask).detach()
+        logits = project(model, hidden)
+    (ours,) = torch.autograd.grad(logits.log_softmax(-1)[:, 9].sum(), head)
+    exact = (hidden.double() @ head.double().T).log_softmax(-1)[:, 9].sum()
+    (expected,) = torch.autograd.grad(exact, head)
+    assert logits.dtype == torch.float32
+    assert ((ours - expected).norm() / expected.norm()).item() < 1e-5
+
+
+@pytest.mark.parametrize(
+    ("source", "message"),
+    [
+        ("embedded:nope", "embedded:base, embedded:teacher"),
+        ("/no/such/folder", "no such model folder"),
+        ("./relative", "no such model folder"),
+        ("last.ckpt", "no such model folder or checkpoint"),
+        ("", "no model named"),
+    ],
+)
+def test_missing_models_are_named(source, message):
+    with pytest.raises(ValueError, match=message):
+        load_model(source)
+
+
+def test_a_folder_without_a_model_is_named(tmp_path):
+    with pytest.raises(ValueError, match="no config.json"):
+        load_model(str(tmp_path))
+
+
+def test_pickled_weights_are_not_loaded(tiny, tmp_path):
+    folder = tmp_path / "pickled"
+    shutil.copytree(tiny / "llama-student", folder)
+    (folder / "model.safetensors").unlink()
+    torch.save(load_model(str(tiny / "llama-student")).state_dict(), folder / "pytorch_model.bin")
+    with pytest.raises(ValueError, match="no causal language model could be loaded"):
+        load_model(str(folder))
+
+
+def test_a_file_that_is_no_checkpoint_is_named(tmp_path):
+    (tmp_path / "x.ckpt").write_text("not a checkpoint")
+    torch.save({"weights": torch.zeros(1)}, tmp_path / "foreign.ckpt")
+    with pytest.raises(ValueError, match="cannot be read as a checkpoint"):
+        load_model(str(tmp_path / "x.ckpt"))
+    with pytest.raises(ValueError, match="is not a checkpoint of opd fit"):
+        load_model(str(tmp_path / "foreign.ckpt"))
+
+
+def test_tokenizers_that_differ_are_refused(tiny):
+    ours, theirs = (load_tokenizer(str(tiny / f"{f}-student")) for f in ("llama", "gpt2"))
+    with pytest.raises(ValueError, match="tokenizer differs from the student's in .* for example"):
+        models.check_tokenizers(ours, theirs, "other")
+    models.check_tokenizers(ours, load_tokenizer(str(tiny / "llama-teacher")), "same")
+
+
+def test_differing_chat_templates_are_a_warning_with_the_fix(tiny, caplog):
+    ours, theirs = (load_tokenizer(str(tiny / f"llama-{r}")) for r in ("student", "teacher"))
+    theirs.chat_template = "{{ messages[0].content }}"
+    models.check_tokenizers(ours, theirs, "t")
+    assert "--model.tokenizer" in caplog.text
+
+
+def test_vocabularies_may_be_padded_but_must_cover_the_tokenizer(tiny):
+    tokenizer = load_tokenizer(str(tiny / "llama-student"))
+    student, teacher = (load_model(str(tiny / f"llama-{r}")) for r in ("student", "teacher"))
+    teacher.resize_token_embeddings(len(tokenizer) + 64, mean_resizing=False)
+    models.check_models(student, teacher, tokenizer, (1,), "padded")
+    teacher.resize_token_embeddings(len(tokenizer) - 1)
+    with pytest.raises(ValueError, match="teacher small: its vocabulary has"):
+        models.check_models(student, teacher, tokenizer, (1,), "small")
+
+
+def test_differing_eos_is_a_warning_with_the_fix(tiny, caplog):
+    tokenizer = load_tokenizer(str(tiny / "llama-student"))
+    student, teacher = (load_model(str(tiny / f"llama-{r}")) for r in ("student", "teacher"))
+    models.check_models(student, teacher, tokenizer, (1,), "t")
+    assert not caplog.text
+    teacher.generation_config.eos_token_id = 2
+    models.check_models(student, teacher, tokenizer, (1,), "t")
+    assert "--model.eos_token_ids" in caplog.text
+
+
+def test_completions_must_fit_the_context(tiny):
+    model = load_model(str(tiny / "llama-student"))
+    models.check_context(model, "student", 28, 100)
+    with pytest.raises(ValueError, match="lower max_new_tokens to 99"):
+        models.check_context(model, "student", 29, 100)
