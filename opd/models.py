@@ -35,7 +35,7 @@ disable_progress_bar()  # of loading weights: a model of ours or a shard a secon
 
 Dtype = Literal["float32", "bfloat16", "float16"]
 EMBEDDED = Path(__file__).parent / "embedded"
-EMBEDDED_MODELS = ("base", "teacher")
+EMBEDDED_MODELS = ("base", "teacher", "base-long", "teacher-long")
 STUDENT_PREFIX = "student."
 STUDENT_FILES = "student_files"  # key of our checkpoints: config and tokenizer, file by file
 
@@ -55,7 +55,8 @@ def model_folder(source: str) -> Iterator[str]:
     if source.startswith("embedded:"):
         name = source.removeprefix("embedded:")
         if name not in EMBEDDED_MODELS:
-            raise UserError(f"{source}: the embedded models are embedded:base, embedded:teacher")
+            known = ", ".join(f"embedded:{known}" for known in EMBEDDED_MODELS)
+            raise UserError(f"{source}: the embedded models are {known}")
         yield str(EMBEDDED / name)
     elif path.is_file():
         with tempfile.TemporaryDirectory() as folder:

@@ -113,9 +113,10 @@ def read_rows(source: str, split: str) -> tuple[list[Row], str]:
     name = source.removeprefix("embedded:")
     unit = "row"
     if source != name:
-        if name not in arithmetic.ROWS:
-            raise UserError(f"{source}: the embedded prompts are embedded:train, embedded:test")
-        rows: list[Row] = list(arithmetic.rows("train" if name == "train" else "test"))
+        if name not in arithmetic.PROMPTS:
+            known = ", ".join(f"embedded:{known}" for known in arithmetic.PROMPTS)
+            raise UserError(f"{source}: the embedded prompts are {known}")
+        rows: list[Row] = list(arithmetic.rows(name))
     elif source.endswith((".jsonl", ".json")):
         rows, unit = _read_jsonl(Path(source).expanduser()), "line"
     elif source.endswith(".parquet"):
