@@ -209,4 +209,3 @@ class EffOPD(Callback):
         """Go on from a checkpoint's anchor and history."""
         self.anchor = dict(state_dict["anchor"])
         self.history = list(state_dict["history"])
-

@@ -32,7 +32,9 @@ def main() -> None:
     for name in RUNS:
         checkpoint = OUTPUT / name / "checkpoints" / "last.ckpt"
         folder = OUTPUT / name / "evaluation"
-        opd("evaluate", "--model", str(checkpoint), "--tasks", "arithmetic", "--output", str(folder))
+        opd(
+            "evaluate", "--model", str(checkpoint), "--tasks", "arithmetic", "--output", str(folder)
+        )
     folders = [OUTPUT / name for name in [*MODELS, *RUNS]]
     opd("report", *map(str, folders), "--output", str(OUTPUT / "report.html"))
 

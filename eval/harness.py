@@ -221,5 +221,3 @@ def markdown_table(model: str, results: Mapping[str, float], samples: int) -> st
     lines = [f"| {model} (avg@{samples}) | score |", "|---|---|"]
     lines += [f"| {name} | {value:.4f} |" for name, value in results.items()]
     return "\n".join(lines) + "\n"
-
-

@@ -81,7 +81,9 @@ class AnswerVerifier:
         try:
             groups = re.compile(self.format).groups
         except re.error as error:
-            raise UserError(f"answer format {self.format!r} is no regular expression: {error}") from error
+            raise UserError(
+                f"answer format {self.format!r} is no regular expression: {error}"
+            ) from error
         if groups != 1:
             raise UserError(
                 f"answer format {self.format!r} must be boxed, last_number, or a regular "

@@ -341,5 +341,7 @@ def select_parameters(names: Sequence[str], spec: str | Sequence[str]) -> list[s
         chosen = [name for name in names if any(fnmatch(name, p) for p in patterns)]
     if not chosen:
         examples = ", ".join(list(names)[:2])
-        raise UserError(f"EffOPD.parameters {spec!r} matches no parameter; names are like {examples}")
+        raise UserError(
+            f"EffOPD.parameters {spec!r} matches no parameter; names are like {examples}"
+        )
     return chosen

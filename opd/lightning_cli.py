@@ -85,6 +85,7 @@ class OPDCLI(LightningCLI):
                 "checkpoint.every_n_train_steps": 50,
                 "checkpoint.save_last": "link",
                 "checkpoint.save_on_train_epoch_end": False,
+                "checkpoint.enable_version_counter": False,  # a resumed run has one last.ckpt too
             }
         )
         for target in ("model.seed", "data.seed"):

@@ -310,4 +310,3 @@ def check_context(model: PreTrainedModel, role: str, prompt_tokens: int, new_tok
             f"fit the {role}'s context of {context} tokens; lower max_new_tokens to "
             f"{max(context - prompt_tokens, 0)} or data.max_prompt_tokens"
         )
-

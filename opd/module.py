@@ -198,9 +198,7 @@ class OPDModule(LightningModule):
             attn_implementation=self.attn_implementation,
             trust_remote_code=self.trust_remote_code,
         )
-        models.check_models(
-            self.student, model, self.tokenizer, self.sampler.eos_token_ids, source
-        )
+        models.check_models(self.student, model, self.tokenizer, self.sampler.eos_token_ids, source)
         return LocalTeacher(model)
 
     def on_fit_start(self) -> None:

@@ -273,9 +273,9 @@ def tokenize_rows(
     for templated in (True, False):
         chosen = [i for i, (_, by_template) in enumerate(rendered) if by_template == templated]
         if chosen:
-            encoded = tokenizer(
-                [rendered[i][0] for i in chosen], add_special_tokens=not templated
-            )["input_ids"]
+            encoded = tokenizer([rendered[i][0] for i in chosen], add_special_tokens=not templated)[
+                "input_ids"
+            ]
             for i, token_ids in zip(chosen, encoded, strict=True):
                 ids[i] = token_ids
     prompts = []
@@ -287,9 +287,7 @@ def tokenize_rows(
             raise UserError(f"{where[i]}: {fmt.teacher_field!r} must be text")
         if not ids[i]:
             raise UserError(f"{where[i]}: the prompt is empty after tokenization")
-        prompts.append(
-            Prompt(i, tuple(ids[i]), None if answer is None else str(answer), teacher)
-        )
+        prompts.append(Prompt(i, tuple(ids[i]), None if answer is None else str(answer), teacher))
     return prompts
 
 
@@ -384,7 +382,7 @@ class PromptDataModule(LightningDataModule):
         validation_limit: int | None = None,
         max_prompt_tokens: int = 2048,
         overlong: Literal["drop", "error"] = "drop",
-        format: PromptFormat = PromptFormat(),  # noqa: A002, B008 - the YAML key; frozen
+        format: PromptFormat = PromptFormat(),  # noqa: A002 - the YAML key; frozen
         train_split: str = "train",
         validation_split: str = "test",
         trust_remote_code: bool = False,
@@ -469,9 +467,7 @@ class PromptDataModule(LightningDataModule):
             return []
         return self._loader(self.validation_prompts, self.validation_batch_size, None)
 
-    def _loader(
-        self, prompts: Sequence[Prompt], batch_size: int, seed: int | None
-    ) -> PromptLoader:
+    def _loader(self, prompts: Sequence[Prompt], batch_size: int, seed: int | None) -> PromptLoader:
         rank, world_size = 0, 1
         if self.trainer is not None:
             rank, world_size = self.trainer.global_rank, self.trainer.world_size

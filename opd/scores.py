@@ -55,9 +55,7 @@ class AnswerAccuracy:
         temperature: Of these completions; 0 is greedy.
     """
 
-    def __init__(
-        self, num_examples: int = 50, samples: int = 1, temperature: float = 1.0
-    ) -> None:
+    def __init__(self, num_examples: int = 50, samples: int = 1, temperature: float = 1.0) -> None:
         if num_examples < 1 or samples < 1 or temperature < 0:
             raise UserError(
                 f"AnswerAccuracy(num_examples={num_examples}, samples={samples}, "

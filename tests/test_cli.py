@@ -5,7 +5,7 @@ import subprocess
 import sys
 
 import pytest
-from conftest import QUICKSTART, ROOT
+from conftest import QUICKSTART
 
 from opd.cli import COMMANDS, main
 from opd.embedded.build import build_model, build_tokenizer
@@ -54,7 +54,9 @@ def test_missing_files(capsys, tmp_path):
 def test_broken_line(capsys, tmp_path):
     text = '{"prompt": "1+1="}\n{"prompt": "1+2="}\n{"prompt": oops}\n'
     prompts = write(tmp_path / "p.jsonl", text)
-    assert f"{prompts} line 3: not valid JSON" in fit_error(capsys, tmp_path, "--data.train", prompts)
+    assert f"{prompts} line 3: not valid JSON" in fit_error(
+        capsys, tmp_path, "--data.train", prompts
+    )
 
 
 def test_empty_prompts(capsys, tmp_path):
@@ -132,7 +134,9 @@ def test_a_folder_with_a_run_is_not_overwritten_by_accident(capsys, fit):
     assert "--overwrite true" in line
     before = (folder / "summary.json").read_text()
     fit("run", "--overwrite", "true", "--seed_everything", "1", steps=1)
-    assert json.loads((folder / "summary.json").read_text())["seed"] == 1 != json.loads(before)["seed"]
+    assert (
+        json.loads((folder / "summary.json").read_text())["seed"] == 1 != json.loads(before)["seed"]
+    )
 
 
 def test_help_names_every_command_and_explains_the_keys(capsys):
@@ -200,5 +204,3 @@ def test_the_saved_configuration_repeats_the_run(fit, tmp_path):
     output = ["--output", str(tmp_path / "again")]
     assert main(["fit", "--config", str(first / "config.yaml"), *output]) == 0
     assert_same(load(tmp_path / "again")["state_dict"], load(first)["state_dict"])
-
-

@@ -32,7 +32,9 @@ def test_schedule(spec, steps):
     assert [t for t in range(21) if due(t)] == steps
 
 
-@pytest.mark.parametrize("spec", ["sometimes", "every", "every 0", "every 1.5", 0, [], "powers_of_two 3"])
+@pytest.mark.parametrize(
+    "spec", ["sometimes", "every", "every 0", "every 1.5", 0, [], "powers_of_two 3"]
+)
 def test_schedule_refuses_nonsense(spec):
     with pytest.raises(ValueError, match="EffOPD.schedule"):
         parse_schedule(spec)
@@ -80,7 +82,9 @@ def point(value: float) -> Score:
 def test_search_keeps_the_last_accepted():
     scores = {0.0: 0.5, 2.0: 0.6, 4.0: 0.6, 6.0: 0.55}
     results = {
-        rule: search(parse_coefficients([2, 4, 6, 8]), lambda c: point(scores[c]), parse_accept(rule))
+        rule: search(
+            parse_coefficients([2, 4, 6, 8]), lambda c: point(scores[c]), parse_accept(rule)
+        )
         for rule in ("not_worse", "better")
     }
     assert results["not_worse"].coefficient == 4  # an equal score is accepted

@@ -37,7 +37,12 @@ def tasks(tmp_path, prompts, monkeypatch):
         "output_type": "generate_until",
         "doc_to_text": "prompt",
         "doc_to_target": "answer",
-        "generation_kwargs": {"until": [], "max_gen_toks": 8, "do_sample": True, "temperature": 1.0},
+        "generation_kwargs": {
+            "until": [],
+            "max_gen_toks": 8,
+            "do_sample": True,
+            "temperature": 1.0,
+        },
         "metric_list": [{"metric": "exact_match"}],
     }
     (folder / "sums.yaml").write_text(yaml.safe_dump(task))
@@ -51,10 +56,24 @@ def test_fit_export_evaluate(tiny, tmp_path, prompts, tasks, family):
     student, teacher = (str(tiny / f"{family}-{role}") for role in ("student", "teacher"))
     run, exported = tmp_path / "run", tmp_path / "exported"
     models = ["--model.student", student, "--model.teacher", teacher, "--model.max_new_tokens", "8"]
-    data = ["--data.train", str(prompts), "--data.validation", str(prompts), "--data.batch_size", "6"]
-    search = ["--trainer.callbacks+=callbacks.EffOPD", "--trainer.callbacks.score", "opd.scores.TeacherKL"]
+    data = [
+        "--data.train",
+        str(prompts),
+        "--data.validation",
+        str(prompts),
+        "--data.batch_size",
+        "6",
+    ]
+    search = [
+        "--trainer.callbacks+=callbacks.EffOPD",
+        "--trainer.callbacks.score",
+        "opd.scores.TeacherKL",
+    ]
     options = ["--output", str(run), "--trainer.max_steps", "3", *models, *data, *search]
-    assert main(["fit", "--config", QUICKSTART, "--model.verifier.format", "last_number", *options]) == 0
+    assert (
+        main(["fit", "--config", QUICKSTART, "--model.verifier.format", "last_number", *options])
+        == 0
+    )
 
     checkpoint = str(run / "checkpoints" / "last.ckpt")
     assert main(["export", "--checkpoint", checkpoint, "--output", str(exported)]) == 0
@@ -73,16 +92,24 @@ def test_fit_export_evaluate(tiny, tmp_path, prompts, tasks, family):
     results = []
     for source in (checkpoint, str(exported)):
         output = tmp_path / "evaluated"
-        assert main(["evaluate", "--model", source, "--tasks", "sums", "--output", str(output)]) == 0
+        assert (
+            main(["evaluate", "--model", source, "--tasks", "sums", "--output", str(output)]) == 0
+        )
         record = json.loads((output / "results.json").read_text())
         results.append((record["results"], (output / "samples_sums.jsonl").read_text()))
     assert results[0] == results[1]
 
 
 @pytest.mark.parametrize("source", ["embedded:base", "llama-student", "gpt2-student"])
-def test_training_predict_and_lm_eval_see_the_same_token_ids(tiny, tasks, tmp_path, prompts, monkeypatch, source):
+def test_training_predict_and_lm_eval_see_the_same_token_ids(
+    tiny, tasks, tmp_path, prompts, monkeypatch, source
+):
     folder = source if source.startswith("embedded:") else str(tiny / source)
-    rows = [dict(row, prompt="12+30=") for row in QUESTIONS] if source == "embedded:base" else QUESTIONS
+    rows = (
+        [dict(row, prompt="12+30=") for row in QUESTIONS]
+        if source == "embedded:base"
+        else QUESTIONS
+    )
     prompts.write_text("".join(json.dumps(row) + "\n" for row in rows))
     tokenizer, model = load_tokenizer(folder), load_model(folder)
     training = [list(p.token_ids) for p in tokenize_rows(rows, tokenizer, PromptFormat())]

@@ -44,7 +44,12 @@ def test_a_student_equal_to_its_teacher_has_no_gap():
     own = log_p.gather(1, tokens[:, None]).squeeze(1)
     values = token_metrics(log_p, log_p, tokens, own)
     assert set(values) == set(TOKEN_METRICS)
-    for name in ("opd/reverse_kl", "opd/forward_kl", "opd/entropy_gap", "rollout/engine_logprob_gap"):
+    for name in (
+        "opd/reverse_kl",
+        "opd/forward_kl",
+        "opd/entropy_gap",
+        "rollout/engine_logprob_gap",
+    ):
         assert values[name].abs().max().item() == pytest.approx(0, abs=1e-12)
     assert (values["opd/overlap_at_16"] == 1).all()
     torch.testing.assert_close(values["opd/teacher_logprob"], own)

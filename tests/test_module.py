@@ -96,7 +96,9 @@ def test_an_empty_completion_does_not_divide_by_zero(tiny):
     rollouts.lengths[:] = 0
     loss = module._accumulate_gradients(cut_into_micro_batches(rollouts, 10**6))
     assert [values.numel() for values in loss] == [0]
-    assert all(torch.isfinite(p.grad).all() for p in module.student.parameters() if p.grad is not None)
+    assert all(
+        torch.isfinite(p.grad).all() for p in module.student.parameters() if p.grad is not None
+    )
 
 
 def test_each_prompt_is_scored_by_the_teacher_it_names(tiny):

@@ -92,7 +92,9 @@ def test_template_writes_its_own_bos_and_plain_text_gets_the_tokenizers(tiny):
 
 def test_system_prompt_and_template_arguments(tiny):
     tokenizer = load_tokenizer(str(tiny / "llama-student"))
-    tokenizer.chat_template = "{{ mood }}{% for m in messages %}[{{ m.role }}]{{ m.content }}{% endfor %}"
+    tokenizer.chat_template = (
+        "{{ mood }}{% for m in messages %}[{{ m.role }}]{{ m.content }}{% endfor %}"
+    )
     fmt = PromptFormat(system_prompt="be brief", chat_template_kwargs={"mood": "calm"})
     (prompt,) = tokenize_rows([{"prompt": "hi"}], tokenizer, fmt)
     assert tokenizer.decode(prompt.token_ids) == "calm[system]be brief[user]hi"

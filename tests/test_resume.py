@@ -13,7 +13,11 @@ from conftest import QUICKSTART, assert_same, load
 from opd.lightning_cli import newest_checkpoint
 from opd.loggers import MetricsCSV, read_metrics
 
-SEARCH = ["--trainer.callbacks+=callbacks.EffOPD", "--trainer.callbacks.score", "opd.scores.TeacherKL"]
+SEARCH = [
+    "--trainer.callbacks+=callbacks.EffOPD",
+    "--trainer.callbacks.score",
+    "opd.scores.TeacherKL",
+]
 SAVE = ["--checkpoint.every_n_train_steps", "2"]
 
 

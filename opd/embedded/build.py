@@ -24,7 +24,12 @@ CHAT_TEMPLATE = (
     "{% for message in messages %}{{ message['content'] }}"
     "{% if message['role'] == 'assistant' %}{{ eos_token }}{% endif %}{% endfor %}"
 )
-SPECIAL_TOKENS = {"pad_token": "<pad>", "eos_token": "<eos>", "bos_token": "<bos>", "unk_token": "<unk>"}
+SPECIAL_TOKENS = {
+    "pad_token": "<pad>",
+    "eos_token": "<eos>",
+    "bos_token": "<bos>",
+    "unk_token": "<unk>",
+}
 
 
 @dataclass(frozen=True)
@@ -164,7 +169,9 @@ def save(model: Qwen3ForCausalLM, tokenizer: PreTrainedTokenizerFast, folder: Pa
 
 
 def build(
-    output: Path, pairs: list[Literal["short", "long"]] = ["short", "long"], seed: int = 0  # noqa: B006
+    output: Path,
+    pairs: list[Literal["short", "long"]] = ["short", "long"],
+    seed: int = 0,
 ) -> None:
     """Train and save bases and teachers.
 

@@ -141,8 +141,18 @@ def test_optimizer_state_is_reset_only_after_an_accepted_candidate(fit):
 def test_a_search_that_refuses_everything_changes_nothing(fit, score):
     """Weights, optimizer, random state and data order are bit-identical to a run without it."""
     vanilla = load(fit("vanilla", steps=3))
-    options = ["--trainer.callbacks.schedule", "every 1", "--trainer.callbacks.accept", "better 1000"]
-    refusing = ["--trainer.callbacks+=callbacks.EffOPD", *options, "--trainer.callbacks.score", *score]
+    options = [
+        "--trainer.callbacks.schedule",
+        "every 1",
+        "--trainer.callbacks.accept",
+        "better 1000",
+    ]
+    refusing = [
+        "--trainer.callbacks+=callbacks.EffOPD",
+        *options,
+        "--trainer.callbacks.score",
+        *score,
+    ]
     searched = load(fit("refusing", *refusing, steps=3))
     assert len(searched["callbacks"]["EffOPD"]["history"]) == 3
     for part in ("state_dict", "optimizer_states", "random_state"):
@@ -152,16 +162,32 @@ def test_a_search_that_refuses_everything_changes_nothing(fit, score):
 
 
 def test_held_out_rollouts_are_kept_out_of_the_gradient(fit):
-    options = ["--trainer.callbacks.schedule", "1", "--trainer.callbacks.score", "opd.scores.TeacherKL"]
-    held_out = ["--trainer.callbacks.score.rollouts", "held_out", "--trainer.callbacks.score.fraction", "0.25"]
-    cost = load(fit("run", "--trainer.callbacks+=callbacks.EffOPD", *options, *held_out, steps=1))["cost"]
+    options = [
+        "--trainer.callbacks.schedule",
+        "1",
+        "--trainer.callbacks.score",
+        "opd.scores.TeacherKL",
+    ]
+    held_out = [
+        "--trainer.callbacks.score.rollouts",
+        "held_out",
+        "--trainer.callbacks.score.fraction",
+        "0.25",
+    ]
+    cost = load(fit("run", "--trainer.callbacks+=callbacks.EffOPD", *options, *held_out, steps=1))[
+        "cost"
+    ]
     assert 0.7 < cost["train_tokens"] / cost["rollout_tokens"] < 0.8
     assert cost["teacher_tokens"] == cost["rollout_tokens"]
     assert cost["search_generated_tokens"] == 0
 
 
 def test_anchor_on_the_cpu_gives_the_same_weights(fit):
-    options = ["--trainer.callbacks+=callbacks.EffOPD", "--trainer.callbacks.score", "opd.scores.TeacherKL"]
+    options = [
+        "--trainer.callbacks+=callbacks.EffOPD",
+        "--trainer.callbacks.score",
+        "opd.scores.TeacherKL",
+    ]
     beside = load(fit("beside", *options))
     on_cpu = load(fit("cpu", *options, "--trainer.callbacks.anchor_device", "cpu"))
     assert_same(on_cpu["state_dict"], beside["state_dict"])

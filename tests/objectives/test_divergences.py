@@ -81,7 +81,9 @@ def test_forward_kl_has_the_closed_form_gradient():
     torch.testing.assert_close(student.grad, expected, rtol=1e-12, atol=1e-14)
 
 
-@pytest.mark.parametrize(("beta", "limit", "scale"), [(1e-7, ForwardKL(), 1e-7), (1 - 1e-7, ReverseKL(), 1e-7)])
+@pytest.mark.parametrize(
+    ("beta", "limit", "scale"), [(1e-7, ForwardKL(), 1e-7), (1 - 1e-7, ReverseKL(), 1e-7)]
+)
 def test_jsd_tends_to_the_two_kls(beta, limit, scale):
     log_p, log_q = logits(4).log_softmax(-1), logits(5).log_softmax(-1)
     ratio = GeneralizedJSD(beta)(log_p, log_q, TOKENS, MU) / scale

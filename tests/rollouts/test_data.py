@@ -39,7 +39,9 @@ def test_inputs_select_the_positions_that_predict():
 def test_micro_batches_hold_every_token_once(budget):
     whole = rollouts()
     parts = cut_into_micro_batches(whole, budget)
-    assert sorted(t for part in parts for t in part.tokens.tolist()) == sorted(whole.tokens.tolist())
+    assert sorted(t for part in parts for t in part.tokens.tolist()) == sorted(
+        whole.tokens.tolist()
+    )
     assert sorted(p.row for part in parts for p in part.prompts.prompts) == list(range(6))
     for part in parts:
         positions = part.prompts.ids.numel() + part.completion_ids.numel()

@@ -19,7 +19,9 @@ def pair(source):
     rows = [{"prompt": text} for text in TEXTS]
     prompts = tokenize_rows(rows, tokenizer, PromptFormat(chat_template=False))
     batch = PromptBatch.collate(prompts, tokenizer.pad_token_id)
-    sampler = Sampler(12, eos_token_ids=eos_token_ids(model, tokenizer), pad_token_id=tokenizer.pad_token_id)
+    sampler = Sampler(
+        12, eos_token_ids=eos_token_ids(model, tokenizer), pad_token_id=tokenizer.pad_token_id
+    )
     return model, batch, sampler
 
 
@@ -84,7 +86,12 @@ def test_the_models_own_generation_config_does_not_leak_in(tiny):
     model, batch, sampler = pair(str(tiny / "llama-student"))
     expected = TransformersEngine()(model, batch, sampler, generator("cpu", 1))
     own = GenerationConfig(
-        do_sample=True, top_k=1, temperature=0.01, repetition_penalty=3.0, max_new_tokens=2, min_new_tokens=2
+        do_sample=True,
+        top_k=1,
+        temperature=0.01,
+        repetition_penalty=3.0,
+        max_new_tokens=2,
+        min_new_tokens=2,
     )
     model.generation_config = own
     ours = TransformersEngine()(model, batch, sampler, generator("cpu", 1))
@@ -103,7 +110,9 @@ def test_padding_token_equal_to_eos_keeps_the_real_eos(tiny):
     model, batch, sampler = pair(str(tiny / "gpt2-student"))
     assert sampler.pad_token_id in sampler.eos_token_ids
     batch = batch.repeat(60)
-    rollouts = TransformersEngine()(model, batch, Sampler(40, eos_token_ids=(0,)), generator("cpu", 2))
+    rollouts = TransformersEngine()(
+        model, batch, Sampler(40, eos_token_ids=(0,)), generator("cpu", 2)
+    )
     ended = rollouts.finished.nonzero().flatten().tolist()
     assert 0 < len(ended) < len(batch)
     for i in ended:
