@@ -13,8 +13,8 @@ or ``--trainer.callbacks+=callbacks.EffOPD`` on the command line. Presets: ``con
 
 What is searched, and how, stands as pure functions in ``opd/extrapolation.py``; what judges a
 candidate in ``opd/scores.py``. This file holds the weights: the anchor, the exact copy of W during
-a search, and the decision. It works on any LightningModule whose parameters require gradients, given
-a score that knows the module (see :class:`opd.scores.CandidateScore`).
+a search, and the decision. It works on any LightningModule whose parameters require gradients,
+given a score that knows the module (see :class:`opd.scores.CandidateScore`).
 """
 
 from __future__ import annotations

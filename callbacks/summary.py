@@ -28,7 +28,7 @@ class RunSummary(Callback):
         self.validated_step = -1
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        if not trainer.state.fn == "fit":
+        if trainer.state.fn != "fit":
             return
         results = {
             name.removeprefix("val/"): float(value)
@@ -55,7 +55,7 @@ class RunSummary(Callback):
             return
         ledger = getattr(pl_module, "ledger", None)
         costs = ledger.metrics() if ledger is not None else {}
-        searches = [c.history for c in trainer.callbacks if isinstance(c, EffOPD)]
+        searches = [c.history for c in _callbacks(trainer) if isinstance(c, EffOPD)]
         summary = {
             "steps": trainer.global_step,
             "seed": getattr(pl_module, "seed", None),
@@ -78,3 +78,8 @@ class RunSummary(Callback):
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self.initial, self.final = state_dict["initial"], state_dict["final"]
+
+
+def _callbacks(trainer: Trainer) -> list[Callback]:
+    callbacks: list[Callback] = trainer.callbacks  # type: ignore[attr-defined]  # set by a connector
+    return callbacks

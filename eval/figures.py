@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import itertools
 from collections.abc import Mapping, Sequence
 
 import matplotlib
@@ -75,7 +76,7 @@ def _curve(axis: Axes, run: Run, x: str, y: str, color: str) -> None:
 
 def _interpolate(points: Sequence[Point], step: int, y: str) -> float:
     """Read a curve between two validations."""
-    for left, right in zip(points, points[1:], strict=False):
+    for left, right in itertools.pairwise(points):
         if left.step <= step <= right.step and right.step > left.step:
             share = (step - left.step) / (right.step - left.step)
             return float(getattr(left, y) + share * (getattr(right, y) - getattr(left, y)))

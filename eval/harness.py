@@ -1,4 +1,4 @@
-"""Score a model with lm-eval: a live student, a checkpoint, a folder, a hub id, an embedded model."""
+"""Score a live student, a checkpoint, a folder, a hub id or an embedded model with lm-eval."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ def evaluate(
     folder = _output_folder(output)
     start = time.perf_counter()
     loaded = load_model(model, dtype=dtype, trust_remote_code=trust_remote_code)
-    loaded.to(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    torch.nn.Module.to(loaded, device or ("cuda" if torch.cuda.is_available() else "cpu"))
     tokenizer = load_tokenizer(model, trust_remote_code=trust_remote_code)
     results = evaluate_model(
         loaded,
@@ -70,18 +70,19 @@ def evaluate(
         chat_template=chat_template,
         seed=seed,
     )
+    scores = metrics_of(results)
     summary = {
         "model": model,
         "samples": samples,
         "limit": limit,
         "seed": seed,
         "seconds": round(time.perf_counter() - start, 1),
-        "results": metrics_of(results),
+        "results": scores,
         "problems": {
             task: counts["effective"] for task, counts in results.get("n-samples", {}).items()
         },
     }
-    table = markdown_table(model, summary["results"], samples)
+    table = markdown_table(model, scores, samples)
     if folder is not None:
         (folder / "results.json").write_text(json.dumps(summary, indent=2) + "\n", "utf-8")
         (folder / "results.md").write_text(table, "utf-8")
@@ -205,7 +206,7 @@ def load_tasks(manager: TaskManager, names: Sequence[str], samples: int) -> list
 
 
 def metrics_of(results: Mapping[str, Any]) -> dict[str, float]:
-    """Flatten lm-eval's results to ``<task>/<metric>``, without standard errors and filter names."""
+    """Flatten lm-eval's results to ``<task>/<metric>``, without errors and filter names."""
     flat = {}
     for task, values in results["results"].items():
         for key, value in values.items():

@@ -34,7 +34,8 @@ def report(runs: list[str], output: str, target: float = 0.95) -> None:
     picture = png(curves([run for run in records if run.points]))
     page = "\n".join(
         [
-            "<!doctype html><html lang=en><meta charset=utf-8><title>On-policy distillation</title>",
+            "<!doctype html><html lang=en><meta charset=utf-8>",
+            "<title>On-policy distillation</title>",
             f"<style>{STYLE}</style><h1>On-policy distillation</h1>",
             _runs_section(records, picture, target),
             _benchmarks_section(records),
@@ -104,11 +105,11 @@ def _runs_section(runs: Sequence[Run], picture: bytes, target: float) -> str:
     encoded = base64.b64encode(picture).decode()
     return (
         f"<h2>Runs</h2>{_table(header, rows)}"
-        "<p><small>Accuracy and reverse KL are those of held-out prompts, before and after. Seconds "
-        "are wall-clock for rollouts, teacher, training and searches, without validation and "
-        "start-up.</small></p>"
+        "<p><small>Accuracy and reverse KL are those of held-out prompts, before and after. "
+        "Seconds are wall-clock for rollouts, teacher, training and searches, without "
+        "validation and start-up.</small></p>"
         f'<img alt="accuracy and teacher KL of the runs" src="data:image/png;base64,{encoded}">'
-        "<p><small>▲ a search that accepted a candidate, × one that refused all.</small></p>"
+        "<p><small>▲ a search that accepted a candidate, ✕ one that refused all.</small></p>"
     )
 
 
@@ -140,6 +141,7 @@ def _searches_section(runs: Sequence[Run]) -> str:
 
 
 def _versions_section(runs: Sequence[Run]) -> str:
+    versions: dict[str, str]
     versions = next((run.summary["versions"] for run in runs if run.summary), {})
     text = ", ".join(f"{name} {version}" for name, version in versions.items())
     return f"<p><small>{html.escape(text)}</small></p>"

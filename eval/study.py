@@ -1,4 +1,4 @@
-"""``opd study``: accelerators x learning rates x seeds, until a target accuracy; table and figure."""
+"""``opd study``: accelerators x learning rates x seeds until a target accuracy."""
 
 from __future__ import annotations
 

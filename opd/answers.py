@@ -13,7 +13,7 @@ _NUMBER = re.compile(r"[-+]?\d[\d,]*(?:\.\d+)?(?:/\d+)?")
 
 
 def extract_boxed(text: str) -> str | None:
-    r"""Return the content of the last complete ``\boxed{...}``, braces balanced; None without one."""
+    r"""Return the content of the last complete ``\boxed{...}``, braces balanced, or None."""
     for start in reversed([m.end() for m in re.finditer(r"\\boxed\s*\{", text)]):
         depth = 1
         for i in range(start, len(text)):

@@ -61,7 +61,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"opd: unknown command {name!r}; see opd --help", file=sys.stderr)
         return USAGE_ERROR
     from jsonargparse import ArgumentError
-    from lightning.pytorch.utilities.exceptions import MisconfigurationException
+    from lightning.fabric.utilities.exceptions import MisconfigurationException
 
     try:
         run_command(name, rest)
@@ -94,7 +94,7 @@ def run_command(name: str, args: list[str]) -> Any:
     parser = ArgumentParser(prog=f"opd {name}", description=command.help, exit_on_error=False)
     if command.positional:
         parser.add_argument(command.positional, nargs="+", type=str)
-    skip = {command.positional} if command.positional else set()
+    skip: set[str | int] = {command.positional} if command.positional else set()
     if name == "study":
         parser.add_argument("--config", action="config", help="YAML file with these options")
     parser.add_function_arguments(function, skip=skip)

@@ -25,8 +25,8 @@ class Ledger:
     """Cumulative cost of a run, the same on all ranks after :meth:`synchronize`.
 
     Tokens are completion tokens, summed over ranks: sampled for training (rollout), scored by the
-    teacher, trained on, and used by searches, be it generated or scored (search), of which generated
-    (search_generated). Seconds are wall-clock, averaged over ranks.
+    teacher, trained on, and used by searches, be it generated or scored (search), of which
+    generated (search_generated). Seconds are wall-clock, averaged over ranks.
     """
 
     def __init__(self) -> None:

@@ -34,7 +34,7 @@ ROLLOUT_MAXIMA = ("rollout/length_max",)
 def token_metrics(
     log_p: Tensor, log_q: Tensor, tokens: Tensor, logmu_y: Tensor
 ) -> dict[str, Tensor]:
-    """Diagnose every token.
+    r"""Diagnose every token.
 
     Args:
         log_p: Student's log-probabilities, [N, V].
@@ -97,6 +97,9 @@ class StepMetrics(Metric):
         self, means: Sequence[str], sums: Sequence[str] = (), maxima: Sequence[str] = ()
     ) -> None:
         super().__init__()
+        self.totals: Tensor
+        self.counts: Tensor
+        self.highest: Tensor
         self.summed = [*means, *sums]
         self.means = frozenset(means)
         self.maxima = list(maxima)

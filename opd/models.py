@@ -1,7 +1,7 @@
 """Models and tokenizers by hub id, folder, checkpoint or ``embedded:NAME``, and whether they fit.
 
-Weights are read from safetensors (or from our own checkpoints with ``weights_only``), and remote code
-runs only where the configuration says so.
+Weights are read from safetensors (or from our own checkpoints with ``weights_only``), and remote
+code runs only where the configuration says so.
 
 Shapes: B sequences, T positions, N selected positions, H hidden size, V vocabulary.
 """
@@ -139,6 +139,7 @@ def load_model(
         else:
             model = AutoModelForCausalLM.from_pretrained(folder, use_safetensors=True, **options)
     _check_projection(model, source)
+    assert isinstance(model, PreTrainedModel)
     return model
 
 
@@ -195,14 +196,15 @@ def hidden_states(model: PreTrainedModel, ids: Tensor, mask: Tensor, select: Ten
     body = model.base_model(
         input_ids=ids, attention_mask=mask, position_ids=positions, use_cache=False
     )
-    return body.last_hidden_state[select]
+    hidden: Tensor = body.last_hidden_state[select]
+    return hidden
 
 
 def project(model: PreTrainedModel, hidden: Tensor) -> Tensor:
     """Project hidden states [N, H] onto float32 logits [N, V].
 
-    The product is done in float32 under any precision plugin: rounding logits to bfloat16 before the
-    softmax costs several per cent of the gradient.
+    The product is done in float32 under any precision plugin: rounding logits to bfloat16 before
+    the softmax costs several per cent of the gradient.
     """
     head = model.get_output_embeddings()
     with torch.autocast(hidden.device.type, enabled=False):
@@ -289,8 +291,8 @@ def check_models(
     teacher_ids = set(theirs if isinstance(theirs, list) else [theirs]) - {None}
     if teacher_ids and not teacher_ids & set(eos_ids):
         log.warning(
-            "teacher %s ends with token %s, the student with %s: the teacher will find every end of "
-            "a completion unlikely. Set --model.eos_token_ids to the token that both use",
+            "teacher %s ends with token %s, the student with %s: the teacher will find every end "
+            "of a completion unlikely. Set --model.eos_token_ids to the token that both use",
             name,
             sorted(teacher_ids),
             list(eos_ids),

@@ -88,6 +88,7 @@ class OPDModule(LightningModule):
     """
 
     student: PreTrainedModel
+    teachers: dict[str, LocalTeacher]
 
     def __init__(
         self,
@@ -289,6 +290,7 @@ class OPDModule(LightningModule):
         for i, prompt in enumerate(rollouts.prompts.prompts):
             if prompt.answer is not None:
                 text = self.tokenizer.decode(ids[i][: lengths[i]], skip_special_tokens=True)
+                assert isinstance(text, str)
                 verdicts.append(float(self.verifier(text, prompt.answer)))
         return torch.tensor(verdicts, dtype=torch.float64)
 

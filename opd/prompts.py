@@ -1,4 +1,4 @@
-"""Prompts: a hub data set, a JSONL or parquet file or ``embedded:NAME`` becomes batches of token ids.
+"""Prompts: a hub data set, a JSONL or parquet file or ``embedded:NAME`` becomes token ids.
 
 A row holds ``prompt`` (text) or ``messages`` (a chat), and may hold ``answer`` and ``teacher``. All
 rows are rendered and tokenized once, at set-up. The order of an epoch is a function of (seed,
@@ -477,7 +477,7 @@ class PromptDataModule(LightningDataModule):
 
 
 def pad_token_id(tokenizer: PreTrainedTokenizerBase) -> int:
-    """Return the id to pad with: the tokenizer's own, else its EOS, else 0; masks tell them apart."""
+    """Return the id to pad with: the tokenizer's own, else its EOS, else 0."""
     for token_id in (tokenizer.pad_token_id, tokenizer.eos_token_id):
         if token_id is not None:
             return int(token_id)

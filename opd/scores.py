@@ -44,7 +44,7 @@ class CandidateScore(Protocol):
 
 
 class AnswerAccuracy:
-    """Share of right answers among completions sampled for fixed training prompts (the paper's D_v).
+    """Share of right answers among completions to fixed training prompts (the paper's D_v).
 
     The examples are drawn once, at random, from the training prompts that have an answer, and are
     divided over the ranks.
@@ -185,7 +185,7 @@ class StepRollouts:
         self.unscored: list[Rollouts] = []  # held out of the gradient
 
     def request(self, held_out_fraction: float = 0.0) -> None:
-        """Ask the coming step to keep its rollouts, or to hold a part of them out of the gradient."""
+        """Ask the coming step to keep its rollouts, or hold a part out of the gradient."""
         self.wanted = held_out_fraction == 0.0
         self.held_out_fraction = held_out_fraction
 

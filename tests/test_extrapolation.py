@@ -36,7 +36,7 @@ def test_schedule(spec, steps):
     "spec", ["sometimes", "every", "every 0", "every 1.5", 0, [], "powers_of_two 3"]
 )
 def test_schedule_refuses_nonsense(spec):
-    with pytest.raises(ValueError, match="EffOPD.schedule"):
+    with pytest.raises(ValueError, match=r"EffOPD\.schedule"):
         parse_schedule(spec)
 
 
@@ -71,7 +71,7 @@ def test_coefficients(spec, accepts, tried):
 
 @pytest.mark.parametrize("spec", ["tripling", "doubling 0.5", "doubling x", [], [0.0]])
 def test_coefficients_refuse_nonsense(spec):
-    with pytest.raises(ValueError, match="EffOPD.coefficients"):
+    with pytest.raises(ValueError, match=r"EffOPD\.coefficients"):
         parse_coefficients(spec)
 
 

@@ -57,7 +57,7 @@ def test_missing_models_are_named(source, message):
 
 
 def test_a_folder_without_a_model_is_named(tmp_path):
-    with pytest.raises(ValueError, match="no config.json"):
+    with pytest.raises(ValueError, match=r"no config\.json"):
         load_model(str(tmp_path))
 
 
@@ -81,7 +81,7 @@ def test_a_file_that_is_no_checkpoint_is_named(tmp_path):
 
 def test_tokenizers_that_differ_are_refused(tiny):
     ours, theirs = (load_tokenizer(str(tiny / f"{f}-student")) for f in ("llama", "gpt2"))
-    with pytest.raises(ValueError, match="tokenizer differs from the student's in .* for example"):
+    with pytest.raises(ValueError, match=r"tokenizer differs from the student's in .* for example"):
         models.check_tokenizers(ours, theirs, "other")
     models.check_tokenizers(ours, load_tokenizer(str(tiny / "llama-teacher")), "same")
 

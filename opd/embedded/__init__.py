@@ -1,0 +1,1 @@
+"""The built-in models, their tokenizer and their prompts."""

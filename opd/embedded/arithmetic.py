@@ -6,7 +6,8 @@ their sum and the carry::
     prompt      123+456=
     completion  369c0;257c0;145c0=0579
 
-The long task adds eight numbers: the chain goes on with the next number and the total so far, and has
+The long task adds eight numbers: the chain goes on with the next number and the total so far, and
+has
 some 200 tokens. The answer is what stands after the last ``=``. Problems come from a seed; a fixed
 property of the numbers decides whether a problem is for training or for testing, so the two never
 overlap.
@@ -50,7 +51,7 @@ class Problem:
         return f"{sum(self.numbers):0{DIGITS + 1}d}"
 
     def chain(self, slip: float = 0.0, generator: random.Random | None = None) -> str:
-        """Return the completion of an adder who gets each sum digit wrong with probability ``slip``.
+        """Return the completion of an adder who gets sum digits wrong with probability ``slip``.
 
         The adder goes on with the wrong digit; without slips the answer is right.
         """

@@ -1,7 +1,7 @@
 """Divergences between student and teacher as pure functions of log-probabilities.
 
-Symbols as in the paper (arXiv 2605.11739): p = student, q = teacher, both [N, V] with N tokens and a
-vocabulary of V; results are per token, [N], in nats.
+Symbols as in the paper (arXiv 2605.11739): p = student, q = teacher, both [N, V] with N tokens and
+a vocabulary of V; results are per token, [N], in nats.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """The sampled-token form of OPD: a policy gradient whose advantage the teacher gives.
 
-Symbols as in the paper (arXiv 2605.11739, section 2): p = student, q = teacher, mu = rollout engine,
-y = the token sampled. All arguments and results are per token, [N].
+Symbols as in the paper (arXiv 2605.11739, section 2): p = student, q = teacher, mu = rollout
+engine, y = the token sampled. All arguments and results are per token, [N].
 """
 
 from __future__ import annotations
@@ -30,8 +30,8 @@ def policy_gradient_loss(
 ) -> Tensor:
     """PPO-shaped surrogate with clip on both sides and dual clip (published code of 2605.11739).
 
-    rho_t = exp(clamp(log p - log p_old, +-20)); the loss is -min(rho A, clip(rho) A), and where A < 0
-    at most -dual_clip * A.
+    rho_t = exp(clamp(log p - log p_old, +-20)); the loss is -min(rho A, clip(rho) A), and where A
+    < 0 at most -dual_clip * A.
 
     Args:
         logp_y: log p(y_t), with gradient.

@@ -1,7 +1,7 @@
 """What a rollout engine is asked for and what it returns.
 
-Shapes: B completions, P prompt tokens (padded left), C completion tokens (padded right), N tokens of
-all completions together.
+Shapes: B completions, P prompt tokens (padded left), C completion tokens (padded right), N tokens
+of all completions together.
 """
 
 from __future__ import annotations
@@ -180,7 +180,7 @@ def rollout_records(
         token_ids = ids[i][: lengths[i]]
         yield {
             "row": prompt.row,
-            "prompt": tokenizer.decode(prompt.token_ids),
+            "prompt": tokenizer.decode(list(prompt.token_ids)),
             "completion": tokenizer.decode(token_ids),
             "answer": prompt.answer,
             "teacher": prompt.teacher,

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import logging
 import time
-from typing import Protocol
+from typing import Any, Protocol, cast
 
 import torch
-from torch import Tensor
+from torch import FloatTensor, LongTensor, Tensor
 from transformers import (
     GenerationConfig,
     LogitsProcessor,
@@ -63,7 +63,8 @@ class _Sampling(LogitsProcessor):
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
         scores = scores.float()
         if self.sampler.temperature > 0:
-            scores = self.warpers(input_ids, scores / self.sampler.temperature)
+            scores = scores / self.sampler.temperature
+            scores = self.warpers(cast(LongTensor, input_ids), cast(FloatTensor, scores))
         logprobs = torch.log_softmax(scores, dim=-1)
         race = logprobs
         if self.sampler.temperature > 0:
@@ -130,7 +131,8 @@ class TransformersEngine:
         generator: torch.Generator,
     ) -> Rollouts:
         sampling = _Sampling(sampler, generator, self.progress_seconds)
-        sequences = model.generate(
+        generate: Any = model.generate  # untyped in transformers
+        sequences: Tensor = generate(
             prompts.ids,
             attention_mask=prompts.mask.long(),
             generation_config=GenerationConfig(

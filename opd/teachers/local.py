@@ -1,6 +1,7 @@
 """A frozen teacher on this rank's device.
 
-What is kept of a teacher's pass are hidden states of completion positions, [N, H]: log-probabilities
+What is kept of a teacher's pass are hidden states of completion positions, [N, H]:
+log-probabilities
 over the vocabulary, [N, V], are made from them when they are needed and are not kept.
 """
 
