@@ -1,0 +1,51 @@
+"""Every command of the README runs, and its YAML is accepted."""
+
+import re
+import shlex
+
+import pytest
+import yaml
+from conftest import ROOT
+
+from opd.cli import COMMANDS, main
+
+README = (ROOT / "README.md").read_text()
+BLOCKS = dict(enumerate(re.findall(r"```(?:bash|yaml)\n(.*?)```", README, re.DOTALL)))
+
+
+def commands() -> list[list[str]]:
+    lines = [line for block in BLOCKS.values() for line in block.splitlines()]
+    return [shlex.split(line)[1:] for line in lines if line.startswith("opd ")]
+
+
+def test_every_command_runs_in_order(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "configs").symlink_to(ROOT / "configs")
+    assert {command[0] for command in commands()} == set(COMMANDS) - {"study"}
+    small = ["--data.validation_limit", "8", "--data.batch_size", "4"]
+    for command in commands():
+        extra = small if command[0] in ("fit", "validate", "test", "predict") else []
+        assert main([*command, *extra]) == 0, command
+    assert (tmp_path / "runs" / "report.html").stat().st_size < 1_000_000
+    assert (tmp_path / "runs" / "exported" / "model.safetensors").is_file()
+
+
+def test_the_example_configuration_is_accepted(tmp_path, capsys):
+    """Its keys are valid: with models and prompts that exist here it runs."""
+    (example,) = [block for block in BLOCKS.values() if block.startswith("# mine.yaml")]
+    config = yaml.safe_load(example)
+    config["model"].update(student="embedded:base", teacher="embedded:teacher", max_new_tokens=8)
+    config["data"].update(train="embedded:train", validation="embedded:test", batch_size=2)
+    config["trainer"].update(max_steps=1, precision="32-true")
+    (tmp_path / "mine.yaml").write_text(yaml.safe_dump(config))
+    preset = str(ROOT / "configs" / "effopd" / "label_free.yaml")
+    options = ["--output", str(tmp_path / "run"), "--data.validation_limit", "4"]
+    assert main(["fit", "--config", str(tmp_path / "mine.yaml"), "--config", preset, *options]) == 0
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "configs" / "effopd").glob("*.yaml")))
+def test_every_preset_runs_on_the_quickstart(fit, path):
+    folder = fit("run", "--config", str(path), steps=2)
+    text = (folder / "summary.json").read_text()
+    assert '"step": 1' in text
+    assert '"step": 2' in text
