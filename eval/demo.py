@@ -6,13 +6,14 @@ import shlex
 import subprocess
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from eval.report import benchmark_table, run_table, text_table
 from eval.runs import read_run
 
 OUTPUT = Path("runs/quickstart")
-RUNS = {
+RUNS: dict[str, list[str]] = {
     "vanilla": [],
     "effopd-paper": ["--config", "configs/effopd/paper.yaml"],
     "effopd-line-search": ["--config", "configs/effopd/line_search.yaml"],
@@ -27,14 +28,13 @@ def main() -> None:
     for name, extra in RUNS.items():
         options = ["--output", str(OUTPUT / name), "--overwrite", "true"]
         opd("fit", "--config", "configs/quickstart.yaml", *extra, *options)
-    for name, model in MODELS.items():
-        opd("evaluate", "--model", model, "--tasks", "arithmetic", "--output", str(OUTPUT / name))
-    for name in RUNS:
-        checkpoint = OUTPUT / name / "checkpoints" / "last.ckpt"
-        folder = OUTPUT / name / "evaluation"
-        opd(
-            "evaluate", "--model", str(checkpoint), "--tasks", "arithmetic", "--output", str(folder)
-        )
+    scored = [(model, OUTPUT / name) for name, model in MODELS.items()]
+    scored += [
+        (str(OUTPUT / name / "checkpoints" / "last.ckpt"), OUTPUT / name / "evaluation")
+        for name in RUNS
+    ]
+    with ThreadPoolExecutor(2) as pool:  # start-up is most of it and uses one core
+        list(pool.map(lambda pair: evaluate(*pair), scored))
     folders = [OUTPUT / name for name in [*MODELS, *RUNS]]
     opd("report", *map(str, folders), "--output", str(OUTPUT / "report.html"))
 
@@ -45,6 +45,12 @@ def main() -> None:
     print(f"  open {OUTPUT / 'report.html'}")
     print(f"  .venv/bin/tensorboard --logdir {OUTPUT}")
     print("  README.md, 'Your own student, teacher and prompts'")
+
+
+def evaluate(model: str, folder: Path) -> None:
+    """Score one model on the embedded task."""
+    options = ["--tasks", "arithmetic", "--output", str(folder)]
+    opd("evaluate", "--model", model, *options)
 
 
 def opd(*args: str) -> None:

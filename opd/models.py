@@ -35,7 +35,7 @@ disable_progress_bar()  # of loading weights: a model of ours or a shard a secon
 
 Dtype = Literal["float32", "bfloat16", "float16"]
 EMBEDDED = Path(__file__).parent / "embedded"
-EMBEDDED_MODELS = ("base", "teacher", "base-long", "teacher-long")
+EMBEDDED_MODELS = ("base", "teacher")
 STUDENT_PREFIX = "student."
 STUDENT_FILES = "student_files"  # key of our checkpoints: config and tokenizer, file by file
 
