@@ -34,7 +34,7 @@ def test_study_compares_accelerators(tmp_path):
         "output": str(tmp_path / "study"),
     }
     path = tmp_path / "study.yaml"
-    path.write_text(yaml.safe_dump(config))
+    path.write_text(yaml.safe_dump(config, sort_keys=False))
     assert main(["study", "--config", str(path)]) == 0
     results = json.loads((tmp_path / "study" / "results.json").read_text())
     assert [r["trial"]["accelerator"] for r in results] == ["vanilla", "line_search"]

@@ -56,7 +56,7 @@ def test_same_generator_same_completions_and_global_state_untouched(tiny, batch_
 def test_draws_follow_the_models_distribution():
     """One token, 3,000 draws: each frequency within 5 standard errors."""
     model, tokenizer = load_model("embedded:base"), load_tokenizer("embedded:base")
-    (prompt,) = tokenize_rows([{"prompt": "123+456="}], tokenizer, PromptFormat())
+    (prompt,) = tokenize_rows([{"prompt": "123+456=36"}], tokenizer, PromptFormat())
     draws = 3_000
     batch = PromptBatch.collate([prompt] * draws, 0)
     rollouts = TransformersEngine()(model, batch, Sampler(1), generator("cpu", 0))
@@ -73,7 +73,7 @@ def test_draws_follow_the_models_distribution():
 )
 def test_sampler_fields_restrict_the_choice(options, allowed):
     model, tokenizer = load_model("embedded:base"), load_tokenizer("embedded:base")
-    (prompt,) = tokenize_rows([{"prompt": "123+456="}], tokenizer, PromptFormat())
+    (prompt,) = tokenize_rows([{"prompt": "123+456=36"}], tokenizer, PromptFormat())
     batch = PromptBatch.collate([prompt] * 500, 0)
     rollouts = TransformersEngine()(model, batch, Sampler(1, **options), generator("cpu", 0))
     assert len(rollouts.completion_ids.unique()) == allowed
