@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import logging
 import time
 from typing import Any, Protocol, cast
 
 import torch
+from lightning.pytorch.utilities import rank_zero_info
 from torch import FloatTensor, LongTensor, Tensor
 from transformers import (
     GenerationConfig,
@@ -19,8 +19,6 @@ from transformers import (
 
 from opd.prompts import PromptBatch
 from opd.rollouts.data import Rollouts, Sampler
-
-log = logging.getLogger(__name__)
 
 
 class RolloutEngine(Protocol):
@@ -79,7 +77,7 @@ class _Sampling(LogitsProcessor):
         if time.monotonic() > self.next_report:
             self.next_report = time.monotonic() + self.progress_seconds
             done, limit = len(self.logprobs), self.sampler.max_new_tokens
-            log.info("rollout: token %d of at most %d, %d completions", done, limit, completions)
+            rank_zero_info(f"rollout: token {done} of at most {limit}, {completions} completions")
 
 
 class TransformersEngine:

@@ -127,3 +127,10 @@ def test_padding_token_equal_to_eos_keeps_the_real_eos(tiny):
 def test_sampler_out_of_range_is_refused(options):
     with pytest.raises(ValueError, match="out of range"):
         Sampler(**{"max_new_tokens": 4, **options})
+
+
+def test_long_rollouts_report_their_progress(tiny, caplog):
+    model, batch, sampler = pair(str(tiny / "llama-student"))
+    with caplog.at_level("INFO"):
+        TransformersEngine(progress_seconds=0)(model, batch, sampler, generator("cpu", 0))
+    assert "rollout: token 1 of at most 12, 3 completions" in caplog.text
