@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import logging
 import time
@@ -169,9 +170,19 @@ def evaluate_model(
     return dict(results)
 
 
+@functools.cache
+def _index(folder: Path) -> TaskManager:
+    return TaskManager(include_path=str(folder), include_defaults=False)
+
+
+def own_tasks() -> TaskManager:
+    """Index the tasks of tasks/, once per process."""
+    return _index(TASKS)
+
+
 def task_manager(tasks: Sequence[str]) -> TaskManager:
     """Index the tasks of tasks/, and those built into lm-eval only if they are asked for."""
-    own = TaskManager(include_path=str(TASKS), include_defaults=False)
+    own = own_tasks()
     if all(name in own.all_tasks for name in tasks):
         return own
     everything = TaskManager(include_path=str(TASKS))
@@ -192,7 +203,7 @@ def load_tasks(manager: TaskManager, names: Sequence[str], samples: int) -> list
     """
     if samples == 1:
         return list(names)
-    own = TaskManager(include_path=str(TASKS), include_defaults=False)
+    own = own_tasks()
     single = [name for name in names if name not in own.all_tasks]
     if single:
         raise UserError(

@@ -37,7 +37,7 @@ from opd.metrics import (
     StepMetrics,
     token_metrics,
 )
-from opd.objectives import Objective, ReverseKL
+from opd.objectives import Objective, ReverseKL, kl
 from opd.prompts import PromptBatch, PromptDataModule, pad_token_id
 from opd.rollouts import (
     RolloutEngine,
@@ -437,9 +437,7 @@ class OPDModule(LightningModule):
             values = {
                 "student_logprob": log_p.gather(1, micro.tokens[:, None]).squeeze(1),
                 "teacher_logprob": log_q.gather(1, micro.tokens[:, None]).squeeze(1),
-                "reverse_kl": token_metrics(log_p, log_q, micro.tokens, micro.tokens * 0.0)[
-                    "opd/reverse_kl"
-                ],
+                "reverse_kl": kl(log_p, log_q),
             }
             columns = {name: micro.spread(value) for name, value in values.items()}
             records += rollout_records(micro, self.tokenizer, **columns)

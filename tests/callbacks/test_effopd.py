@@ -157,8 +157,8 @@ def test_a_search_that_refuses_everything_changes_nothing(fit, score):
     assert len(searched["callbacks"]["EffOPD"]["history"]) == 3
     for part in ("state_dict", "optimizer_states", "random_state"):
         assert_same(searched[part], vanilla[part], part)
-    position = lambda c: c["loops"]["fit_loop"]["state_dict"]["combined_loader"]  # noqa: E731
-    assert position(searched) == position(vanilla)
+    positions = [c["loops"]["fit_loop"]["state_dict"] for c in (searched, vanilla)]
+    assert positions[0]["combined_loader"] == positions[1]["combined_loader"]
 
 
 def test_held_out_rollouts_are_kept_out_of_the_gradient(fit):
