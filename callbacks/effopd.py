@@ -15,22 +15,29 @@ What is searched, and how, stands as pure functions in ``opd/extrapolation.py``;
 candidate in ``opd/scores.py``. This file holds the weights: the anchor, the exact copy of W during
 a search, and the decision. It works on any LightningModule whose parameters require gradients,
 given a score that knows the module (see :class:`opd.scores.CandidateScore`).
+
+Where parameters are sharded, so are anchor and copy, and candidates are made shard by shard,
+without communication. The anchor is part of the module, so every strategy's checkpoint holds it.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import time
+from collections.abc import Iterator
 from typing import Any, Literal
 
 from lightning.pytorch import Callback, LightningModule, Trainer
-from torch import Tensor
+from torch import Tensor, nn
 
 from opd import extrapolation
 from opd.errors import UserError
 from opd.extrapolation import Score, SearchResult
 from opd.ledger import Ledger
 from opd.scores import AnswerAccuracy, CandidateScore
+from opd.sharding import discard_gathered, is_sharded, local_shards
+
+ANCHOR = "effopd_anchor"  # name of the anchor within the module
 
 
 class EffOPD(Callback):
@@ -50,7 +57,8 @@ class EffOPD(Callback):
             W_{2^(n-1)}), or accepted, as the search left them (published code).
         parameters: all (paper), attention_and_mlp (published code), or glob patterns.
         optimizer_state: keep it, or reset it after an accepted candidate.
-        anchor_device: Where the anchor and the copy of W live: parameters (beside them), or cpu.
+        anchor_device: Where the anchor and the copy of W live: parameters (beside them), or cpu
+            (pinned where there is a GPU).
         seed: Seed of the score's examples and random numbers.
     """
 
@@ -75,27 +83,39 @@ class EffOPD(Callback):
         self.optimizer_state = optimizer_state
         self.anchor_device = anchor_device
         self.seed = seed
-        self.anchor: dict[str, Tensor] = {}
+        self.anchor = NamedTensors()
         self.history: list[dict[str, Any]] = []
+        self._resumed = False
 
     # --- hooks ----------------------------------------------------------------------------------
 
-    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Take W_0 as the anchor, unless a checkpoint has brought one.
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Make the anchor a part of the module; not every strategy restores before on_fit_start."""
+        pl_module.add_module(ANCHOR, self.anchor)
+
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Take W_0 as the anchor, or the one that a checkpoint has brought.
 
         Raises:
             UserError: ``parameters`` matches nothing, or the checkpoint's anchor belongs to others.
         """
-        moved = self._moved(pl_module)
-        if not self.anchor:
-            self.anchor = self._copy(moved)
-        elif self.anchor.keys() != moved.keys():
+        discard_gathered(pl_module)
+        moved, restored = self._moved(pl_module), dict(self.anchor.items())
+        if missing := sorted(moved.keys() - restored.keys() if restored else ()):
             raise UserError(
-                "the checkpoint's EffOPD anchor belongs to other parameters: resume with the same "
+                f"the checkpoint's EffOPD anchor lacks {missing[0]}: resume with the same "
                 "EffOPD.parameters"
             )
-        else:
-            self.anchor = {name: self._place(self.anchor[name], moved[name]) for name in moved}
+        self.anchor.clear()
+        for name, weight in moved.items():
+            self.anchor[name] = self._place(restored.get(name, weight).clone(), weight)
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Take W as the anchor if the checkpoint that was resumed knows of no search."""
+        if trainer.ckpt_path is not None and not self._resumed:
+            discard_gathered(pl_module)
+            weights, anchor = self._shards(pl_module)
+            extrapolation.copy_weights(anchor, weights)
 
     def on_train_batch_start(
         self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int
@@ -125,25 +145,31 @@ class EffOPD(Callback):
         def reduce_sum(tensor: Tensor) -> Tensor:
             return trainer.strategy.reduce(tensor.to(pl_module.device), reduce_op="sum")
 
-        moved = self._moved(pl_module)
-        weights, anchor = list(moved.values()), [self.anchor[name] for name in moved]
+        discard_gathered(pl_module)
+        sharded = is_sharded(list(self._moved(pl_module).values()))
+        weights, anchor = self._shards(pl_module)
         tokens_before = ledger.totals["search_tokens"]
         with ledger.phase("search"):
             self.score.prepare(pl_module, step, self.seed)
-            base = list(self._copy(moved).values())
-            norm = extrapolation.direction_norm(weights, anchor, reduce_sum)
+            base = [self._place(weight.clone(), weight) for weight in weights]
+            norm = extrapolation.direction_norm(
+                weights, anchor, reduce_sum if sharded else lambda square: square
+            )
             placed = 0.0
 
-            def score_at(coefficient: float) -> Score:
+            def place(coefficient: float) -> None:
                 nonlocal placed
                 if coefficient != placed:
+                    discard_gathered(pl_module)
                     extrapolation.set_candidate(weights, base, anchor, coefficient)
                     placed = coefficient
+
+            def score_at(coefficient: float) -> Score:
+                place(coefficient)
                 return self.score(pl_module)
 
             result = extrapolation.search(self.coefficients, score_at, self.accept, reduce_sum)
-            if placed != result.coefficient:
-                extrapolation.set_candidate(weights, base, anchor, result.coefficient)
+            place(result.coefficient)
             extrapolation.copy_weights(anchor, base if self.anchor_kind == "raw" else weights)
             if result.coefficient and self.optimizer_state == "reset":
                 for optimizer in trainer.optimizers:
@@ -193,19 +219,51 @@ class EffOPD(Callback):
         names = extrapolation.select_parameters(list(trainable), self.parameters)
         return {name: trainable[name] for name in names}
 
-    def _copy(self, moved: dict[str, Tensor]) -> dict[str, Tensor]:
-        return {name: self._place(weight.clone(), weight) for name, weight in moved.items()}
+    def _shards(self, pl_module: LightningModule) -> tuple[list[Tensor], list[Tensor]]:
+        """Return this rank's shards of the weights and of the anchor."""
+        moved = self._moved(pl_module)
+        return local_shards(list(moved.values())), local_shards([self.anchor[n] for n in moved])
 
     def _place(self, copy: Tensor, weight: Tensor) -> Tensor:
-        return copy.to("cpu" if self.anchor_device == "cpu" else weight.device)
+        if self.anchor_device == "parameters":
+            return copy.to(weight.device)
+        return copy.cpu().pin_memory() if weight.device.type == "cuda" else copy.cpu()
 
     # --- checkpoints ----------------------------------------------------------------------------
 
     def state_dict(self) -> dict[str, Any]:
-        """Return anchor and history; Lightning saves them in every checkpoint."""
-        return {"anchor": self.anchor, "history": self.history}
+        """Return the history; Lightning saves it in every checkpoint."""
+        return {"history": self.history}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Go on from a checkpoint's anchor and history."""
-        self.anchor = dict(state_dict["anchor"])
+        """Go on from a checkpoint's history; its anchor comes with the module's weights."""
         self.history = list(state_dict["history"])
+        self._resumed = True
+
+
+class NamedTensors(nn.Module):
+    """Tensors by name, saved with the module that this is a part of; not parameters.
+
+    Loading takes whatever tensors a checkpoint holds.
+    """
+
+    def __setitem__(self, name: str, tensor: Tensor) -> None:
+        self.register_buffer(name.replace(".", "/"), tensor)  # torch forbids dots
+
+    def __getitem__(self, name: str) -> Tensor:
+        return self.get_buffer(name.replace(".", "/"))
+
+    def items(self) -> Iterator[tuple[str, Tensor]]:
+        """Yield names and tensors."""
+        return ((name.replace("/", "."), tensor) for name, tensor in self.named_buffers())
+
+    def clear(self) -> None:
+        """Forget all tensors."""
+        self._buffers.clear()
+
+    def _load_from_state_dict(
+        self, state_dict: dict[str, Tensor], prefix: str, *args: Any, **kwargs: Any
+    ) -> None:
+        for key, tensor in state_dict.items():
+            if key.startswith(prefix):
+                self.register_buffer(key.removeprefix(prefix), tensor)

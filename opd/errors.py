@@ -6,3 +6,7 @@ class UserError(ValueError):
 
     The command line prints it as one line and exits with code 2. Any other exception is a bug.
     """
+
+
+class NonFiniteError(UserError):
+    """A loss, a score or a gradient is infinite or NaN; raised on all ranks before the step."""

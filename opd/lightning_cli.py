@@ -7,7 +7,6 @@ import os
 import shutil
 import time
 import warnings
-import zipfile
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +15,7 @@ from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveCon
 from lightning.pytorch.loggers import TensorBoardLogger
 
 from callbacks import RunCheckpoint, RunSummary, SampleWriter
+from opd.checkpoints import newest_checkpoint
 from opd.errors import UserError
 from opd.loggers import MetricsCSV, read_metrics
 from opd.module import OPDModule
@@ -41,6 +41,7 @@ class OPDCLI(LightningCLI):
     def run(cls) -> OPDCLI:
         """Parse sys.argv, build everything, run the subcommand."""
         warnings.filterwarnings("ignore", message=".*LeafSpec.*is deprecated")  # Lightning's own
+        warnings.filterwarnings("ignore", message=".*sync_dist=True.*")  # we log reduced values
         return cls(
             OPDModule,
             PromptDataModule,
@@ -102,6 +103,9 @@ class OPDCLI(LightningCLI):
             UserError: The folder cannot be written, or already holds a run.
         """
         options = self._options
+        if "TORCHELASTIC_RUN_ID" in os.environ:  # torchrun has started the ranks: its numbers hold
+            options.trainer.devices = int(os.environ["LOCAL_WORLD_SIZE"])
+            options.trainer.num_nodes = int(os.environ["GROUP_WORLD_SIZE"])
         self.folder: Path | None = None
         if self.subcommand not in ("fit", "predict") and options.output is None:
             return
@@ -224,13 +228,3 @@ def holds_a_run(folder: Path) -> bool:
         return True
     metrics = folder / "metrics.csv"
     return metrics.is_file() and any(row["step"] != "0" for row in read_metrics(metrics))
-
-
-def newest_checkpoint(folder: Path) -> Path | None:
-    """Find the newest whole checkpoint; a half-written one is named and passed over."""
-    files = [path for path in folder.glob("*.ckpt") if path.is_file() and not path.is_symlink()]
-    for path in sorted(files, key=lambda path: path.stat().st_mtime_ns, reverse=True):
-        if zipfile.is_zipfile(path):
-            return path
-        log.warning("%s is incomplete and is passed over", path)
-    return None

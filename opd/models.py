@@ -11,7 +11,7 @@ from __future__ import annotations
 import logging
 import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any, Literal
 
@@ -26,9 +26,12 @@ from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
+from transformers.initialization import no_init_weights
 from transformers.utils.logging import disable_progress_bar
 
+from opd import checkpoints
 from opd.errors import UserError
+from opd.sharding import forward_pass
 
 log = logging.getLogger(__name__)
 disable_progress_bar()  # of loading weights: a model of ours or a shard a second needs none
@@ -36,8 +39,6 @@ disable_progress_bar()  # of loading weights: a model of ours or a shard a secon
 Dtype = Literal["float32", "bfloat16", "float16"]
 EMBEDDED = Path(__file__).parent / "embedded"
 EMBEDDED_MODELS = ("base", "teacher")
-STUDENT_PREFIX = "student."
-STUDENT_FILES = "student_files"  # key of our checkpoints: config and tokenizer, file by file
 
 
 @contextmanager
@@ -58,9 +59,9 @@ def model_folder(source: str) -> Iterator[str]:
             known = ", ".join(f"embedded:{known}" for known in EMBEDDED_MODELS)
             raise UserError(f"{source}: the embedded models are {known}")
         yield str(EMBEDDED / name)
-    elif path.is_file():
+    elif checkpoints.is_checkpoint(path):
         with tempfile.TemporaryDirectory() as folder:
-            for name, content in _read_checkpoint(path)[STUDENT_FILES].items():
+            for name, content in checkpoints.read(path)[checkpoints.STUDENT_FILES].items():
                 (Path(folder) / Path(name).name).write_bytes(content)
             yield folder
     elif path.is_dir():
@@ -71,22 +72,6 @@ def model_folder(source: str) -> Iterator[str]:
         raise UserError(f"{source}: there is no such model folder or checkpoint")
     else:
         yield source
-
-
-def is_checkpoint(source: str) -> bool:
-    """Whether a model source is a checkpoint file rather than a folder, hub id or embedded name."""
-    return Path(source).expanduser().is_file()
-
-
-def _read_checkpoint(path: Path) -> dict[str, Any]:
-    """Map one of our checkpoints into memory; tensors are read when they are used."""
-    try:
-        checkpoint = torch.load(path, map_location="cpu", mmap=True, weights_only=True)
-    except Exception as error:  # torch.load raises whatever the broken file provokes
-        raise UserError(f"{path}: cannot be read as a checkpoint ({error})") from error
-    if not isinstance(checkpoint, dict) or STUDENT_FILES not in checkpoint:
-        raise UserError(f"{path}: is not a checkpoint of opd fit")
-    return checkpoint
 
 
 def load_tokenizer(source: str, *, trust_remote_code: bool = False) -> PreTrainedTokenizerBase:
@@ -105,6 +90,7 @@ def load_model(
     dtype: Dtype = "float32",
     attn_implementation: str = "sdpa",
     trust_remote_code: bool = False,
+    weights: bool = True,
 ) -> PreTrainedModel:
     """Load a causal language model.
 
@@ -113,34 +99,40 @@ def load_model(
         dtype: Dtype of the weights in memory.
         attn_implementation: Passed to transformers: sdpa, eager, flash_attention_2, ...
         trust_remote_code: Let a hub model run its own code.
+        weights: False builds the model on the meta device, for weights that another rank sends.
 
     Raises:
         UserError: There is no causal language model at ``source``, or its head cannot be separated
-            from its body (see :func:`project`).
+            from its body (see :func:`completion_logits`).
     """
     options: dict[str, Any] = {
         "dtype": getattr(torch, dtype),
         "attn_implementation": attn_implementation,
         "trust_remote_code": trust_remote_code,
     }
+    path = Path(source).expanduser()
     with model_folder(source) as folder, _explained(source, "causal language model"):
-        if is_checkpoint(source):
-            config = AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
-            model = AutoModelForCausalLM.from_config(config, **options)
-            model.generation_config = GenerationConfig.from_pretrained(folder)
-            state = _read_checkpoint(Path(source).expanduser())["state_dict"]
-            model.load_state_dict(
-                {
-                    name.removeprefix(STUDENT_PREFIX): tensor
-                    for name, tensor in state.items()
-                    if name.startswith(STUDENT_PREFIX)
-                }
-            )
-        else:
+        if weights and not checkpoints.is_checkpoint(path):
             model = AutoModelForCausalLM.from_pretrained(folder, use_safetensors=True, **options)
-    _check_projection(model, source)
+        else:
+            config = AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
+            with no_init_weights(), nullcontext() if weights else torch.device("meta"):
+                model = AutoModelForCausalLM.from_config(config, **options)
+            if (generation := _generation_config(folder)) is not None:
+                model.generation_config = generation
+            if weights:
+                checkpoints.read_student(path, model.state_dict())
     assert isinstance(model, PreTrainedModel)
+    if weights:
+        _check_projection(model, source)
     return model
+
+
+def _generation_config(folder: str) -> GenerationConfig | None:
+    try:
+        return GenerationConfig.from_pretrained(folder)
+    except OSError:  # a model need not have one
+        return None
 
 
 @contextmanager
@@ -180,18 +172,7 @@ def eos_token_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) ->
 # --- forward passes -------------------------------------------------------------------------------
 
 
-def hidden_states(model: PreTrainedModel, ids: Tensor, mask: Tensor, select: Tensor) -> Tensor:
-    """Run the body of a causal language model and keep the positions asked for.
-
-    Args:
-        model: Causal language model.
-        ids: Token ids, [B, T].
-        mask: True at tokens, False at padding on either side, [B, T].
-        select: Positions to keep, bool [B, T], N of them True.
-
-    Returns:
-        Last hidden states, [N, H], ready for :func:`project`.
-    """
+def _hidden_states(model: PreTrainedModel, ids: Tensor, mask: Tensor, select: Tensor) -> Tensor:
     positions = (mask.long().cumsum(dim=1) - 1).clamp(min=0)
     body = model.base_model(
         input_ids=ids, attention_mask=mask, position_ids=positions, use_cache=False
@@ -200,12 +181,7 @@ def hidden_states(model: PreTrainedModel, ids: Tensor, mask: Tensor, select: Ten
     return hidden
 
 
-def project(model: PreTrainedModel, hidden: Tensor) -> Tensor:
-    """Project hidden states [N, H] onto float32 logits [N, V].
-
-    The product is done in float32 under any precision plugin: rounding logits to bfloat16 before
-    the softmax costs several per cent of the gradient.
-    """
+def _project(model: PreTrainedModel, hidden: Tensor) -> Tensor:
     head = model.get_output_embeddings()
     with torch.autocast(hidden.device.type, enabled=False):
         bias = None if head.bias is None else head.bias.float()
@@ -220,6 +196,37 @@ def project(model: PreTrainedModel, hidden: Tensor) -> Tensor:
     return logits
 
 
+@forward_pass
+def completion_logits(model: PreTrainedModel, ids: Tensor, mask: Tensor, select: Tensor) -> Tensor:
+    """Run a causal language model and return float32 logits of the positions asked for.
+
+    The product with the head is done in float32 under any precision plugin: rounding logits to
+    bfloat16 before the softmax costs several per cent of the gradient.
+
+    Args:
+        model: Causal language model.
+        ids: Token ids, [B, T].
+        mask: True at tokens, False at padding on either side, [B, T].
+        select: Positions to keep, bool [B, T], N of them True.
+
+    Returns:
+        Logits, float32, [N, V].
+    """
+    return _project(model, _hidden_states(model, ids, mask, select))
+
+
+@forward_pass
+def hidden_states(model: PreTrainedModel, ids: Tensor, mask: Tensor, select: Tensor) -> Tensor:
+    """Run the body only; returns last hidden states, [N, H], ready for :func:`project`."""
+    return _hidden_states(model, ids, mask, select)
+
+
+@forward_pass
+def project(model: PreTrainedModel, hidden: Tensor) -> Tensor:
+    """Project hidden states, [N, H], onto float32 logits, [N, V], as :func:`completion_logits`."""
+    return _project(model, hidden)
+
+
 @torch.no_grad()
 def _check_projection(model: PreTrainedModel, source: str) -> None:
     """Make sure that body and head, called one after the other, give the model's own logits."""
@@ -227,7 +234,7 @@ def _check_projection(model: PreTrainedModel, source: str) -> None:
     model.eval()
     ids = torch.tensor([[1, 2, 3]], device=model.device)
     everything = torch.ones_like(ids, dtype=torch.bool)
-    ours = project(model, hidden_states(model, ids, everything, everything))
+    ours = completion_logits(model, ids, everything, everything)
     own = model(input_ids=ids, attention_mask=everything).logits[0].float()
     model.train(training)
     tolerance = 1e-3 if model.dtype == torch.float32 else 0.1

@@ -16,18 +16,22 @@ Shapes: B completions, N tokens of them together, V vocabulary.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
-from typing import Any
+import functools
+import math
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext
+from typing import Any, Literal
 
 import torch
 from lightning.pytorch import LightningModule
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from torch import Tensor
+from torch.nn.parallel import DistributedDataParallel
 from transformers import PreTrainedModel
 
-from opd import models
+from opd import checkpoints, models, sharding
 from opd.answers import AnswerVerifier
-from opd.errors import UserError
+from opd.errors import NonFiniteError, UserError
 from opd.ledger import Ledger
 from opd.metrics import (
     ROLLOUT_MAXIMA,
@@ -38,7 +42,7 @@ from opd.metrics import (
     token_metrics,
 )
 from opd.objectives import Objective, ReverseKL, kl
-from opd.prompts import PromptBatch, PromptDataModule, pad_token_id
+from opd.prompts import Prompt, PromptBatch, PromptDataModule, pad_token_id
 from opd.rollouts import (
     RolloutEngine,
     Rollouts,
@@ -81,8 +85,14 @@ class OPDModule(LightningModule):
         max_grad_norm: Gradients are clipped to this norm.
         tokenizer: Where the tokenizer comes from. None: the student.
         teacher_dtype: Dtype of the teacher's weights.
+        teacher_offload: Keep the teacher's weights in host memory, and copy each layer to the
+            device when it runs.
         attn_implementation: sdpa, eager, flash_attention_2, ...
-        gradient_checkpointing: Recompute activations in backward: less memory, more time.
+        gradient_checkpointing: Recompute the activations of each layer in backward: less memory,
+            more time.
+        gradient_sync: When gradients are summed over ranks. ``last``: with the last micro-batch,
+            the least communication; FSDP then holds whole gradients in between, 4 bytes per
+            parameter. ``every``: with each micro-batch; FSDP then holds shards of them only.
         trust_remote_code: Let hub models run their own code.
         seed: Seed of rollouts and dropout; the command line fills in seed_everything.
     """
@@ -109,8 +119,10 @@ class OPDModule(LightningModule):
         max_grad_norm: float = 1.0,
         tokenizer: str | None = None,
         teacher_dtype: models.Dtype = "float32",
+        teacher_offload: bool = False,
         attn_implementation: str = "sdpa",
         gradient_checkpointing: bool = False,
+        gradient_sync: Literal["last", "every"] = "last",
         trust_remote_code: bool = False,
         seed: int = 0,
     ) -> None:
@@ -136,8 +148,10 @@ class OPDModule(LightningModule):
         self.micro_batch_tokens = micro_batch_tokens
         self.max_grad_norm = max_grad_norm
         self.teacher_dtype: models.Dtype = teacher_dtype
+        self.teacher_offload = teacher_offload
         self.attn_implementation = attn_implementation
         self.gradient_checkpointing = gradient_checkpointing
+        self.gradient_sync = gradient_sync
         self.trust_remote_code = trust_remote_code
         self.seed = seed
         self.ledger = Ledger()
@@ -168,11 +182,7 @@ class OPDModule(LightningModule):
         """
         if hasattr(self, "student"):
             return
-        self.student = models.load_model(
-            self.student_source,
-            attn_implementation=self.attn_implementation,
-            trust_remote_code=self.trust_remote_code,
-        )
+        self.student = self._load_model(self.student_source, dtype="float32", trained=True)
         self.student.train()
         if self.gradient_checkpointing:
             self.student.gradient_checkpointing_enable({"use_reentrant": False})
@@ -193,14 +203,40 @@ class OPDModule(LightningModule):
         source = self.teacher_sources[name]
         tokenizer = models.load_tokenizer(source, trust_remote_code=self.trust_remote_code)
         models.check_tokenizers(self.tokenizer, tokenizer, source)
-        model = models.load_model(
+        model = self._load_model(source, dtype=self.teacher_dtype, trained=False)
+        models.check_models(self.student, model, self.tokenizer, self.sampler.eos_token_ids, source)
+        return LocalTeacher(model, offload=self.teacher_offload)
+
+    def _load_model(self, source: str, *, dtype: models.Dtype, trained: bool) -> PreTrainedModel:
+        """Load a model; under a sharded strategy rank 0 alone reads it, and sends the shards."""
+        load = functools.partial(
+            models.load_model,
             source,
-            dtype=self.teacher_dtype,
+            dtype=dtype,
             attn_implementation=self.attn_implementation,
             trust_remote_code=self.trust_remote_code,
         )
-        models.check_models(self.student, model, self.tokenizer, self.sampler.eos_token_ids, source)
-        return LocalTeacher(model)
+        if self.device_mesh is None:
+            return load()
+        whole, error = None, None
+        if self.global_rank == 0:
+            try:
+                whole = load()
+            except UserError as reason:
+                error = str(reason)
+        if error := self.trainer.strategy.broadcast(error):
+            raise UserError(error)
+        model = load(weights=False)
+        sharding.shard(
+            model,
+            whole,
+            self.device_mesh["data_parallel"],
+            self.device,
+            compute_dtype=torch.bfloat16 if self.trainer.precision == "bf16-mixed" else None,
+            trained=trained,
+            offload=self.teacher_offload and not trained,
+        )
+        return model
 
     def on_fit_start(self) -> None:
         """Check what only a run can know.
@@ -257,21 +293,40 @@ class OPDModule(LightningModule):
         Raises:
             UserError: There is no teacher of that name.
         """
-        prompt = rollouts.prompts.prompts[0]
+        return self.teachers[self._teacher_name(rollouts.prompts.prompts[0])]
+
+    def _teacher_name(self, prompt: Prompt) -> str:
+        if prompt.teacher is None and len(self.teachers) == 1:
+            return next(iter(self.teachers))
         name = prompt.teacher or DEFAULT_TEACHER
-        if len(self.teachers) == 1 and prompt.teacher is None:
-            return next(iter(self.teachers.values()))
         if name not in self.teachers:
             raise UserError(
                 f"prompt row {prompt.row} names teacher {prompt.teacher!r}; model.teacher has "
                 f"{sorted(self.teachers)}"
             )
-        return self.teachers[name]
+        return name
+
+    def micro_batches(self, rollouts: Rollouts) -> list[Rollouts]:
+        """Cut rollouts into micro-batches: on all ranks equally many, and of the same teachers.
+
+        A pass of a sharded model is a collective, and gradients are summed with the last one, so a
+        rank with fewer micro-batches gets placeholders without tokens. A collective itself.
+        """
+        cut = cut_into_micro_batches(rollouts, self.micro_batch_tokens)
+        if self.trainer.world_size == 1:
+            return cut
+        by_teacher: dict[str, list[Rollouts]] = {name: [] for name in self.teachers}
+        for micro in cut:
+            by_teacher[self._teacher_name(micro.prompts.prompts[0])].append(micro)
+        mine = torch.tensor([len(group) for group in by_teacher.values()], device=self.device)
+        most = self.trainer.strategy.reduce(mine, reduce_op="max").tolist()
+        for (name, group), count in zip(by_teacher.items(), most, strict=True):
+            group += [Rollouts.placeholder(name, self.device)] * (count - len(group))
+        return [micro for group in by_teacher.values() for micro in group]
 
     def student_logprobs(self, rollouts: Rollouts) -> Tensor:
         """Log-probabilities of the student at all completion tokens, float32, [N, V]."""
-        hidden = models.hidden_states(self.student, *rollouts.inputs())
-        logits = models.project(self.student, hidden)[:, : self.vocabulary]
+        logits = models.completion_logits(self.student, *rollouts.inputs())[:, : self.vocabulary]
         return torch.log_softmax(logits / self.sampler.temperature, dim=-1)
 
     def teacher_logprobs(self, scored: TeacherScored) -> Tensor:
@@ -310,23 +365,31 @@ class OPDModule(LightningModule):
             self.ledger.count("rollout_tokens", rollouts.num_tokens)
         self._update_rollout_metrics(self.train_metrics, rollouts)
         held_out, trained = self.step_rollouts.split(rollouts, self.generator(step, "held out"))
-        micro_batches = cut_into_micro_batches(trained, self.micro_batch_tokens)
+        micro_batches = self.micro_batches(trained)
         with own_randomness(self.device, self.seed, step, self.global_rank, "dropout"):
             token_kls = self._accumulate_gradients(micro_batches)
-        if held_out is not None:
-            self.step_rollouts.unscored = cut_into_micro_batches(held_out, self.micro_batch_tokens)
+        if self.step_rollouts.held_out_fraction:
+            self.step_rollouts.unscored = self.micro_batches(held_out)
         update = self._apply_gradients()
         self.ledger.synchronize(self._sum_over_ranks, self.trainer.world_size)
         self.log_dict({**self.train_metrics.compute(), **update, "step": float(step)})
         self.train_metrics.reset()
-        return {"rollouts": micro_batches, "reverse_kl": token_kls}
+        filled = [i for i, micro in enumerate(micro_batches) if micro.num_tokens]
+        return {
+            "rollouts": [micro_batches[i] for i in filled],
+            "reverse_kl": [token_kls[i] for i in filled],
+        }
 
     def _accumulate_gradients(self, micro_batches: Sequence[Rollouts]) -> list[Tensor]:
-        """Backward through every micro-batch; returns the reverse KL per token of each."""
+        """Backward through every micro-batch; returns the reverse KL per token of each.
+
+        Raises:
+            NonFiniteError: A loss or a teacher's score is infinite or NaN, on whatever rank.
+        """
         tokens = torch.tensor(float(sum(m.num_tokens for m in micro_batches)), device=self.device)
         total = max(self._sum_over_ranks(tokens).item(), 1.0)
-        token_kls = []
-        for micro in micro_batches:
+        token_kls, losses, teacher_scores = [], [], []
+        for i, micro in enumerate(micro_batches):
             with self.ledger.phase("teacher"):
                 scored = self.score_with_teacher(micro)
                 log_q = self.teacher_logprobs(scored)
@@ -336,29 +399,85 @@ class OPDModule(LightningModule):
                 loss = self.objective(log_p, log_q, micro.tokens, logmu_y)
                 # Lightning's bf16-mixed keeps autocast on in here; a backward under it would round
                 # the products of the float32 head to bfloat16.
-                with torch.autocast(self.device.type, enabled=False):
+                with (
+                    torch.autocast(self.device.type, enabled=False),
+                    self._gradient_sync(last=i == len(micro_batches) - 1),
+                ):
                     # Data parallel strategies average gradients over ranks; the sum is wanted.
                     self.manual_backward(loss.sum() * (self.trainer.world_size / total))
                 self.ledger.count("train_tokens", micro.num_tokens)
                 diagnosis = token_metrics(log_p.detach(), log_q, micro.tokens, logmu_y)
                 self.train_metrics.update({**diagnosis, "opd/loss": loss.detach()})
             token_kls.append(diagnosis["opd/reverse_kl"])
+            losses.append(loss.detach())
+            teacher_scores.append(diagnosis["opd/teacher_logprob"])
             self.step_rollouts.keep(scored)
+        self._check_finite(micro_batches, losses, "loss")
+        self._check_finite(micro_batches, teacher_scores, "teacher's log-probability")
         return token_kls
 
+    @contextmanager
+    def _gradient_sync(self, *, last: bool) -> Iterator[None]:
+        """Sum the gradients of a backward over ranks, or only add them up on each."""
+        sync = last or self.gradient_sync == "every"
+        wrapper = self.trainer.strategy.model
+        if isinstance(wrapper, DistributedDataParallel):
+            with nullcontext() if sync else wrapper.no_sync():
+                yield
+        else:
+            sharding.set_gradient_sync(self.student, sync)
+            yield
+
+    def _check_finite(
+        self, micro_batches: Sequence[Rollouts], values: Sequence[Tensor], what: str
+    ) -> None:
+        """Stop all ranks, before the optimizer's step, if a value of any of them is not finite."""
+        bad = torch.zeros(self.trainer.world_size, device=self.device)
+        bad[self.global_rank] = sum((~v.isfinite()).sum() for v in values)
+        bad = self._sum_over_ranks(bad)
+        if not bad.any():
+            return
+        rows = [
+            f"{prompt.row} ({value})"
+            for micro, token_values in zip(micro_batches, values, strict=True)
+            for prompt, value in zip(
+                micro.prompts.prompts, micro.spread(token_values).sum(dim=1).tolist(), strict=True
+            )
+            if not math.isfinite(value)
+        ]
+        found = ", ".join(rows[:5]) + (", ..." if len(rows) > 5 else "")
+        rank = int(bad.argmax())
+        row = self.trainer.strategy.broadcast(found, src=rank)
+        raise NonFiniteError(
+            f"step {self.global_step + 1}, rank {rank}: the {what} of prompt row {row} is not "
+            f"finite; the weights are those of step {self.global_step}"
+        )
+
     def _apply_gradients(self) -> dict[str, float]:
-        """Clip, step, advance the scheduler; returns the metrics of the update."""
+        """Clip, step, advance the scheduler; returns the metrics of the update.
+
+        Raises:
+            NonFiniteError: The gradient is infinite or NaN.
+        """
         optimizer = self.optimizers()
         assert not isinstance(optimizer, list)
         with self.ledger.phase("train"):
             parameters = [p for p in self.student.parameters() if p.requires_grad]
-            grad_norm = torch.nn.utils.clip_grad_norm_(parameters, self.max_grad_norm)
-            before = [p.detach().clone() for p in parameters]
+            norm = torch.nn.utils.clip_grad_norm_(parameters, self.max_grad_norm)
+            if not math.isfinite(grad_norm := sharding.whole_value(norm)):
+                raise NonFiniteError(
+                    f"step {self.global_step + 1}: the gradient's norm is {grad_norm}, although "
+                    f"every loss is finite; the weights are those of step {self.global_step}"
+                )
+            shards = sharding.local_shards(parameters)
+            before = [shard.clone() for shard in shards]
             learning_rate = optimizer.param_groups[0]["lr"]
             optimizer.step()
             optimizer.zero_grad()
-            torch._foreach_sub_(before, [p.detach() for p in parameters])
-            update_norm = torch.linalg.vector_norm(torch.stack(torch._foreach_norm(before)))
+            torch._foreach_sub_(before, shards)
+            squares = torch.stack(torch._foreach_norm(before)).double().square().sum()
+            if sharding.is_sharded(parameters):
+                squares = self._sum_over_ranks(squares)
             if self.scheduler is not None:
                 scheduler = self.lr_schedulers()
                 assert scheduler is not None
@@ -366,8 +485,8 @@ class OPDModule(LightningModule):
                 scheduler.step()
         return {
             "optim/lr": float(learning_rate),
-            "optim/grad_norm": float(grad_norm),
-            "optim/update_norm": float(update_norm),
+            "optim/grad_norm": grad_norm,
+            "optim/update_norm": float(squares.sqrt()),
         }
 
     def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:
@@ -411,7 +530,7 @@ class OPDModule(LightningModule):
         """Accuracy and teacher KL on prompts, with the same random numbers every time."""
         rollouts = self.generate(batch, self.generator(batch_idx, "validation"))
         self._update_rollout_metrics(self.evaluation_metrics, rollouts)
-        for micro in cut_into_micro_batches(rollouts, self.micro_batch_tokens):
+        for micro in self.micro_batches(rollouts):
             log_q = self.teacher_logprobs(self.teacher_of(micro).score(micro))
             logmu_y = micro.engine_logprobs[micro.mask]
             diagnosis = token_metrics(self.student_logprobs(micro), log_q, micro.tokens, logmu_y)
@@ -431,7 +550,7 @@ class OPDModule(LightningModule):
         """
         rollouts = self.generate(batch, self.generator(batch_idx, "predict"))
         records: list[dict[str, Any]] = []
-        for micro in cut_into_micro_batches(rollouts, self.micro_batch_tokens):
+        for micro in self.micro_batches(rollouts):
             log_q = self.teacher_logprobs(self.teacher_of(micro).score(micro))
             log_p = self.student_logprobs(micro)
             values = {
@@ -440,17 +559,22 @@ class OPDModule(LightningModule):
                 "reverse_kl": kl(log_p, log_q),
             }
             columns = {name: micro.spread(value) for name, value in values.items()}
-            records += rollout_records(micro, self.tokenizer, **columns)
+            if micro.num_tokens:
+                records += rollout_records(micro, self.tokenizer, **columns)
         return sorted(records, key=lambda record: record["row"])
 
     # --- checkpoints ----------------------------------------------------------------------------
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Add what makes a checkpoint complete: config and tokenizer, random state, cost."""
-        checkpoint[models.STUDENT_FILES] = self._student_files
+        checkpoint[checkpoints.STUDENT_FILES] = self._student_files
         checkpoint["random_state"] = random_state()
         checkpoint["cost"] = dict(self.ledger.totals)
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Restore cost and random state; pass over tensors of a callback that this run lacks."""
+        state, parts = checkpoint.get(checkpoints.STATE_DICT, {}), dict(self.named_children())
+        for name in [name for name in state if name.partition(".")[0] not in parts]:
+            del state[name]
         self.ledger.totals.update(checkpoint["cost"])
         restore_random_state(checkpoint["random_state"])

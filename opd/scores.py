@@ -15,7 +15,7 @@ from opd.errors import UserError
 from opd.extrapolation import Score
 from opd.objectives import kl
 from opd.prompts import Prompt, PromptBatch, PromptDataModule
-from opd.rollouts import Rollouts, cut_into_micro_batches
+from opd.rollouts import Rollouts
 from opd.seeding import derive_seed, generator
 from opd.teachers import TeacherScored
 
@@ -85,8 +85,6 @@ class AnswerAccuracy:
     def __call__(self, module: OPDModule) -> Score:
         ranks, rank = module.trainer.world_size, module.global_rank
         mine = self._prompts[rank::ranks]
-        if not mine:
-            return Score(torch.zeros(0), torch.zeros(0))
         prompts = PromptBatch.collate(mine, module.sampler.pad_token_id).to(module.device)
         rollouts = module.generate(
             prompts.repeat(self.samples),
@@ -155,7 +153,7 @@ class TeacherKL:
         rng = generator(module.device, seed, step, module.global_rank, "fresh")
         rollouts = module.generate(batch, rng)
         module.ledger.count("search_generated_tokens", rollouts.num_tokens)
-        return cut_into_micro_batches(rollouts, module.micro_batch_tokens)
+        return module.micro_batches(rollouts)
 
     @torch.no_grad()
     def __call__(self, module: OPDModule) -> Score:
@@ -165,8 +163,9 @@ class TeacherKL:
         for scored in self._scored:
             log_p = module.student_logprobs(scored.rollouts)
             token_kl = kl(log_p, module.teacher_logprobs(scored))
-            values.append(-scored.rollouts.spread(token_kl).sum(dim=1).cpu())
-            weights.append(scored.rollouts.lengths.float().cpu())
+            filled = scored.rollouts.lengths > 0  # the others only keep ranks in step
+            values.append(-scored.rollouts.spread(token_kl).sum(dim=1)[filled].cpu())
+            weights.append(scored.rollouts.lengths[filled].float().cpu())
             module.ledger.count("search_tokens", scored.rollouts.num_tokens)
         module.student.train(training)
         return Score(torch.cat(values), torch.cat(weights))
@@ -194,25 +193,31 @@ class StepRollouts:
         if self.wanted:
             self.scored.append(scored)
 
-    def split(self, rollouts: Rollouts, rng: torch.Generator) -> tuple[Rollouts | None, Rollouts]:
+    def split(self, rollouts: Rollouts, rng: torch.Generator) -> tuple[Rollouts, Rollouts]:
         """Split rollouts into (held out, trained on), at random."""
         count = math.floor(self.held_out_fraction * len(rollouts))
         if count == 0:
-            return None, rollouts
+            return rollouts.select([]), rollouts
         order = torch.randperm(len(rollouts), generator=rng, device=rng.device).tolist()
         return rollouts.select(sorted(order[:count])), rollouts.select(sorted(order[count:]))
 
 
 def thin_out(scored: list[TeacherScored], fraction: float) -> list[TeacherScored]:
-    """Keep every so many-th completion of scored micro-batches, so that all lengths are there."""
-    total = sum(len(s.rollouts) for s in scored)
+    """Keep every so many-th completion of scored micro-batches, so that all lengths are there.
+
+    A micro-batch that loses all its completions becomes a placeholder: ranks stay in step.
+    """
+    lengths = [s.rollouts.lengths.tolist() for s in scored]
+    total = sum(length > 0 for rows in lengths for length in rows)
     keep = set(torch.linspace(0, total - 1, max(round(fraction * total), 1)).round().int().tolist())
-    chosen, offset = [], 0
-    for s in scored:
-        rows = [i for i in range(len(s.rollouts)) if offset + i in keep]
-        offset += len(s.rollouts)
-        if rows:
-            chosen.append(s.select(rows))
+    chosen, position = [], 0
+    for s, rows_lengths in zip(scored, lengths, strict=True):
+        rows = []
+        for row, length in enumerate(rows_lengths):
+            if length > 0:
+                rows += [row] if position in keep else []
+                position += 1
+        chosen.append(s.select(rows) if rows else s.placeholder())
     return chosen
 
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -10,6 +12,9 @@ import pytest
 import torch
 from tokenizers import Tokenizer, decoders, pre_tokenizers, processors, trainers
 from tokenizers import models as tokenizer_models
+from torch.distributed.checkpoint import FileSystemReader
+from torch.distributed.checkpoint.default_planner import _EmptyStateDictLoadPlanner
+from torch.distributed.checkpoint.state_dict_loader import _load_state_dict
 from transformers import (
     GPT2Config,
     GPT2LMHeadModel,
@@ -129,8 +134,53 @@ def fit(tmp_path: Path) -> Callable[..., Path]:
     return run
 
 
+def launch(processes: int, folder: Path, *arguments: str, steps: int = 2) -> Path:
+    """Run ``opd fit`` on a shrunk quickstart under torchrun; returns the run folder."""
+    run = subprocess.run(
+        fit_command(processes, folder, *arguments, steps=steps),
+        capture_output=True,
+        text=True,
+        env=launch_environment(),
+        timeout=300,
+    )
+    assert run.returncode == 0, run.stdout[-3000:] + run.stderr[-3000:]
+    return folder
+
+
+def fit_command(processes: int, folder: Path, *arguments: str, steps: int) -> list[str]:
+    """The command that :func:`launch` runs."""
+    torchrun = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
+    shrunk = ["--data.validation_limit", "8", "--data.batch_size", "8"]
+    options = ["--output", str(folder), "--trainer.max_steps", str(steps)]
+    fit = ["-m", "opd.cli", "fit", "--config", QUICKSTART, *shrunk]
+    quiet = ["--trainer.enable_progress_bar", "false", "--trainer.accelerator", "cpu"]
+    return [sys.executable, *torchrun, *fit, *arguments, *quiet, *options]
+
+
+def launch_environment() -> dict[str, str]:
+    """One thread a process; modules of tests/ can be named in YAML."""
+    return {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT / "tests")}
+
+
+def load_any(folder: Path, name: str = "last.ckpt") -> dict:
+    """Load a checkpoint file or folder, whole; of a folder, the weights."""
+    path = folder / "checkpoints" / name
+    if path.is_file():
+        return load(folder, name)
+    state: dict = {}
+    planner = _EmptyStateDictLoadPlanner()
+    _load_state_dict(state, FileSystemReader(path), planner=planner, no_dist=True)
+    return {**torch.load(path / "meta.pt", weights_only=True), **state}
+
+
 def load(folder: Path, name: str = "last.ckpt") -> dict:
     return torch.load(folder / "checkpoints" / name, weights_only=True)
+
+
+def student_of(checkpoint: dict) -> dict:
+    """The student's weights, without EffOPD's anchor."""
+    state = checkpoint["state_dict"]
+    return {name: tensor for name, tensor in state.items() if name.startswith("student.")}
 
 
 def assert_same(left: object, right: object, where: str = "") -> None:

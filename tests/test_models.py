@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from opd import models
-from opd.models import hidden_states, load_model, load_tokenizer, project
+from opd.models import completion_logits, hidden_states, load_model, load_tokenizer, project
 
 SOURCES = ["embedded:base", "llama-student", "gpt2-student"]
 
@@ -20,7 +20,8 @@ def test_head_after_body_gives_the_models_logits_under_padding(source, tiny):
     model = load_model(resolve(source, tiny)).eval()
     ids = torch.tensor([[0, 0, 5, 6, 7, 0], [3, 4, 5, 6, 7, 8]])
     mask = torch.tensor([[0, 0, 1, 1, 1, 0], [1, 1, 1, 1, 1, 1]], dtype=torch.bool)
-    ours = project(model, hidden_states(model, ids, mask, mask))
+    ours = completion_logits(model, ids, mask, mask)
+    assert torch.equal(project(model, hidden_states(model, ids, mask, mask)), ours)
     expected = [model(torch.tensor([row])).logits[0] for row in ([5, 6, 7], [3, 4, 5, 6, 7, 8])]
     torch.testing.assert_close(ours, torch.cat(expected), rtol=1e-4, atol=1e-5)
 
@@ -73,7 +74,7 @@ def test_pickled_weights_are_not_loaded(tiny, tmp_path):
 def test_a_file_that_is_no_checkpoint_is_named(tmp_path):
     (tmp_path / "x.ckpt").write_text("not a checkpoint")
     torch.save({"weights": torch.zeros(1)}, tmp_path / "foreign.ckpt")
-    with pytest.raises(ValueError, match="cannot be read as a checkpoint"):
+    with pytest.raises(ValueError, match="not a whole checkpoint: the file is cut short"):
         load_model(str(tmp_path / "x.ckpt"))
     with pytest.raises(ValueError, match="is not a checkpoint of opd fit"):
         load_model(str(tmp_path / "foreign.ckpt"))

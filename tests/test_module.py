@@ -19,7 +19,9 @@ def module_of(tiny, family="llama", **options):
     student, teacher = (str(tiny / f"{family}-{role}") for role in ("student", "teacher"))
     module = OPDModule(student, teacher, max_new_tokens=16, **options)
     module.configure_model()
-    strategy = SimpleNamespace(reduce=lambda tensor, reduce_op: tensor)
+    strategy = SimpleNamespace(
+        model=module, reduce=lambda tensor, reduce_op: tensor, broadcast=lambda text, src: text
+    )
     module._fabric = None
     module.trainer = SimpleNamespace(strategy=strategy, world_size=1, global_rank=0)
     module.manual_backward = lambda loss: loss.backward()

@@ -15,7 +15,7 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from opd.errors import UserError
-from opd.prompts import PromptBatch
+from opd.prompts import Prompt, PromptBatch
 
 
 @dataclass(frozen=True)
@@ -118,6 +118,23 @@ class Rollouts:
             self.finished[index],
             self.engine_logprobs[index, :width],
         )
+
+    @classmethod
+    def empty(cls, prompts: PromptBatch) -> Rollouts:
+        """Return no completions, for a batch without prompts."""
+        device = prompts.ids.device
+        ids = torch.zeros(0, 0, dtype=torch.long, device=device)
+        lengths = torch.zeros(0, dtype=torch.long, device=device)
+        return cls(prompts, ids, lengths, lengths.bool(), ids.float())
+
+    @classmethod
+    def placeholder(cls, teacher: str | None, device: torch.device) -> Rollouts:
+        """Return one completion without tokens, for passes that a rank makes for others' sake."""
+        prompt = Prompt(row=-1, token_ids=(0,), teacher=teacher)
+        ids = torch.zeros(1, 1, dtype=torch.long, device=device)
+        length = torch.zeros(1, dtype=torch.long, device=device)
+        batch = PromptBatch.collate([prompt], pad_id=0).to(device)
+        return cls(batch, ids, length, length.bool(), torch.zeros(1, 1, device=device))
 
     @staticmethod
     def concatenate(parts: Sequence[Rollouts], pad_id: int) -> Rollouts:

@@ -19,13 +19,15 @@ from transformers import (
 
 from opd.prompts import PromptBatch
 from opd.rollouts.data import Rollouts, Sampler
+from opd.sharding import gathered
 
 
 class RolloutEngine(Protocol):
     """Samples one completion per prompt.
 
-    An engine samples in eval mode and without gradient, draws all randomness from the generator it
-    is given, and leaves the model's mode and the global random state as it found them.
+    All ranks call an engine together, each with its own prompts, possibly none. An engine samples
+    in eval mode and without gradient, draws all randomness from the generator it is given, and
+    leaves the model's mode and the global random state as it found them.
     """
 
     def __call__(
@@ -105,21 +107,26 @@ class TransformersEngine:
         model.eval()
         # generate() fills unset fields from the model's own config: give it none to fill from
         model.generation_config = GenerationConfig()
+        size = self.batch_size or max(len(prompts), 1)
         try:
-            size = self.batch_size or len(prompts)
-            parts = [
-                self._generate(
-                    model,
-                    prompts.select(range(start, min(start + size, len(prompts)))),
-                    sampler,
-                    generator,
-                )
-                for start in range(0, len(prompts), size)
-            ]
+            with gathered(model):
+                parts = [
+                    self._generate(
+                        model,
+                        prompts.select(range(start, min(start + size, len(prompts)))),
+                        sampler,
+                        generator,
+                    )
+                    for start in range(0, len(prompts), size)
+                ]
         finally:
             model.generation_config = own_config
             model.train(training)
-        return parts[0] if len(parts) == 1 else Rollouts.concatenate(parts, sampler.pad_token_id)
+        if len(parts) == 1:
+            return parts[0]
+        if not parts:
+            return Rollouts.empty(prompts)
+        return Rollouts.concatenate(parts, sampler.pad_token_id)
 
     def _generate(
         self,
@@ -141,6 +148,7 @@ class TransformersEngine:
                 use_cache=True,
             ),
             logits_processor=LogitsProcessorList([sampling]),
+            synced_gpus=False,  # the model is gathered: ranks need not make their steps together
         )
         completion_ids = sequences[:, prompts.ids.shape[1] :]
         lengths, finished = completion_lengths(completion_ids, sampler.eos_token_ids)

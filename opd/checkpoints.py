@@ -1,0 +1,144 @@
+"""Checkpoints on disk: one file, or under FSDP a folder with a shard from every rank.
+
+Both hold the student's weights under ``student.NAME`` and, under ``student_files``, its config and
+tokenizer, so that a checkpoint is a model by itself. Nothing here needs a GPU, a process group or
+as many processes as the checkpoint was saved with.
+
+A folder is written under another name and then renamed, and a file is written the same way by
+Lightning: what has the final name is whole, unless something cut it short afterwards.
+"""
+
+from __future__ import annotations
+
+import logging
+import pickle
+import warnings
+import zipfile
+from collections import defaultdict
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.distributed.checkpoint.filesystem import FileSystemReader
+from torch.distributed.checkpoint.metadata import Metadata
+from torch.distributed.checkpoint.state_dict_loader import load as load_shards
+
+from opd.errors import UserError
+
+log = logging.getLogger(__name__)
+
+STUDENT_PREFIX = "student."
+STUDENT_FILES = "student_files"  # key: config and tokenizer, file by file
+STATE_DICT = "state_dict"
+META_FILE = "meta.pt"  # of a folder: all but tensors; Lightning's name
+PARTIAL = ".partial"  # suffix of a folder that is being written
+
+
+def is_checkpoint(path: Path) -> bool:
+    """Whether a path is a checkpoint rather than a folder with a model, or nothing."""
+    return path.is_file() or is_sharded(path)
+
+
+def is_sharded(path: Path) -> bool:
+    """Whether a path is a folder with shards."""
+    return (path / META_FILE).is_file() or (path / ".metadata").is_file()
+
+
+def read(path: Path) -> dict[str, Any]:
+    """Read a checkpoint, of a folder all but its shards; a file's tensors are mapped, not read.
+
+    Raises:
+        UserError: It is no checkpoint of ours, or not a whole one.
+    """
+    if flaw := find_flaw(path):
+        raise UserError(f"{path}: is not a whole checkpoint: {flaw}")
+    try:
+        file = path / META_FILE if path.is_dir() else path
+        checkpoint = torch.load(file, map_location="cpu", mmap=True, weights_only=True)
+    except Exception as error:  # torch.load raises whatever the broken file provokes
+        raise UserError(f"{path}: cannot be read as a checkpoint ({error})") from error
+    if not isinstance(checkpoint, dict) or STUDENT_FILES not in checkpoint:
+        raise UserError(f"{path}: is not a checkpoint of opd fit")
+    return checkpoint
+
+
+def read_student(path: Path, weights: dict[str, Tensor]) -> None:
+    """Read the student's weights into tensors, by name; those of shards without a further copy.
+
+    Raises:
+        UserError: The checkpoint cannot be read, or lacks a weight.
+    """
+    prefixed = {STUDENT_PREFIX + name: tensor for name, tensor in weights.items()}
+    if path.is_dir():
+        available = {str(key) for key in shard_metadata(path).state_dict_metadata}
+        names = {key.removeprefix(f"{STATE_DICT}.") for key in available}
+        _require(path, prefixed, names)
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message=".*torch.distributed is disabled.*")
+            load_shards({STATE_DICT: prefixed}, checkpoint_id=path, no_dist=True)
+    else:
+        state = read(path)[STATE_DICT]
+        _require(path, prefixed, state)
+        for name, tensor in prefixed.items():
+            tensor.copy_(state[name])
+
+
+def _require(path: Path, wanted: Iterable[str], available: Iterable[str]) -> None:
+    if missing := sorted(set(wanted) - set(available)):
+        raise UserError(f"{path}: lacks {len(missing)} of the model's weights, as {missing[0]}")
+
+
+def shard_metadata(path: Path) -> Metadata:
+    """Read which tensors a folder holds, and where.
+
+    Raises:
+        UserError: It cannot be read.
+    """
+    try:
+        return FileSystemReader(path).read_metadata()
+    except (OSError, EOFError, pickle.UnpicklingError) as error:
+        raise UserError(f"{path}: its .metadata cannot be read ({error})") from error
+
+
+def find_flaw(path: Path) -> str | None:
+    """Say what a checkpoint lacks; None if it is whole."""
+    if not path.is_dir():
+        return None if zipfile.is_zipfile(path) else "the file is cut short or of another format"
+    if path.name.endswith(PARTIAL):
+        return "it was still being written"
+    for name in (META_FILE, ".metadata"):
+        if not (path / name).is_file():
+            return f"{name} is missing"
+    if not zipfile.is_zipfile(path / META_FILE):
+        return f"{META_FILE} is cut short"
+    try:
+        metadata = shard_metadata(path)
+    except UserError as error:
+        return str(error)
+    needed: dict[str, int] = defaultdict(int)
+    for part in metadata.storage_data.values():
+        needed[part.relative_path] = max(needed[part.relative_path], part.offset + part.length)
+    for name, size in needed.items():
+        file = path / name
+        if not file.is_file():
+            return f"shard {name} is missing"
+        if file.stat().st_size < size:
+            return f"shard {name} is cut short"
+    return None
+
+
+def newest_checkpoint(folder: Path) -> Path | None:
+    """Find the newest whole checkpoint; one that is not whole is named and passed over."""
+    paths = [
+        path
+        for path in (*folder.glob("*.ckpt"), *folder.glob(f"*.ckpt{PARTIAL}"))
+        if not path.is_symlink()
+    ]
+    for path in sorted(paths, key=lambda path: path.stat().st_mtime_ns, reverse=True):
+        flaw = find_flaw(path)
+        if flaw is None:
+            return path
+        log.warning("%s is passed over: %s", path, flaw)
+    return None
