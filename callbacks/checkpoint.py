@@ -1,20 +1,80 @@
-"""ModelCheckpoint that also saves the last step of a run."""
+"""ModelCheckpoint that loses nothing: also when a run ends, is told to stop, or fails."""
 
 from __future__ import annotations
+
+import signal
+import threading
+from pathlib import Path
+from types import FrameType
+from typing import Any
 
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 
+from opd.checkpoints import newest_checkpoint
+from opd.errors import NonFiniteError, UserError
+
 
 class RunCheckpoint(ModelCheckpoint):
-    """Lightning's ModelCheckpoint, and one more checkpoint after the last step.
+    """Lightning's ModelCheckpoint, and a checkpoint after the last step, whatever ends the run.
 
-    ModelCheckpoint leaves the steps after its last interval unsaved.
+    SIGTERM on any rank ends the step, saves, and stops all ranks. (Lightning's own handler does not
+    save, and calls a collective wherever the signal has met it, which can hang a sharded run.)
     """
 
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self._told_to_stop = False
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        super().on_train_start(trainer, pl_module)
+        if threading.current_thread() is threading.main_thread():
+            signal.signal(signal.SIGTERM, self._stop)  # Lightning restores the old one in the end
+
+    def _stop(self, signum: int, frame: FrameType | None) -> None:
+        self._told_to_stop = True
+
+    def on_train_batch_end(
+        self,
+        trainer: Trainer,
+        pl_module: LightningModule,
+        outputs: Any,
+        batch: Any,
+        batch_idx: int,
+    ) -> None:
+        super().on_train_batch_end(trainer, pl_module, outputs, batch, batch_idx)
+        if trainer.strategy.reduce_boolean_decision(self._told_to_stop, all=False):
+            self._save_now(trainer)
+            trainer._signal_connector.received_sigterm = True  # stops once the step is logged
+
+    def on_exception(
+        self, trainer: Trainer, pl_module: LightningModule, exception: BaseException
+    ) -> None:
+        if isinstance(exception, NonFiniteError):  # all ranks have it, and W is untouched
+            self._save_now(trainer)
+
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._save_now(trainer)
+        super().on_train_end(trainer, pl_module)
+
+    def _save_now(self, trainer: Trainer) -> None:
+        """Save this step, unless it has been."""
         if self._last_global_step_saved != trainer.global_step:
             candidates = self._monitor_candidates(trainer)
             self._save_topk_checkpoint(trainer, candidates)
             self._save_last_checkpoint(trainer, candidates)
-        super().on_train_end(trainer, pl_module)
+
+    def _save_checkpoint(self, trainer: Trainer, filepath: str) -> None:
+        """Save.
+
+        Raises:
+            UserError: The checkpoint cannot be written; earlier ones are untouched.
+        """
+        try:
+            super()._save_checkpoint(trainer, filepath)
+        except (OSError, RuntimeError) as error:
+            reason = str(error).strip().split("\n")[0]
+            left = newest_checkpoint(Path(filepath).parent) or "none"
+            raise UserError(
+                f"{filepath}: cannot be written ({reason}); the last whole checkpoint is {left}"
+            ) from error

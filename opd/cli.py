@@ -14,9 +14,12 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from opd import launch
 from opd.errors import UserError
 
 USAGE_ERROR = 2
+LOST_CONTACT = 1
+TERMINATED = 128 + 15  # what a shell reports of a program that SIGTERM has ended
 
 
 @dataclass(frozen=True)
@@ -50,7 +53,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run one command.
 
     Returns:
-        0, or 2 where the user can put right what went wrong; one line on stderr says what.
+        0; 2 where the user can put right what went wrong, and one line on stderr says what; 143
+        after SIGTERM; 1 if another rank is gone.
     """
     args = list(sys.argv[1:] if argv is None else argv)
     if not args or args[0] in ("-h", "--help"):
@@ -62,13 +66,42 @@ def main(argv: Sequence[str] | None = None) -> int:
         return USAGE_ERROR
     from jsonargparse import ArgumentError
     from lightning.fabric.utilities.exceptions import MisconfigurationException
+    from lightning.pytorch.utilities.exceptions import SIGTERMException
 
     try:
         run_command(name, rest)
     except (UserError, ArgumentError, MisconfigurationException) as error:
-        print(f"opd {name}: error: {_one_line(error)}", file=sys.stderr)
+        _complain(name, f"error: {_one_line(error)}")
         return USAGE_ERROR
+    except OSError as error:  # of a disk that is full or gone; what was saved before is whole
+        _complain(name, f"error: {error}")
+        return USAGE_ERROR
+    except SIGTERMException:
+        _complain(name, "stopped by SIGTERM; go on with --ckpt_path last")
+        return TERMINATED
+    except RuntimeError as error:
+        if not _is_lost_contact(error):
+            raise
+        _complain(
+            name,
+            "error: lost contact with another rank, which has died or hung: see its output, and go "
+            f"on with --ckpt_path last ({_one_line(error)})",
+        )
+        return LOST_CONTACT
     return 0
+
+
+def _complain(name: str, message: str) -> None:
+    """Print one line; ranks other than 0 say who they are."""
+    rank = f"rank {launch.rank()}: " if launch.rank() else ""
+    print(f"opd {name}: {rank}{message}", file=sys.stderr)
+
+
+def _is_lost_contact(error: RuntimeError) -> bool:
+    """Whether a collective failed: NCCL has a type for it, gloo only its source files' names."""
+    import torch.distributed
+
+    return isinstance(error, torch.distributed.DistError) or "gloo/transport" in str(error)
 
 
 def _usage() -> str:

@@ -15,6 +15,7 @@ from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveCon
 from lightning.pytorch.loggers import TensorBoardLogger
 
 from callbacks import RunCheckpoint, RunSummary, SampleWriter
+from opd import launch
 from opd.checkpoints import newest_checkpoint
 from opd.errors import UserError
 from opd.loggers import MetricsCSV, read_metrics
@@ -42,6 +43,8 @@ class OPDCLI(LightningCLI):
         """Parse sys.argv, build everything, run the subcommand."""
         warnings.filterwarnings("ignore", message=".*LeafSpec.*is deprecated")  # Lightning's own
         warnings.filterwarnings("ignore", message=".*sync_dist=True.*")  # we log reduced values
+        warnings.filterwarnings("ignore", message=".*ModelCheckpoint with manual optimization.*")
+        warnings.filterwarnings("ignore", message=".*exists and is not empty.*")  # a resumed run's
         return cls(
             OPDModule,
             PromptDataModule,
@@ -103,9 +106,8 @@ class OPDCLI(LightningCLI):
             UserError: The folder cannot be written, or already holds a run.
         """
         options = self._options
-        if "TORCHELASTIC_RUN_ID" in os.environ:  # torchrun has started the ranks: its numbers hold
-            options.trainer.devices = int(os.environ["LOCAL_WORLD_SIZE"])
-            options.trainer.num_nodes = int(os.environ["GROUP_WORLD_SIZE"])
+        if (size := launch.torchrun_size()) is not None:  # the ranks are there: its numbers hold
+            options.trainer.devices, options.trainer.num_nodes = size
         self.folder: Path | None = None
         if self.subcommand not in ("fit", "predict") and options.output is None:
             return
@@ -113,7 +115,7 @@ class OPDCLI(LightningCLI):
         options.output = options.trainer.default_root_dir = str(self.folder)
         options.checkpoint.dirpath = str(self.folder / "checkpoints")
         resuming = options.ckpt_path is not None
-        if self.subcommand == "fit" and not resuming and _is_rank_zero():
+        if self.subcommand == "fit" and not resuming and not launch.rank():
             _refuse_or_clear(self.folder, overwrite=options.overwrite)
         if options.ckpt_path == "last":
             newest = newest_checkpoint(self.folder / "checkpoints")
@@ -182,11 +184,6 @@ def _seed(seed_everything: bool | int) -> int:
 
 def _first(tokenizer: str | None, student: str) -> str:
     return tokenizer or student
-
-
-def _is_rank_zero() -> bool:
-    names = ("RANK", "LOCAL_RANK", "SLURM_PROCID")
-    return next((os.environ[name] for name in names if name in os.environ), "0") == "0"
 
 
 def _run_folder(output: str | None, configs: list[str]) -> Path:

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from lightning.pytorch.strategies import ModelParallelStrategy
+from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.state_dict import (
     StateDictOptions,
     get_model_state_dict,
@@ -54,14 +55,27 @@ class FSDP2(ModelParallelStrategy):
     def save_checkpoint(
         self, checkpoint: dict[str, Any], filepath: str | Path, storage_options: Any = None
     ) -> None:
-        """Write a folder under another name, and give it its own when all ranks are done."""
+        """Write a folder under another name, and give it its own when all ranks are done.
+
+        Raises:
+            OSError: A rank could not write; raised on all of them.
+        """
         path = Path(self.broadcast(str(filepath)))
         partial = path.with_name(path.name + checkpoints.PARTIAL)
         if self.is_global_zero:
             shutil.rmtree(partial, ignore_errors=True)
         self.barrier()
-        super().save_checkpoint(checkpoint, partial, storage_options)
-        self.barrier()
+        failure = None
+        try:
+            super().save_checkpoint(checkpoint, partial, storage_options)
+        except CheckpointException as error:  # the same on all ranks
+            failure = "; ".join(f"rank {rank}: {e}" for rank, (e, _) in error.failures.items())
+        except (OSError, RuntimeError) as error:
+            failure = f"rank {self.global_rank}: {error}"
+        if failure := self.broadcast(failure):
+            if self.is_global_zero:
+                shutil.rmtree(partial, ignore_errors=True)
+            raise OSError(failure)
         if self.is_global_zero:
             remove(path)
             partial.rename(path)

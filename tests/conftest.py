@@ -28,6 +28,10 @@ from opd.cli import main
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 ROOT = Path(__file__).parent.parent
 QUICKSTART = str(ROOT / "configs" / "quickstart.yaml")
+CPU = ["--trainer.accelerator", "cpu", "--trainer.precision", "32-true"]
+FSDP2 = ["--config", str(ROOT / "configs" / "strategy" / "fsdp2.yaml"), *CPU]
+DDP = ["--config", str(ROOT / "configs" / "strategy" / "ddp.yaml"), *CPU]
+LINE_SEARCH = ["--config", str(ROOT / "configs" / "effopd" / "line_search.yaml")]
 TEXTS = ["what is 12 plus 30? the answer is 42", "add 7 and 8: 15", "question: 9+9 = 18"]
 LLAMA_TEMPLATE = (
     "{{ bos_token }}{% for m in messages %}[{{ m['role'] }}]{{ m['content'] }}"
@@ -153,7 +157,7 @@ def fit_command(processes: int, folder: Path, *arguments: str, steps: int) -> li
     shrunk = ["--data.validation_limit", "8", "--data.batch_size", "8"]
     options = ["--output", str(folder), "--trainer.max_steps", str(steps)]
     fit = ["-m", "opd.cli", "fit", "--config", QUICKSTART, *shrunk]
-    quiet = ["--trainer.enable_progress_bar", "false", "--trainer.accelerator", "cpu"]
+    quiet = ["--trainer.enable_progress_bar", "false"]
     return [sys.executable, *torchrun, *fit, *arguments, *quiet, *options]
 
 

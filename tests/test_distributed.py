@@ -3,15 +3,10 @@
 import json
 
 import pytest
-from conftest import QUICKSTART, ROOT, launch, load_any, student_of
+from conftest import DDP, FSDP2, LINE_SEARCH, QUICKSTART, launch, load_any, student_of
 
 from opd.cli import main
 from opd.loggers import read_metrics
-
-FSDP2 = ["--config", str(ROOT / "configs" / "strategy" / "fsdp2.yaml")]
-DDP = ["--config", str(ROOT / "configs" / "strategy" / "ddp.yaml")]
-CPU = ["--trainer.accelerator", "cpu", "--trainer.precision", "32-true"]
-LINE_SEARCH = ["--config", str(ROOT / "configs" / "effopd" / "line_search.yaml")]
 
 
 def losses(folder):
@@ -55,8 +50,8 @@ def test_one_process_ddp_and_fsdp2_take_the_same_steps(fit, tmp_path, replay):
     """1 x 8 = 2 x 4 under DDP and under FSDP2, with searches that accept, to float32 rounding."""
     options = [*replay, *LINE_SEARCH]
     one = fit("one", *options, steps=5)
-    ddp = launch(2, tmp_path / "ddp", *options, *DDP, *CPU, steps=5)
-    fsdp2 = launch(2, tmp_path / "fsdp2", *options, *FSDP2, *CPU, steps=5)
+    ddp = launch(2, tmp_path / "ddp", *options, *DDP, steps=5)
+    fsdp2 = launch(2, tmp_path / "fsdp2", *options, *FSDP2, steps=5)
     expected = student_of(load_any(one))
     for folder in (ddp, fsdp2):
         assert losses(folder) == pytest.approx(losses(one), rel=1e-5)

@@ -1,0 +1,115 @@
+"""Kill a two-process FSDP2 run with SIGKILL at random, resume it, and compare what comes out.
+
+    python tests/kill.py --rounds 20
+
+Every round is a new run that dies once: rank 0, rank 1, or all with the launcher; at a random
+moment of training and searching, or while a checkpoint is being written. It is then resumed, and
+must end with the weights, optimizer, anchor and data position of a run that nobody disturbed.
+"""
+
+import argparse
+import os
+import random
+import shutil
+import signal
+import subprocess
+import tempfile
+import time
+from pathlib import Path
+
+from conftest import (
+    FSDP2,
+    LINE_SEARCH,
+    assert_same,
+    fit_command,
+    launch,
+    launch_environment,
+    load_any,
+)
+
+STEPS = 8
+OPTIONS = [*FSDP2, *LINE_SEARCH, "--checkpoint.every_n_train_steps", "2"]
+PATIENCE = 120  # seconds until a run that does not end counts as hanging
+
+
+def final_state(folder: Path) -> list:
+    checkpoint = load_any(folder)
+    parts = ("state_dict", "optimizer_0", "random_state", "global_step")
+    loaders = checkpoint["loops"]["fit_loop"]["state_dict"]
+    return [*(checkpoint[part] for part in parts), loaders]
+
+
+def wait_for(condition, process: subprocess.Popen) -> None:
+    deadline = time.monotonic() + PATIENCE
+    while not condition() and process.poll() is None:
+        assert time.monotonic() < deadline, "the run hangs"
+        time.sleep(0.001)
+
+
+def workers(launcher: int) -> list[int]:
+    """Process ids of the ranks, in order."""
+    children = Path(f"/proc/{launcher}/task/{launcher}/children").read_text().split()
+    return [int(pid) for pid in children]
+
+
+def one_round(folder: Path, seed: int, seconds: float) -> str:
+    """Start a run and kill it; returns what was done to it.
+
+    Args:
+        folder: Run folder.
+        seed: Of victim and moment.
+        seconds: How long an undisturbed run takes from its first step to its last.
+    """
+    dice = random.Random(seed)
+    victim = dice.choice(["rank 0", "rank 1", "all"])
+    saving = dice.random() < 1 / 3
+    process = subprocess.Popen(
+        fit_command(2, folder, *OPTIONS, steps=STEPS),
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+        env=launch_environment(),
+        start_new_session=True,
+    )
+    if saving:
+        wait_for(lambda: list(folder.glob("checkpoints/*.partial")), process)
+        time.sleep(dice.uniform(0, 0.05))
+    else:
+        wait_for(lambda: (folder / "metrics.csv").exists(), process)
+        time.sleep(dice.uniform(0, seconds))
+    moment = sorted(path.name for path in folder.glob("checkpoints/*"))
+    if process.poll() is None:
+        if victim == "all":
+            os.killpg(process.pid, signal.SIGKILL)
+        else:
+            os.kill(workers(process.pid)[int(victim[-1])], signal.SIGKILL)
+    process.wait(timeout=PATIENCE)  # the other rank must not wait for ever
+    return f"{victim}, {'saving' if saving else 'training or searching'}, with {moment}"
+
+
+def check(rounds: int, first_seed: int, folder: Path) -> None:
+    """Run all rounds.
+
+    Raises:
+        AssertionError: A resumed run ended otherwise than the undisturbed one.
+    """
+    undisturbed = launch(2, folder / "undisturbed", *OPTIONS, steps=STEPS)
+    expected = final_state(undisturbed)
+    times = [path.stat().st_mtime for path in undisturbed.glob("*.csv")]
+    begun = (undisturbed / "config.yaml").stat().st_mtime
+    for seed in range(first_seed, first_seed + rounds):
+        run = folder / f"killed_{seed}"
+        what = one_round(run, seed, max(times) - begun)
+        print(f"seed {seed}: killed {what}", flush=True)
+        launch(2, run, *OPTIONS, "--ckpt_path", "last", steps=STEPS)
+        assert_same(final_state(run), expected, f"seed {seed}")
+        shutil.rmtree(run)
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--rounds", type=int, default=20)
+    parser.add_argument("--seed", type=int, default=0, help="of the first round")
+    arguments = parser.parse_args()
+    with tempfile.TemporaryDirectory() as temporary:
+        check(arguments.rounds, arguments.seed, Path(temporary))
+    print(f"{arguments.rounds} of {arguments.rounds} resumed runs are bit-identical")
