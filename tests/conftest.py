@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import resource
 import subprocess
 import sys
 from collections.abc import Callable
@@ -149,6 +150,32 @@ def launch(processes: int, folder: Path, *arguments: str, steps: int = 2) -> Pat
     )
     assert run.returncode == 0, run.stdout[-3000:] + run.stderr[-3000:]
     return folder
+
+
+def fail(
+    processes: int, folder: Path, *arguments: str, steps: int, largest_file: int = -1
+) -> subprocess.CompletedProcess:
+    """Run ``opd fit`` under torchrun; it must fail, and without a traceback of ours.
+
+    Args:
+        processes: Number of ranks.
+        folder: Run folder.
+        arguments: Further options.
+        steps: Optimizer steps.
+        largest_file: Bytes that a file may have, as on a disk that runs full; -1: any.
+    """
+    limit = (largest_file, resource.getrlimit(resource.RLIMIT_FSIZE)[1])
+    run = subprocess.run(
+        fit_command(processes, folder, *arguments, steps=steps),
+        capture_output=True,
+        text=True,
+        env=launch_environment(),
+        timeout=300,
+        preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, limit),
+    )
+    assert run.returncode != 0
+    assert "opd/" not in run.stderr, run.stderr  # no file of ours in a traceback
+    return run
 
 
 def fit_command(processes: int, folder: Path, *arguments: str, steps: int) -> list[str]:

@@ -52,6 +52,17 @@ def workers(launcher: int) -> list[int]:
     return [int(pid) for pid in children]
 
 
+def start(folder: Path) -> subprocess.Popen:
+    """Start a run in the background."""
+    return subprocess.Popen(
+        fit_command(2, folder, *OPTIONS, steps=STEPS),
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+        env=launch_environment(),
+        start_new_session=True,
+    )
+
+
 def one_round(folder: Path, seed: int, seconds: float) -> str:
     """Start a run and kill it; returns what was done to it.
 
@@ -63,13 +74,7 @@ def one_round(folder: Path, seed: int, seconds: float) -> str:
     dice = random.Random(seed)
     victim = dice.choice(["rank 0", "rank 1", "all"])
     saving = dice.random() < 1 / 3
-    process = subprocess.Popen(
-        fit_command(2, folder, *OPTIONS, steps=STEPS),
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.DEVNULL,
-        env=launch_environment(),
-        start_new_session=True,
-    )
+    process = start(folder)
     if saving:
         wait_for(lambda: list(folder.glob("checkpoints/*.partial")), process)
         time.sleep(dice.uniform(0, 0.05))
@@ -86,13 +91,12 @@ def one_round(folder: Path, seed: int, seconds: float) -> str:
     return f"{victim}, {'saving' if saving else 'training or searching'}, with {moment}"
 
 
-def check(rounds: int, first_seed: int, folder: Path) -> None:
+def check(rounds: int, first_seed: int, folder: Path, undisturbed: Path) -> None:
     """Run all rounds.
 
     Raises:
         AssertionError: A resumed run ended otherwise than the undisturbed one.
     """
-    undisturbed = launch(2, folder / "undisturbed", *OPTIONS, steps=STEPS)
     expected = final_state(undisturbed)
     times = [path.stat().st_mtime for path in undisturbed.glob("*.csv")]
     begun = (undisturbed / "config.yaml").stat().st_mtime
@@ -111,5 +115,6 @@ if __name__ == "__main__":
     parser.add_argument("--seed", type=int, default=0, help="of the first round")
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory() as temporary:
-        check(arguments.rounds, arguments.seed, Path(temporary))
+        undisturbed = launch(2, Path(temporary) / "undisturbed", *OPTIONS, steps=STEPS)
+        check(arguments.rounds, arguments.seed, Path(temporary), undisturbed)
     print(f"{arguments.rounds} of {arguments.rounds} resumed runs are bit-identical")

@@ -1,12 +1,31 @@
 """Real process groups (torchrun, gloo): what holds for one process holds for two."""
 
 import json
+import os
+import shutil
+import signal
 
+import kill
 import pytest
-from conftest import DDP, FSDP2, LINE_SEARCH, QUICKSTART, launch, load_any, student_of
+import torch
+from conftest import (
+    DDP,
+    FSDP2,
+    LINE_SEARCH,
+    QUICKSTART,
+    assert_same,
+    fail,
+    launch,
+    load_any,
+    student_of,
+)
 
+from eval.memory import GATHERED, memory
+from opd.checkpoints import newest_checkpoint
 from opd.cli import main
+from opd.errors import UserError
 from opd.loggers import read_metrics
+from opd.models import load_model
 
 
 def losses(folder):
@@ -61,3 +80,172 @@ def test_one_process_ddp_and_fsdp2_take_the_same_steps(fit, tmp_path, replay):
             s["coefficient"] for s in summary(one)["extrapolation"]
         ]
         assert any(s["coefficient"] for s in searches)
+
+
+@pytest.mark.parametrize(
+    "score",
+    [
+        ["opd.scores.AnswerAccuracy", "--trainer.callbacks.score.num_examples", "1"],
+        ["opd.scores.TeacherKL", "--trainer.callbacks.score.rollouts", "part"],
+        ["opd.scores.TeacherKL", "--trainer.callbacks.score.rollouts", "held_out"],
+    ],
+)
+def test_unequal_completions_and_a_rank_without_prompts_do_not_deadlock(tmp_path, score):
+    """Five prompts in batches of two: rank 1 has none in the last; nor has it a question of one."""
+    rows = [{"prompt": f"{100 + i}+{200 + i}=", "answer": f"{300 + 2 * i}"} for i in range(5)]
+    prompts = tmp_path / "prompts.jsonl"
+    prompts.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    data = ["--data.train", str(prompts), "--data.validation", str(prompts)]
+    sizes = ["--data.batch_size", "2", "--data.validation_batch_size", "2"]
+    search = ["--trainer.callbacks+=callbacks.EffOPD", "--trainer.callbacks.schedule", "every 1"]
+    search += ["--trainer.callbacks.score", *score]
+    small = ["--model.micro_batch_tokens", "1"]  # as many micro-batches as completions
+    run = launch(2, tmp_path / "run", *FSDP2, *data, *sizes, *search, *small, steps=4)
+    assert [s["step"] for s in summary(run)["extrapolation"]] == [1, 2, 3, 4]
+    rows = [r for r in read_metrics(run / "metrics.csv") if "rollout/tokens" in r]
+    lengths = [float(r["rollout/tokens"]) / float(r["rollout/length_mean"]) for r in rows]
+    assert lengths == pytest.approx([2, 2, 1, 2])
+
+
+@pytest.fixture(scope="module")
+def measured(tmp_path_factory):
+    """What each rank of a bf16-mixed run has measured in its first search."""
+    folder = tmp_path_factory.mktemp("measured") / "run"
+    probe = ["--trainer.callbacks+=probes.MeasuredEffOPD", "--trainer.precision", "bf16-mixed"]
+    run = launch(2, folder, *FSDP2, *probe, "--model.teacher_dtype", "bfloat16", steps=1)
+    return [json.loads((run / f"search_{rank}.json").read_text()) for rank in (0, 1)]
+
+
+def test_a_search_needs_two_sharded_copies_and_no_communication(measured):
+    for spent in measured:
+        assert spent["candidates"] == 5
+        assert spent["collectives"] == 0 < spent["collectives_of_one_reduce"]
+        assert spent["anchor_bytes"] == spent["weights_bytes"]  # one copy, held all the time
+        largest_tensor = 2 * 512 * 128 * 8  # the norm's double precision, one tensor at a time
+        assert spent["peak_bytes"] < spent["weights_bytes"] + largest_tensor  # the other copy
+
+
+def test_the_memory_table_is_right_about_a_run(measured):
+    parameters = measured[0]["parameters"]
+    expected = memory(parameters, parameters, devices=2, strategy="fsdp2")
+    kinds = ("weights", "anchor", "optimizer", "teacher")
+    resting = sum(spent[f"{kind}_bytes"] for kind in kinds for spent in measured) / 2
+    assert expected.rollout - GATHERED * parameters == pytest.approx(resting, rel=0.01)
+    for spent in measured:  # communication buffers of a layer, here a quarter, come on top
+        assert 1 <= spent["gathered_bytes"] / (GATHERED * parameters) < 2
+
+
+@pytest.fixture(scope="module")
+def sharded_run(tmp_path_factory):
+    """Two steps of two processes, with a search after each. Copy it before you change it."""
+    return launch(2, tmp_path_factory.mktemp("sharded") / "run", *FSDP2, *LINE_SEARCH, steps=2)
+
+
+def copy_of(run, tmp_path):
+    return shutil.copytree(run, tmp_path / "run", symlinks=True)
+
+
+def test_a_checkpoint_of_two_processes_goes_on_with_one_and_back(tmp_path, sharded_run):
+    run = copy_of(sharded_run, tmp_path)
+    options = [*FSDP2, *LINE_SEARCH, "--trainer.callbacks+=probes.WeightsAtStart"]
+    for processes, steps in [(1, 3), (2, 4)]:
+        saved = load_any(run)
+        launch(processes, run, *options, "--ckpt_path", "last", steps=steps)
+        assert_same(dict(torch.load(run / "start.pt")), dict(saved["state_dict"]))
+    assert [s["step"] for s in summary(run)["extrapolation"]] == [1, 2, 3, 4]
+    assert len(losses(run)) == 4
+
+
+def test_a_sharded_checkpoint_is_a_model_like_its_export(tmp_path, sharded_run):
+    """Exported and evaluated without a process group, by the path of its folder."""
+    checkpoint, exported = sharded_run / "checkpoints" / "last.ckpt", tmp_path / "exported"
+    assert main(["export", "--checkpoint", str(checkpoint), "--output", str(exported)]) == 0
+    weights = load_model(str(exported)).state_dict()
+    assert_same(dict(load_model(str(checkpoint)).state_dict()), dict(weights))
+    prefixed = {f"student.{name}": tensor for name, tensor in weights.items()}
+    assert_same(prefixed, student_of(load_any(sharded_run)))
+    answers = []
+    for model in (checkpoint, exported):
+        out = ["--output", str(tmp_path / "scores"), "--limit", "32", "--seed", "1"]
+        assert main(["evaluate", "--model", str(model), "--tasks", "arithmetic", *out]) == 0
+        samples = (tmp_path / "scores" / "samples_arithmetic.jsonl").read_text()
+        answers.append([json.loads(line)["resps"] for line in samples.splitlines()])
+    assert answers[0] == answers[1]
+
+
+def test_a_loss_that_is_not_a_number_stops_all_ranks_and_keeps_the_weights(tmp_path):
+    run = fail(2, tmp_path / "run", *FSDP2, "--model.objective", "probes.NaNOnRank1", steps=4)
+    assert "error: step 2, rank 1: the loss of prompt row" in run.stderr
+    assert "is not finite; the weights are those of step 1" in run.stderr
+    assert newest_checkpoint(tmp_path / "run" / "checkpoints").name == "step=000001.ckpt"
+
+
+def test_a_full_disk_leaves_the_last_checkpoint_whole(tmp_path, sharded_run):
+    run = copy_of(sharded_run, tmp_path)
+    failed = fail(2, run, *FSDP2, "--ckpt_path", "last", steps=3, largest_file=1_000_000)
+    last = run / "checkpoints" / "step=000002.ckpt"
+    assert "step=000003.ckpt: cannot be written (rank" in failed.stderr
+    assert f"the last whole checkpoint is {last}" in failed.stderr
+    assert newest_checkpoint(run / "checkpoints") == last
+    assert not list(run.glob("checkpoints/*.partial"))
+
+
+@pytest.mark.parametrize(
+    ("broken", "reason"),
+    [
+        ("missing shard", "shard __1_0.distcp is missing"),
+        ("short shard", "shard __1_0.distcp is cut short"),
+        ("no metadata", ".metadata is missing"),
+        ("partial", "it was still being written"),
+    ],
+)
+def test_a_folder_that_is_not_whole_is_named_and_passed_over(
+    tmp_path, sharded_run, broken, reason, caplog
+):
+    folder = copy_of(sharded_run, tmp_path) / "checkpoints"
+    whole, other = folder / "step=000002.ckpt", folder / "step=000003.ckpt"
+    shutil.copytree(whole, other)
+    shard = other / "__1_0.distcp"
+    if broken == "missing shard":
+        shard.unlink()
+    elif broken == "short shard":
+        shard.write_bytes(shard.read_bytes()[:-10])
+    elif broken == "no metadata":
+        (other / ".metadata").unlink()
+    else:
+        other = other.rename(folder / "step=000003.ckpt.partial")
+    os.utime(other)
+    assert newest_checkpoint(folder) == whole
+    assert f"{other} is passed over: {reason}" in caplog.text
+    with pytest.raises(UserError, match=f"{other.name}: is not a whole checkpoint: {reason}"):
+        load_model(str(other))
+
+
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory):
+    """What tests/kill.py compares with."""
+    folder = tmp_path_factory.mktemp("undisturbed") / "run"
+    return launch(2, folder, *kill.OPTIONS, steps=kill.STEPS)
+
+
+def test_sigterm_on_one_rank_saves_the_step_and_the_resumed_run_ends_alike(tmp_path, undisturbed):
+    run = tmp_path / "run"
+    process = kill.start(run)
+    kill.wait_for(lambda: len(list(run.glob("checkpoints/step*.ckpt"))) > 0, process)
+    os.kill(kill.workers(process.pid)[1], signal.SIGTERM)
+    assert process.wait(timeout=60) != 0
+    assert json.loads((run / "summary.json").read_text())["steps"] == 0
+    saved = newest_checkpoint(run / "checkpoints")
+    assert losses(run) == losses(undisturbed)[: int(saved.stem[-6:])]
+    launch(2, run, *kill.OPTIONS, "--ckpt_path", "last", steps=kill.STEPS)
+    assert_same(kill.final_state(run), kill.final_state(undisturbed))
+
+
+def test_three_random_kills_and_resumes_are_bit_identical(tmp_path, undisturbed):
+    """tests/kill.py does as many as you like."""
+    kill.check(rounds=3, first_seed=0, folder=tmp_path, undisturbed=undisturbed)
+
+
+@pytest.mark.slow
+def test_twenty_random_kills_and_resumes_are_bit_identical(tmp_path, undisturbed):
+    kill.check(rounds=20, first_seed=3, folder=tmp_path, undisturbed=undisturbed)

@@ -1,0 +1,125 @@
+"""Callbacks and objectives that look into runs of other processes, or make them fail."""
+
+import json
+from pathlib import Path
+
+import torch
+from lightning.pytorch import Callback
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from callbacks import EffOPD
+from opd import extrapolation
+from opd.extrapolation import Score
+from opd.objectives import Objective, reverse_kl
+from opd.sharding import gathered, local_shards
+
+
+class Collectives(TorchDispatchMode):
+    """Counts communication between ranks."""
+
+    def __init__(self):
+        super().__init__()
+        self.count = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        self.count += function.namespace in ("c10d", "_c10d_functional")
+        return function(*args, **(kwargs or {}))
+
+
+def memory_profile():
+    activity = torch.profiler.ProfilerActivity.CPU
+    return torch.profiler.profile(activities=[activity], profile_memory=True)
+
+
+def peak_bytes(profile):
+    """The most that was held at once of what was allocated under the profiler."""
+    held = peak = 0
+    for event in profile.profiler.kineto_results.events():
+        if event.name() == "[memory]":
+            held += event.nbytes()
+            peak = max(peak, held)
+    return peak
+
+
+def held_bytes(tensors):
+    return sum(shard.nbytes for shard in local_shards(list(tensors)))
+
+
+class Constant:
+    """Finds all candidates equally good, at no cost."""
+
+    def before_step(self, module):
+        pass
+
+    def prepare(self, module, step, seed):
+        pass
+
+    def __call__(self, module):
+        return Score(torch.ones(1), torch.ones(1))
+
+
+class MeasuredEffOPD(EffOPD):
+    """Accepts five candidates, and writes what the search cost to search_RANK.json."""
+
+    def __init__(self):
+        super().__init__(score=Constant(), schedule="every 1")
+
+    def search(self, trainer, pl_module):
+        set_candidate, spent = extrapolation.set_candidate, {"candidates": 0, "collectives": 0}
+
+        def counted(*args):
+            with Collectives() as mode:
+                set_candidate(*args)
+            spent["candidates"] += 1
+            spent["collectives"] += mode.count
+
+        extrapolation.set_candidate = counted
+        with memory_profile() as profile:
+            result = super().search(trainer, pl_module)
+        extrapolation.set_candidate = set_candidate
+        with Collectives() as mode:  # the counter counts
+            trainer.strategy.reduce(torch.ones(1), reduce_op="sum")
+        with memory_profile() as gathering, gathered(pl_module.student):
+            pass
+        (optimizer,) = trainer.optimizers
+        moments = [t for state in optimizer.state.values() for t in state.values()]
+        spent |= {
+            "peak_bytes": peak_bytes(profile),
+            "gathered_bytes": peak_bytes(gathering),
+            "collectives_of_one_reduce": mode.count,
+            "parameters": sum(p.numel() for p in pl_module.student.parameters()),
+            "weights_bytes": held_bytes(pl_module.student.parameters()),
+            "anchor_bytes": held_bytes(self.anchor.buffers()),
+            "optimizer_bytes": held_bytes(moments),
+            "teacher_bytes": held_bytes(pl_module.teachers["default"].model.parameters()),
+        }
+        path = Path(trainer.default_root_dir) / f"search_{trainer.global_rank}.json"
+        path.write_text(json.dumps(spent))
+        return result
+
+
+class WeightsAtStart(Callback):
+    """Writes the weights that training starts with to start.pt."""
+
+    def on_train_start(self, trainer, pl_module):
+        state = {
+            name: tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
+            for name, tensor in pl_module.state_dict().items()
+        }
+        if trainer.is_global_zero:
+            torch.save(state, Path(trainer.default_root_dir) / "start.pt")
+
+
+class NaNOnRank1(Objective):
+    """A loss that is not a number, on rank 1, in the second micro-batch."""
+
+    calls = 0
+
+    def __call__(
+        self, log_p: torch.Tensor, log_q: torch.Tensor, tokens: torch.Tensor, logmu_y: torch.Tensor
+    ) -> torch.Tensor:
+        NaNOnRank1.calls += 1
+        loss = reverse_kl(log_p, log_q)
+        if torch.distributed.get_rank() == 1 and NaNOnRank1.calls == 2:
+            loss[0] = torch.nan
+        return loss
