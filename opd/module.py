@@ -90,6 +90,7 @@ class OPDModule(LightningModule):
         attn_implementation: sdpa, eager, flash_attention_2, ...
         gradient_checkpointing: Recompute the activations of each layer in backward: less memory,
             more time.
+        compile: Compile each layer of the student with torch.compile, for all but rollouts.
         gradient_sync: When gradients are summed over ranks. ``last``: with the last micro-batch,
             the least communication; FSDP then holds whole gradients in between, 4 bytes per
             parameter. ``every``: with each micro-batch; FSDP then holds shards of them only.
@@ -122,6 +123,7 @@ class OPDModule(LightningModule):
         teacher_offload: bool = False,
         attn_implementation: str = "sdpa",
         gradient_checkpointing: bool = False,
+        compile: bool = False,  # noqa: A002 - the YAML key
         gradient_sync: Literal["last", "every"] = "last",
         trust_remote_code: bool = False,
         seed: int = 0,
@@ -151,6 +153,7 @@ class OPDModule(LightningModule):
         self.teacher_offload = teacher_offload
         self.attn_implementation = attn_implementation
         self.gradient_checkpointing = gradient_checkpointing
+        self.compile_layers = compile
         self.gradient_sync = gradient_sync
         self.trust_remote_code = trust_remote_code
         self.seed = seed
@@ -186,6 +189,9 @@ class OPDModule(LightningModule):
         self.student.train()
         if self.gradient_checkpointing:
             self.student.gradient_checkpointing_enable({"use_reentrant": False})
+        if self.compile_layers:
+            for layer in sharding.transformer_layers(self.student):
+                layer.compile(dynamic=True)
         self._student_files = models.student_files(self.student, self.tokenizer)
         if not self.sampler.eos_token_ids:
             eos = models.eos_token_ids(self.student, self.tokenizer)

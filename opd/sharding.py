@@ -19,7 +19,6 @@ from typing import Any, Concatenate, ParamSpec, TypeVar, cast
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_state_dict
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import (
     CPUOffloadPolicy,
@@ -29,7 +28,7 @@ from torch.distributed.fsdp import (
     fully_shard,
     register_fsdp_forward_method,
 )
-from torch.distributed.tensor import DTensor
+from torch.distributed.tensor import DTensor, distribute_tensor
 from transformers import PreTrainedModel
 
 P = ParamSpec("P")
@@ -57,7 +56,7 @@ def shard(
 
     Args:
         model: The model on the meta device; on return, each rank holds its shards.
-        whole: The same model with its weights on rank 0, None elsewhere. Emptied as it goes.
+        whole: The same model with its weights on rank 0, None elsewhere.
         mesh: One-dimensional mesh of the ranks to spread it over.
         device: This rank's device.
         compute_dtype: What parameters are gathered in; the shards keep theirs. None: theirs.
@@ -66,6 +65,7 @@ def shard(
         offload: Keep the shards in host memory, and copy them to the device when they are needed.
     """
     policy = MixedPrecisionPolicy(param_dtype=compute_dtype, reduce_dtype=torch.float32)
+    offload = offload and device.type != "cpu"
     offloading = CPUOffloadPolicy() if offload else OffloadPolicy()
     for layer in transformer_layers(model):
         fully_shard(layer, mesh=mesh, mp_policy=policy, offload_policy=offloading)
@@ -76,23 +76,28 @@ def shard(
         offload_policy=offloading,
         reshard_after_forward=not trained,
     )
-    model.to_empty(device=torch.device("cpu") if offload else device)
+    model.to_empty(device=device)
     model.tie_weights()  # to_empty gives tied parameters a tensor each
-    state = {} if whole is None else whole.state_dict()
-    options = StateDictOptions(full_state_dict=True, broadcast_from_rank0=True)
-    set_model_state_dict(model, state, options=options)
-    buffers = {} if whole is None else dict(whole.named_buffers())
-    for module in model.modules():
-        for name, buffer in module._buffers.items():
-            if buffer is not None:
-                module._buffers[name] = buffer.to(device)
-    for name, buffer in model.named_buffers():
-        if whole is not None:
-            buffer.copy_(buffers[name])
-        dist.broadcast(buffer, src=0)
+    _fill_from_rank_0(model, whole, mesh, device)
     # generate() and our passes call parts of the model, where FSDP's hooks are on its forward only
     setattr(model, RUN_PASS, types.MethodType(_call, model))
     register_fsdp_forward_method(model, RUN_PASS)
+
+
+def _fill_from_rank_0(
+    model: PreTrainedModel, whole: PreTrainedModel | None, mesh: DeviceMesh, device: torch.device
+) -> None:
+    """Send each tensor of the whole model to all ranks, which keep their shard of it."""
+    for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
+        if whole is None:
+            full = torch.empty(tensor.shape, dtype=tensor.dtype, device=device)
+        else:
+            module, _, attribute = name.rpartition(".")
+            full = getattr(whole.get_submodule(module), attribute).detach().to(device)
+        dist.broadcast(full, src=0)
+        if isinstance(tensor, DTensor):
+            full = distribute_tensor(full, mesh, tensor.placements, src_data_rank=None)
+        torch._foreach_copy_(local_shards([tensor]), local_shards([full]))
 
 
 def _call(model: PreTrainedModel, function: Callable[..., T], *args: Any) -> T:

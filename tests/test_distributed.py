@@ -107,6 +107,31 @@ def test_unequal_completions_and_a_rank_without_prompts_do_not_deadlock(tmp_path
     assert lengths == pytest.approx([2, 2, 1, 2])
 
 
+def test_a_tied_model_with_activation_checkpointing_trains_alike_when_sharded(fit, tiny, tmp_path):
+    """Llama with tied embeddings; one rank draws the same rollouts as an ordinary process."""
+    rows = [{"prompt": f"add {i} and {3 * i}"} for i in range(16)]
+    (tmp_path / "prompts.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    options = ["--model.student", str(tiny / "llama-student")]
+    options += ["--model.teacher", str(tiny / "llama-teacher")]
+    options += ["--data.train", str(tmp_path / "prompts.jsonl"), "--data.validation", "null"]
+    plain = fit("plain", *options, steps=3)
+    saving = ["--model.gradient_checkpointing", "true", "--model.teacher_offload", "true"]
+    sharded = launch(1, tmp_path / "sharded", *options, *FSDP2, *saving, steps=3)
+    left, right = student_of(load_any(sharded)), student_of(load_any(plain))
+    assert largest_difference(left, right) < 1e-6
+    assert losses(sharded) == pytest.approx(losses(plain), rel=1e-6)
+
+
+@pytest.mark.slow
+def test_compiled_layers_train_alike(fit, tmp_path):
+    compiled = ["--model.compile", "true"]
+    plain, fast = fit("plain", steps=3), fit("compiled", *compiled, steps=3)
+    assert losses(fast) == pytest.approx(losses(plain), rel=1e-5)
+    sharded = launch(2, tmp_path / "sharded", *FSDP2, steps=3)
+    fast = launch(2, tmp_path / "compiled_sharded", *FSDP2, *compiled, steps=3)
+    assert losses(fast) == pytest.approx(losses(sharded), rel=1e-5)
+
+
 @pytest.fixture(scope="module")
 def measured(tmp_path_factory):
     """What each rank of a bf16-mixed run has measured in its first search."""

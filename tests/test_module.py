@@ -6,6 +6,7 @@ import pytest
 import torch
 from conftest import load
 
+from opd import sharding
 from opd.module import OPDModule
 from opd.objectives import GeneralizedJSD, PolicyGradient, ReverseKL
 from opd.prompts import Prompt, PromptBatch, PromptFormat, tokenize_rows
@@ -154,3 +155,13 @@ def test_update_norm_is_the_norm_of_the_weights_change(fit):
     change = torch.cat([(after[n] - before[n]).flatten().double() for n in before]).norm().item()
     rows = [row for row in read_metrics(folder / "metrics.csv") if "optim/update_norm" in row]
     assert float(rows[-1]["optim/update_norm"]) == pytest.approx(change, rel=1e-4)
+
+
+def test_an_offloaded_teacher_gives_the_same_scores(tiny):
+    rollouts = rollouts_of(module_of(tiny))
+    module = module_of(tiny, teacher_offload=True)
+    here = module_of(tiny).score_with_teacher(rollouts).hidden
+    module.teachers["default"].to(torch.device("cpu"))
+    assert torch.equal(module.score_with_teacher(rollouts).hidden, here)
+    layers = sharding.transformer_layers(module.teachers["default"].model)
+    assert all(p.is_meta for layer in layers for p in layer.parameters())  # back in host memory

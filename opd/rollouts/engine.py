@@ -109,7 +109,8 @@ class TransformersEngine:
         model.generation_config = GenerationConfig()
         size = self.batch_size or max(len(prompts), 1)
         try:
-            with gathered(model):
+            # Every token has a shape of its own: layers that are compiled run as they are
+            with gathered(model), torch.compiler.set_stance("force_eager"):
                 parts = [
                     self._generate(
                         model,
