@@ -24,18 +24,23 @@ from __future__ import annotations
 
 import dataclasses
 import time
-from collections.abc import Iterator
 from typing import Any, Literal
 
 from lightning.pytorch import Callback, LightningModule, Trainer
-from torch import Tensor, nn
+from torch import Tensor
 
 from opd import extrapolation
 from opd.errors import UserError
 from opd.extrapolation import Score, SearchResult
 from opd.ledger import Ledger
 from opd.scores import AnswerAccuracy, CandidateScore
-from opd.sharding import discard_gathered, is_sharded, local_shards
+from opd.sharding import (
+    Companion,
+    discard_gathered,
+    is_sharded,
+    local_shards,
+    trainable_parameters,
+)
 
 ANCHOR = "effopd_anchor"  # name of the anchor within the module
 
@@ -83,7 +88,7 @@ class EffOPD(Callback):
         self.optimizer_state = optimizer_state
         self.anchor_device = anchor_device
         self.seed = seed
-        self.anchor = NamedTensors()
+        self.anchor = Companion()
         self.history: list[dict[str, Any]] = []
         self._resumed = False
 
@@ -100,7 +105,8 @@ class EffOPD(Callback):
             UserError: ``parameters`` matches nothing, or the checkpoint's anchor belongs to others.
         """
         discard_gathered(pl_module)
-        moved, restored = self._moved(pl_module), dict(self.anchor.items())
+        moved = self._moved(pl_module)
+        restored = {name: self.anchor[name] for name, _ in self.anchor.keys_by_parameter()}
         if missing := sorted(moved.keys() - restored.keys() if restored else ()):
             raise UserError(
                 f"the checkpoint's EffOPD anchor lacks {missing[0]}: resume with the same "
@@ -146,14 +152,13 @@ class EffOPD(Callback):
             return trainer.strategy.reduce(tensor.to(pl_module.device), reduce_op="sum")
 
         discard_gathered(pl_module)
-        sharded = is_sharded(list(self._moved(pl_module).values()))
         weights, anchor = self._shards(pl_module)
         tokens_before = ledger.totals["search_tokens"]
         with ledger.phase("search"):
             self.score.prepare(pl_module, step, self.seed)
             base = [self._place(weight.clone(), weight) for weight in weights]
             norm = extrapolation.direction_norm(
-                weights, anchor, reduce_sum if sharded else lambda square: square
+                weights, anchor, reduce_sum if is_sharded(pl_module) else lambda square: square
             )
             placed = 0.0
 
@@ -215,9 +220,9 @@ class EffOPD(Callback):
 
     def _moved(self, pl_module: LightningModule) -> dict[str, Tensor]:
         """Return the parameters that a search moves, by name."""
-        trainable = {n: p.detach() for n, p in pl_module.named_parameters() if p.requires_grad}
+        trainable = trainable_parameters(pl_module)
         names = extrapolation.select_parameters(list(trainable), self.parameters)
-        return {name: trainable[name] for name in names}
+        return {name: trainable[name].detach() for name in names}
 
     def _shards(self, pl_module: LightningModule) -> tuple[list[Tensor], list[Tensor]]:
         """Return this rank's shards of the weights and of the anchor."""
@@ -239,31 +244,3 @@ class EffOPD(Callback):
         """Go on from a checkpoint's history; its anchor comes with the module's weights."""
         self.history = list(state_dict["history"])
         self._resumed = True
-
-
-class NamedTensors(nn.Module):
-    """Tensors by name, saved with the module that this is a part of; not parameters.
-
-    Loading takes whatever tensors a checkpoint holds.
-    """
-
-    def __setitem__(self, name: str, tensor: Tensor) -> None:
-        self.register_buffer(name.replace(".", "/"), tensor)  # torch forbids dots
-
-    def __getitem__(self, name: str) -> Tensor:
-        return self.get_buffer(name.replace(".", "/"))
-
-    def items(self) -> Iterator[tuple[str, Tensor]]:
-        """Yield names and tensors."""
-        return ((name.replace("/", "."), tensor) for name, tensor in self.named_buffers())
-
-    def clear(self) -> None:
-        """Forget all tensors."""
-        self._buffers.clear()
-
-    def _load_from_state_dict(
-        self, state_dict: dict[str, Tensor], prefix: str, *args: Any, **kwargs: Any
-    ) -> None:
-        for key, tensor in state_dict.items():
-            if key.startswith(prefix):
-                self.register_buffer(key.removeprefix(prefix), tensor)

@@ -162,6 +162,11 @@ def context_length(model: PreTrainedModel) -> int | None:
     return None if length is None else int(length)
 
 
+def vocabulary_size(model: PreTrainedModel) -> int:
+    """Entries of the output head, padding included; also of one that is sharded."""
+    return int(model.get_output_embeddings().out_features)
+
+
 def eos_token_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> tuple[int, ...]:
     """All token ids that end a completion, from the generation config and the tokenizer."""
     configured = model.generation_config.eos_token_id
@@ -288,7 +293,7 @@ def check_models(
         UserError: A vocabulary is smaller than the tokenizer.
     """
     for role, model in [("student", student), ("teacher " + name, teacher)]:
-        size = model.get_output_embeddings().weight.shape[0]
+        size = vocabulary_size(model)
         if size < len(tokenizer):
             raise UserError(
                 f"{role}: its vocabulary has {size} entries, but the tokenizer has "

@@ -18,15 +18,13 @@ from __future__ import annotations
 import dataclasses
 import functools
 import math
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from collections.abc import Sequence
 from typing import Any, Literal
 
 import torch
 from lightning.pytorch import LightningModule
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from torch import Tensor
-from torch.nn.parallel import DistributedDataParallel
 from transformers import PreTrainedModel
 
 from opd import checkpoints, models, sharding
@@ -53,6 +51,7 @@ from opd.rollouts import (
 )
 from opd.scores import StepRollouts
 from opd.seeding import generator, own_randomness, random_state, restore_random_state
+from opd.strategies import ShardedStrategy
 from opd.teachers import LocalTeacher, TeacherScored
 
 DEFAULT_TEACHER = "default"
@@ -199,11 +198,9 @@ class OPDModule(LightningModule):
         teachers = {name: self._load_teacher(name) for name in self.teacher_sources}
         # Kept out of the module tree: in no checkpoint, no optimizer and no data-parallel wrapper.
         object.__setattr__(self, "teachers", teachers)
-        vocabularies = [
-            model.get_output_embeddings().weight.shape[0]
-            for model in [self.student, *(teacher.model for teacher in teachers.values())]
-        ]
-        self.vocabulary = min(vocabularies)  # beyond it is padding: check_models has made sure
+        everyone = [self.student, *(teacher.model for teacher in teachers.values())]
+        # Beyond the smallest vocabulary there is only padding: check_models has made sure of that
+        self.vocabulary = min(models.vocabulary_size(model) for model in everyone)
 
     def _load_teacher(self, name: str) -> LocalTeacher:
         source = self.teacher_sources[name]
@@ -214,7 +211,6 @@ class OPDModule(LightningModule):
         return LocalTeacher(model, offload=self.teacher_offload)
 
     def _load_model(self, source: str, *, dtype: models.Dtype, trained: bool) -> PreTrainedModel:
-        """Load a model; under a sharded strategy rank 0 alone reads it, and sends the shards."""
         load = functools.partial(
             models.load_model,
             source,
@@ -222,27 +218,11 @@ class OPDModule(LightningModule):
             attn_implementation=self.attn_implementation,
             trust_remote_code=self.trust_remote_code,
         )
-        if self.device_mesh is None:
+        strategy = None if self._trainer is None else self._trainer.strategy
+        if not isinstance(strategy, ShardedStrategy):
             return load()
-        whole, error = None, None
-        if self.global_rank == 0:
-            try:
-                whole = load()
-            except UserError as reason:
-                error = str(reason)
-        if error := self.trainer.strategy.broadcast(error):
-            raise UserError(error)
-        model = load(weights=False)
-        sharding.shard(
-            model,
-            whole,
-            self.device_mesh["data_parallel"],
-            self.device,
-            compute_dtype=torch.bfloat16 if self.trainer.precision == "bf16-mixed" else None,
-            trained=trained,
-            offload=self.teacher_offload and not trained,
-        )
-        return model
+        offload = self.teacher_offload and not trained
+        return strategy.load_model(load, trained=trained, offload=offload)
 
     def on_fit_start(self) -> None:
         """Check what only a run can know.
@@ -395,6 +375,9 @@ class OPDModule(LightningModule):
         tokens = torch.tensor(float(sum(m.num_tokens for m in micro_batches)), device=self.device)
         total = max(self._sum_over_ranks(tokens).item(), 1.0)
         token_kls, losses, teacher_scores = [], [], []
+        wrapper = self.trainer.strategy.model
+        indices = range(len(micro_batches))
+        synced = indices if self.gradient_sync == "every" else indices[-1:]
         for i, micro in enumerate(micro_batches):
             with self.ledger.phase("teacher"):
                 scored = self.score_with_teacher(micro)
@@ -407,7 +390,7 @@ class OPDModule(LightningModule):
                 # the products of the float32 head to bfloat16.
                 with (
                     torch.autocast(self.device.type, enabled=False),
-                    self._gradient_sync(last=i == len(micro_batches) - 1),
+                    sharding.gradient_sync(wrapper, self.student, i in synced),
                 ):
                     # Data parallel strategies average gradients over ranks; the sum is wanted.
                     self.manual_backward(loss.sum() * (self.trainer.world_size / total))
@@ -421,18 +404,6 @@ class OPDModule(LightningModule):
         self._check_finite(micro_batches, losses, "loss")
         self._check_finite(micro_batches, teacher_scores, "teacher's log-probability")
         return token_kls
-
-    @contextmanager
-    def _gradient_sync(self, *, last: bool) -> Iterator[None]:
-        """Sum the gradients of a backward over ranks, or only add them up on each."""
-        sync = last or self.gradient_sync == "every"
-        wrapper = self.trainer.strategy.model
-        if isinstance(wrapper, DistributedDataParallel):
-            with nullcontext() if sync else wrapper.no_sync():
-                yield
-        else:
-            sharding.set_gradient_sync(self.student, sync)
-            yield
 
     def _check_finite(
         self, micro_batches: Sequence[Rollouts], values: Sequence[Tensor], what: str
@@ -469,8 +440,8 @@ class OPDModule(LightningModule):
         assert not isinstance(optimizer, list)
         with self.ledger.phase("train"):
             parameters = [p for p in self.student.parameters() if p.requires_grad]
-            norm = torch.nn.utils.clip_grad_norm_(parameters, self.max_grad_norm)
-            if not math.isfinite(grad_norm := sharding.whole_value(norm)):
+            grad_norm = sharding.clip_gradients(self.student, self.max_grad_norm)
+            if not math.isfinite(grad_norm):
                 raise NonFiniteError(
                     f"step {self.global_step + 1}: the gradient's norm is {grad_norm}, although "
                     f"every loss is finite; the weights are those of step {self.global_step}"
@@ -482,7 +453,7 @@ class OPDModule(LightningModule):
             optimizer.zero_grad()
             torch._foreach_sub_(before, shards)
             squares = torch.stack(torch._foreach_norm(before)).double().square().sum()
-            if sharding.is_sharded(parameters):
+            if sharding.is_sharded(self.student):
                 squares = self._sum_over_ranks(squares)
             if self.scheduler is not None:
                 scheduler = self.lr_schedulers()

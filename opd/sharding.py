@@ -1,9 +1,9 @@
-"""A model spread over ranks with FSDP2: how it is cut up, run, gathered and edited.
+"""A model spread over ranks with FSDP2 or FSDP1: how it is cut up, run, gathered and edited.
 
-Between passes every rank holds a shard of each parameter (a DTensor). A pass gathers a layer at a
-time; a rollout gathers the whole model once, so that no token costs a collective and ranks need not
-wait for each other. What is gathered is a copy: whoever edits shards must see to it that no copy is
-left (:func:`discard_gathered`).
+Between passes every rank holds a shard of each parameter. A pass gathers a layer at a time; a
+rollout gathers the whole model once, so that no token costs a collective and ranks need not wait
+for each other. What is gathered is a copy: whoever edits shards must see to it that no copy is left
+(:func:`discard_gathered`).
 
 On a model that is not sharded, every function here does nothing, or the plain thing.
 """
@@ -13,22 +13,29 @@ from __future__ import annotations
 import functools
 import types
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any, Concatenate, ParamSpec, TypeVar, cast
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import (
+    CPUOffload,
     CPUOffloadPolicy,
     FSDPModule,
+    FullyShardedDataParallel,
+    MixedPrecision,
     MixedPrecisionPolicy,
     OffloadPolicy,
+    ShardingStrategy,
     fully_shard,
     register_fsdp_forward_method,
 )
+from torch.distributed.fsdp._runtime_utils import _reshard
+from torch.distributed.fsdp.wrap import ModuleWrapPolicy
 from torch.distributed.tensor import DTensor, distribute_tensor
+from torch.nn.parallel import DistributedDataParallel
 from transformers import PreTrainedModel
 
 P = ParamSpec("P")
@@ -100,8 +107,58 @@ def _fill_from_rank_0(
         torch._foreach_copy_(local_shards([tensor]), local_shards([full]))
 
 
+def wrap_with_fsdp1(
+    model: PreTrainedModel,
+    device: torch.device,
+    *,
+    compute_dtype: torch.dtype | None,
+    trained: bool,
+    offload: bool = False,
+) -> PreTrainedModel:
+    """Wrap a whole model, which all ranks hold, so that each keeps a share; a collective.
+
+    Args:
+        model: The model with its weights.
+        device: This rank's device.
+        compute_dtype: What parameters are gathered in; the shards keep theirs. None: theirs.
+        trained: Whether to keep gathered parameters until backward; see :func:`gathered`.
+        offload: Keep the shards in host memory.
+
+    Returns:
+        The wrapper, which passes on attributes, and so can stand for the model.
+    """
+    kinds = {type(layer) for layer in transformer_layers(model)}
+    strategy = ShardingStrategy.SHARD_GRAD_OP if trained else ShardingStrategy.FULL_SHARD
+    wrapper = FullyShardedDataParallel(
+        model,
+        auto_wrap_policy=ModuleWrapPolicy(kinds),
+        sharding_strategy=strategy,
+        mixed_precision=MixedPrecision(param_dtype=compute_dtype, reduce_dtype=torch.float32),
+        cpu_offload=CPUOffload(offload and device.type != "cpu"),
+        device_id=device,
+        # A mesh makes its state dicts those of FSDP2: DTensors
+        device_mesh=init_device_mesh(device.type, (dist.get_world_size(),)),
+        use_orig_params=True,
+    )
+    object.__setattr__(wrapper, RUN_PASS, types.MethodType(_call_fsdp1, wrapper))
+    return cast(PreTrainedModel, wrapper)
+
+
 def _call(model: PreTrainedModel, function: Callable[..., T], *args: Any) -> T:
     return function(model, *args)
+
+
+def _call_fsdp1(wrapper: FullyShardedDataParallel, function: Callable[..., T], *args: Any) -> T:
+    """Run a function as if it were the model's forward, the only thing that FSDP1 gathers for."""
+    model = wrapper.module
+
+    def forward(*inputs: Any) -> T:
+        del model.forward  # from here on, it is the model's own again
+        return function(model, *inputs)
+
+    model.forward = forward
+    result: T = wrapper(*args)
+    return result
 
 
 def forward_pass(
@@ -123,17 +180,17 @@ def forward_pass(
     return cast(Callable[Concatenate[PreTrainedModel, P], T], run)
 
 
-def _parts(module: nn.Module) -> list[FSDPModule]:
-    return [part for part in module.modules() if isinstance(part, FSDPModule)]
-
-
 @contextmanager
 def gathered(model: nn.Module) -> Iterator[None]:
     """Hold the whole model on every rank: one all-gather per layer on entry, none inside.
 
     A collective on entry; ranks may do different things inside and leave at different times.
     """
-    parts = _parts(model)
+    if isinstance(model, FullyShardedDataParallel):
+        _pass_of_one_token(cast(PreTrainedModel, model))
+        yield  # SHARD_GRAD_OP keeps it, also for the passes that follow, until backward
+        return
+    parts = [part for part in model.modules() if isinstance(part, FSDPModule)]
     for part in parts:
         part.set_reshard_after_forward(False, recurse=False)
         part.unshard()  # one at a time: an all-gather needs its memory twice
@@ -147,21 +204,58 @@ def gathered(model: nn.Module) -> Iterator[None]:
             part.set_reshard_after_forward(part is not parts[0], recurse=False)
 
 
+@forward_pass
+def _pass_of_one_token(model: PreTrainedModel) -> None:
+    model(torch.zeros(1, 1, dtype=torch.long, device=model.device), use_cache=False)
+
+
 def discard_gathered(module: nn.Module) -> None:
     """Free gathered copies, so that shards can be edited; no collective."""
-    for part in _parts(module):
-        part.reshard()
+    for part in module.modules():
+        if isinstance(part, FSDPModule):
+            part.reshard()
+        elif isinstance(part, FullyShardedDataParallel) and part._is_root is not None:
+            # (before the first pass there is nothing to free; nor is there with a single rank)
+            handle = part._handle
+            if handle is not None and handle.uses_sharded_strategy:
+                _reshard(part, handle, free_unsharded_flat_param=True)
 
 
-def set_gradient_sync(model: nn.Module, enabled: bool) -> None:
-    """Choose whether backward sums gradients over ranks; if not, it adds them up on this rank."""
-    for part in _parts(model):
-        part.set_requires_gradient_sync(enabled, recurse=False)
+def gradient_sync(
+    wrapper: nn.Module | None, model: nn.Module, enabled: bool
+) -> AbstractContextManager[None]:
+    """Sum gradients over ranks in a backward, or only add them up on each.
+
+    Args:
+        wrapper: What a replicating strategy has made of the module.
+        model: The student, perhaps sharded.
+        enabled: Whether to sum over ranks.
+    """
+    for part in model.modules():
+        if isinstance(part, FSDPModule):
+            part.set_requires_gradient_sync(enabled, recurse=False)
+    owner = wrapper if isinstance(wrapper, DistributedDataParallel) else model
+    if not enabled and isinstance(owner, DistributedDataParallel | FullyShardedDataParallel):
+        return cast(AbstractContextManager[None], owner.no_sync())
+    return nullcontext()
 
 
-def is_sharded(tensors: Sequence[Tensor]) -> bool:
-    """Whether tensors are shards of larger ones."""
-    return any(isinstance(tensor, DTensor) for tensor in tensors)
+def clip_gradients(model: nn.Module, max_norm: float) -> float:
+    """Scale gradients so that their norm over all ranks' shards is at most ``max_norm``.
+
+    Returns:
+        The norm before. A collective if the model is sharded.
+    """
+    if isinstance(model, FullyShardedDataParallel):
+        return float(model.clip_grad_norm_(max_norm))
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    norm = torch.nn.utils.clip_grad_norm_(parameters, max_norm)
+    return float(norm.full_tensor() if isinstance(norm, DTensor) else norm)
+
+
+def is_sharded(module: nn.Module) -> bool:
+    """Whether each rank holds only a share of a module's parameters."""
+    return any(isinstance(p, FSDPModule | FullyShardedDataParallel) for p in module.modules())
 
 
 def local_shards(tensors: Sequence[Tensor]) -> list[Tensor]:
@@ -170,6 +264,73 @@ def local_shards(tensors: Sequence[Tensor]) -> list[Tensor]:
     return [t.to_local() if isinstance(t, DTensor) else t for t in detached]
 
 
-def whole_value(tensor: Tensor) -> float:
-    """Return a one-element tensor as a number; a collective if it is sharded."""
-    return float(tensor.full_tensor() if isinstance(tensor, DTensor) else tensor)
+def trainable_parameters(module: nn.Module) -> dict[str, nn.Parameter]:
+    """Return the parameters that are trained by the names that they have without a wrapper."""
+    return {
+        name.replace("_fsdp_wrapped_module.", ""): parameter
+        for name, parameter in module.named_parameters()
+        if parameter.requires_grad
+    }
+
+
+# --- tensors beside parameters --------------------------------------------------------------------
+
+
+class Companion(nn.Module):
+    """A tensor beside each of some parameters of a module, sharded alike and saved with it.
+
+    Loading takes whatever tensors a checkpoint holds.
+    """
+
+    def __setitem__(self, parameter: str, tensor: Tensor) -> None:
+        self.register_buffer(parameter.replace(".", "/"), tensor)  # torch forbids dots
+
+    def __getitem__(self, parameter: str) -> Tensor:
+        return self.get_buffer(parameter.replace(".", "/"))
+
+    def keys_by_parameter(self) -> list[tuple[str, str]]:
+        """Return pairs of a parameter's name and its tensor's key in the state dict."""
+        return [(key.replace("/", "."), key) for key in self._buffers]
+
+    def clear(self) -> None:
+        """Forget all tensors."""
+        self._buffers.clear()
+
+    def _load_from_state_dict(
+        self, state_dict: dict[str, Tensor], prefix: str, *args: Any, **kwargs: Any
+    ) -> None:
+        for key, tensor in state_dict.items():
+            if key.startswith(prefix):
+                name = key.removeprefix(prefix)
+                if name in self._buffers:  # where it is, it stays
+                    torch._foreach_copy_(
+                        local_shards([self.get_buffer(name)]), local_shards([tensor])
+                    )
+                else:
+                    self.register_buffer(name, tensor)
+
+
+def companions(module: nn.Module) -> list[tuple[str, Companion]]:
+    """Return the companions of a module's parameters with their names in it."""
+    return [(name, part) for name, part in module.named_children() if isinstance(part, Companion)]
+
+
+@contextmanager
+def exchanged(module: nn.Module, companion: Companion) -> Iterator[None]:
+    """Let parameters and their companion change places; no communication."""
+    discard_gathered(module)
+    _exchange(module, companion)
+    try:
+        yield
+    finally:
+        discard_gathered(module)
+        _exchange(module, companion)
+
+
+def _exchange(module: nn.Module, companion: Companion) -> None:
+    parameters = trainable_parameters(module)
+    for name, _ in companion.keys_by_parameter():
+        (weight,), (other,) = local_shards([parameters[name]]), local_shards([companion[name]])
+        kept = weight.clone()
+        weight.copy_(other)
+        other.copy_(kept)

@@ -1,56 +1,83 @@
-"""Lightning strategies for models that do not fit one device.
+"""Lightning strategies for models that do not fit one device: FSDP2, and its predecessor FSDP1.
 
-Under ``FSDP2`` student, teacher, gradients, optimizer and EffOPD's copies are all spread over the
-ranks. Precision ``bf16-mixed`` means float32 master weights, gathered and computed with as
-bfloat16.
+Student, teacher, gradients, optimizer and EffOPD's copies are all spread over the ranks. Precision
+``bf16-mixed`` means float32 master weights, gathered and computed with as bfloat16.
+
+A checkpoint is a folder to which every rank writes its shards; it is whole or it is not there, and
+any number of processes, under either strategy, can go on from it.
 """
 
 from __future__ import annotations
 
 import shutil
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from datetime import timedelta
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
-from lightning.pytorch.strategies import ModelParallelStrategy
+import torch
+from lightning.pytorch import LightningModule
+from lightning.pytorch.core.optimizer import LightningOptimizer
+from lightning.pytorch.plugins.precision import FSDPPrecision, Precision
+from lightning.pytorch.strategies import FSDPStrategy, ModelParallelStrategy, ParallelStrategy
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.state_dict import (
     StateDictOptions,
     get_model_state_dict,
     get_optimizer_state_dict,
+    set_model_state_dict,
     set_optimizer_state_dict,
 )
 from torch.distributed.checkpoint.state_dict_loader import load as load_shards
+from torch.distributed.checkpoint.state_dict_saver import save as save_shards
+from torch.optim import Optimizer
+from transformers import PreTrainedModel
 
-from opd import checkpoints
+from opd import checkpoints, sharding
 from opd.errors import UserError
 
+PATIENCE = timedelta(minutes=30)  # of one rank with the others, in one collective
 
-class FSDP2(ModelParallelStrategy):
-    """Lightning's ModelParallelStrategy over all ranks, with checkpoints that are whole or absent.
 
-    A checkpoint is a folder to which every rank writes its shards; any number of processes can go
-    on from it.
+class ShardedStrategy(ParallelStrategy):
+    """What FSDP1 and FSDP2 have in common: how models are loaded, and checkpoints."""
 
-    Args:
-        timeout: After so long in one collective, a rank gives the others up for dead. It must
-            exceed the difference between the fastest and the slowest rank's rollouts.
-        process_group_backend: nccl, gloo; None: what suits the device.
-    """
+    def load_model(
+        self, load: Callable[..., PreTrainedModel], *, trained: bool, offload: bool
+    ) -> PreTrainedModel:
+        """Load a model and spread it over the ranks; a collective.
 
-    def __init__(
-        self,
-        timeout: timedelta = timedelta(minutes=30),
-        process_group_backend: str | None = None,
-    ) -> None:
-        super().__init__(
-            tensor_parallel_size=1, process_group_backend=process_group_backend, timeout=timeout
-        )
+        Args:
+            load: Loads it; with ``weights=False``, without them and on the meta device.
+            trained: Whether it is the student.
+            offload: Keep its shards in host memory.
+        """
+        raise NotImplementedError
 
-    def _setup_distributed(self) -> None:
-        super()._setup_distributed()
-        self._data_parallel_size = self.world_size
+    @property
+    def _module(self) -> LightningModule:
+        assert self.lightning_module is not None
+        return self.lightning_module
+
+    @property
+    def compute_dtype(self) -> torch.dtype | None:
+        """What parameters are gathered in; None: their own dtype."""
+        return torch.bfloat16 if self.precision_plugin.precision == "bf16-mixed" else None
+
+    # --- checkpoints ----------------------------------------------------------------------------
+
+    def lightning_module_state_dict(self) -> dict[str, Any]:
+        """Return this rank's shards of the module's state, copied to the CPU."""
+        assert self.model is not None
+        return get_model_state_dict(self.model, options=StateDictOptions(cpu_offload=True))
+
+    def optimizer_state(self, optimizer: Optimizer | LightningOptimizer) -> dict[str, Any]:
+        """Return this rank's shards of an optimizer's state, copied to the CPU."""
+        if isinstance(optimizer, LightningOptimizer):
+            optimizer = optimizer.optimizer
+        assert self.model is not None
+        options = StateDictOptions(cpu_offload=True)
+        return get_optimizer_state_dict(self.model, optimizer, options=options)
 
     def save_checkpoint(
         self, checkpoint: dict[str, Any], filepath: str | Path, storage_options: Any = None
@@ -65,9 +92,14 @@ class FSDP2(ModelParallelStrategy):
         if self.is_global_zero:
             shutil.rmtree(partial, ignore_errors=True)
         self.barrier()
+        shards = {checkpoints.STATE_DICT: checkpoint.pop("state_dict")}
+        for i, state in enumerate(checkpoint.pop("optimizer_states", [])):
+            shards[f"optimizer_{i}"] = state
         failure = None
         try:
-            super().save_checkpoint(checkpoint, partial, storage_options)
+            save_shards(shards, checkpoint_id=partial)
+            if self.is_global_zero:
+                torch.save(checkpoint, partial / checkpoints.META_FILE)
         except CheckpointException as error:  # the same on all ranks
             failure = "; ".join(f"rank {rank}: {e}" for rank, (e, _) in error.failures.items())
         except (OSError, RuntimeError) as error:
@@ -77,7 +109,7 @@ class FSDP2(ModelParallelStrategy):
                 shutil.rmtree(partial, ignore_errors=True)
             raise OSError(failure)
         if self.is_global_zero:
-            remove(path)
+            _remove(path)
             partial.rename(path)
         self.barrier()
 
@@ -95,21 +127,22 @@ class FSDP2(ModelParallelStrategy):
         rest = checkpoints.read(path)
         available = {str(key) for key in checkpoints.shard_metadata(path).state_dict_metadata}
         assert self.model is not None
-        state = get_model_state_dict(self.model)
+        state = self.lightning_module_state_dict()
         found = {name: t for name, t in state.items() if f"state_dict.{name}" in available}
         _check_missing(path, state, found)
-        load_shards({"state_dict": found}, checkpoint_id=path)
-        self.model.load_state_dict(found, strict=False)
+        load_shards({checkpoints.STATE_DICT: found}, checkpoint_id=path)
+        self._set_state(found)
         for i, optimizer in enumerate(self.optimizers):
             moments = {f"optimizer_{i}": get_optimizer_state_dict(self.model, optimizer)}
             load_shards(moments, checkpoint_id=path)
             set_optimizer_state_dict(
-                self.model,
-                optimizer,
-                optim_state_dict=moments[f"optimizer_{i}"],
-                options=StateDictOptions(cpu_offload=True),
+                self.model, optimizer, optim_state_dict=moments[f"optimizer_{i}"]
             )
         return rest
+
+    def _set_state(self, state: dict[str, Any]) -> None:
+        assert self.model is not None
+        set_model_state_dict(self.model, state, options=StateDictOptions(strict=False))
 
 
 def _check_missing(path: Path, wanted: Mapping[str, Any], found: Mapping[str, Any]) -> None:
@@ -125,9 +158,132 @@ def _check_missing(path: Path, wanted: Mapping[str, Any], found: Mapping[str, An
         raise UserError(f"{path}: lacks {len(missing)} tensors of this run, as {missing[0]}")
 
 
-def remove(path: Path) -> None:
-    """Remove a file or a folder, if it is there."""
+def _remove(path: Path) -> None:
     if path.is_dir() and not path.is_symlink():
         shutil.rmtree(path)
     else:
         path.unlink(missing_ok=True)
+
+
+class FSDP2(ShardedStrategy, ModelParallelStrategy):
+    """Lightning's ModelParallelStrategy over all ranks.
+
+    Rank 0 alone reads a model's weights, and sends the others their shards.
+
+    Args:
+        timeout: After so long in one collective, a rank gives the others up for dead. It must
+            exceed the difference between the fastest and the slowest rank's rollouts.
+        process_group_backend: nccl, gloo; None: what suits the device.
+    """
+
+    def __init__(
+        self, timeout: timedelta = PATIENCE, process_group_backend: str | None = None
+    ) -> None:
+        super().__init__(
+            tensor_parallel_size=1, process_group_backend=process_group_backend, timeout=timeout
+        )
+
+    def _setup_distributed(self) -> None:
+        super()._setup_distributed()
+        self._data_parallel_size = self.world_size
+
+    def load_model(
+        self, load: Callable[..., PreTrainedModel], *, trained: bool, offload: bool
+    ) -> PreTrainedModel:
+        """Read a model on rank 0 and spread it over the ranks; a collective.
+
+        Raises:
+            UserError: Rank 0 cannot load it; raised on all ranks.
+        """
+        whole, error = None, None
+        if self.is_global_zero:
+            try:
+                whole = load()
+            except UserError as reason:
+                error = str(reason)
+        if error := self.broadcast(error):
+            raise UserError(error)
+        model = load(weights=False)
+        sharding.shard(
+            model,
+            whole,
+            self.device_mesh["data_parallel"],
+            self.root_device,
+            compute_dtype=self.compute_dtype,
+            trained=trained,
+            offload=offload,
+        )
+        return model
+
+
+class _Precision(FSDPPrecision):
+    """Leaves batches alone: they hold token ids, and objects that Lightning cannot walk through."""
+
+    def convert_input(self, data: Any) -> Any:
+        return data
+
+    convert_output = convert_input
+
+
+class FSDP1(ShardedStrategy, FSDPStrategy):
+    """Lightning's FSDPStrategy; prefer :class:`FSDP2`, which does the same with less memory.
+
+    The student stays gathered from its rollout to the end of backward (SHARD_GRAD_OP): FSDP1 would
+    otherwise gather every layer for every token. Every rank reads the whole model.
+
+    Args:
+        timeout: As of FSDP2.
+        process_group_backend: nccl, gloo; None: what suits the device.
+    """
+
+    def __init__(
+        self, timeout: timedelta = PATIENCE, process_group_backend: str | None = None
+    ) -> None:
+        super().__init__(
+            process_group_backend=process_group_backend,
+            timeout=timeout,
+            sharding_strategy="SHARD_GRAD_OP",
+            state_dict_type="sharded",
+        )
+
+    @property
+    def precision_plugin(self) -> FSDPPrecision:
+        return super().precision_plugin
+
+    @precision_plugin.setter
+    def precision_plugin(self, plugin: Precision | None) -> None:
+        assert isinstance(plugin, FSDPPrecision | None)  # Lightning chooses it for the strategy
+        self._precision_plugin = plugin and _Precision(cast(Any, plugin.precision))
+
+    def load_model(
+        self, load: Callable[..., PreTrainedModel], *, trained: bool, offload: bool
+    ) -> PreTrainedModel:
+        """Read a model on every rank and keep a share of it; a collective."""
+        return sharding.wrap_with_fsdp1(
+            load(),
+            self.root_device,
+            compute_dtype=self.compute_dtype,
+            trained=trained,
+            offload=offload,
+        )
+
+    # FSDP1 has no tensors that know which part of a parameter they hold, other than its own
+    # parameters: a companion is saved and loaded in their place.
+
+    def lightning_module_state_dict(self) -> dict[str, Any]:
+        """Return this rank's shards of the module's state, copied to the CPU."""
+        state = super().lightning_module_state_dict()
+        for name, companion in sharding.companions(self._module):
+            with sharding.exchanged(self._module, companion):
+                parameters = super().lightning_module_state_dict()
+            for parameter, key in companion.keys_by_parameter():
+                state[f"{name}.{key}"] = parameters[parameter]
+        return state
+
+    def _set_state(self, state: dict[str, Any]) -> None:
+        for name, companion in sharding.companions(self._module):
+            keys = {f"{name}.{key}": parameter for parameter, key in companion.keys_by_parameter()}
+            with sharding.exchanged(self._module, companion):
+                super()._set_state({keys[k]: t for k, t in state.items() if k in keys})
+            state = {k: t for k, t in state.items() if k not in keys}
+        super()._set_state(state)

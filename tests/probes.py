@@ -6,11 +6,14 @@ from pathlib import Path
 import torch
 from lightning.pytorch import Callback
 from torch.utils._python_dispatch import TorchDispatchMode
+from transformers import PreTrainedModel
 
 from callbacks import EffOPD
 from opd import extrapolation
 from opd.extrapolation import Score
 from opd.objectives import Objective, reverse_kl
+from opd.prompts import PromptBatch
+from opd.rollouts import Rollouts, Sampler, TransformersEngine
 from opd.sharding import gathered, local_shards
 
 
@@ -43,6 +46,27 @@ def peak_bytes(profile):
 
 def held_bytes(tensors):
     return sum(shard.nbytes for shard in local_shards(list(tensors)))
+
+
+class CountingEngine(TransformersEngine):
+    """Appends the number of collectives of each rollout, and of its prompts, to PATH_RANK.txt."""
+
+    def __init__(self, path: str):
+        super().__init__()
+        self.path = path
+
+    def __call__(
+        self,
+        model: PreTrainedModel,
+        prompts: PromptBatch,
+        sampler: Sampler,
+        generator: torch.Generator,
+    ) -> Rollouts:
+        with Collectives() as mode:
+            rollouts = super().__call__(model, prompts, sampler, generator)
+        with Path(f"{self.path}_{torch.distributed.get_rank()}.txt").open("a") as file:
+            file.write(f"{len(prompts)} {mode.count}\n")
+        return rollouts
 
 
 class Constant:
@@ -104,7 +128,7 @@ class WeightsAtStart(Callback):
     def on_train_start(self, trainer, pl_module):
         state = {
             name: tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
-            for name, tensor in pl_module.state_dict().items()
+            for name, tensor in trainer.strategy.lightning_module_state_dict().items()
         }
         if trainer.is_global_zero:
             torch.save(state, Path(trainer.default_root_dir) / "start.pt")

@@ -10,6 +10,7 @@ import pytest
 import torch
 from conftest import (
     DDP,
+    FSDP1,
     FSDP2,
     LINE_SEARCH,
     QUICKSTART,
@@ -65,14 +66,15 @@ def replay(tmp_path_factory):
     return [*data, *engine, "--model.micro_batch_tokens", "64"]
 
 
-def test_one_process_ddp_and_fsdp2_take_the_same_steps(fit, tmp_path, replay):
-    """1 x 8 = 2 x 4 under DDP and under FSDP2, with searches that accept, to float32 rounding."""
+def test_one_process_ddp_and_fsdp_take_the_same_steps(fit, tmp_path, replay):
+    """1 x 8 = 2 x 4 under DDP, FSDP2 and FSDP1, with searches that accept, to float32 rounding."""
     options = [*replay, *LINE_SEARCH]
     one = fit("one", *options, steps=5)
     ddp = launch(2, tmp_path / "ddp", *options, *DDP, steps=5)
     fsdp2 = launch(2, tmp_path / "fsdp2", *options, *FSDP2, steps=5)
+    fsdp1 = launch(2, tmp_path / "fsdp1", *options, *FSDP1, steps=5)
     expected = student_of(load_any(one))
-    for folder in (ddp, fsdp2):
+    for folder in (ddp, fsdp2, fsdp1):
         assert losses(folder) == pytest.approx(losses(one), rel=1e-5)
         assert largest_difference(student_of(load_any(folder)), expected) < 1e-5
         searches = summary(folder)["extrapolation"]
@@ -82,16 +84,21 @@ def test_one_process_ddp_and_fsdp2_take_the_same_steps(fit, tmp_path, replay):
         assert any(s["coefficient"] for s in searches)
 
 
+ACCURACY = ["opd.scores.AnswerAccuracy", "--trainer.callbacks.score.num_examples", "1"]
+PART = ["opd.scores.TeacherKL", "--trainer.callbacks.score.rollouts", "part"]
+HELD_OUT = ["opd.scores.TeacherKL", "--trainer.callbacks.score.rollouts", "held_out"]
+
+
 @pytest.mark.parametrize(
-    "score",
-    [
-        ["opd.scores.AnswerAccuracy", "--trainer.callbacks.score.num_examples", "1"],
-        ["opd.scores.TeacherKL", "--trainer.callbacks.score.rollouts", "part"],
-        ["opd.scores.TeacherKL", "--trainer.callbacks.score.rollouts", "held_out"],
-    ],
+    ("strategy", "score"),
+    [(FSDP2, ACCURACY), (FSDP2, PART), (FSDP2, HELD_OUT), (FSDP1, ACCURACY)],
+    ids=["fsdp2-accuracy", "fsdp2-part", "fsdp2-held_out", "fsdp1-accuracy"],
 )
-def test_unequal_completions_and_a_rank_without_prompts_do_not_deadlock(tmp_path, score):
-    """Five prompts in batches of two: rank 1 has none in the last; nor has it a question of one."""
+def test_unequal_completions_and_a_rank_without_prompts_do_not_deadlock(tmp_path, strategy, score):
+    """Five prompts in batches of two: rank 1 has none in the last; nor has it a question of one.
+
+    A rollout gathers each of four layers and the rest once, however many tokens it has.
+    """
     rows = [{"prompt": f"{100 + i}+{200 + i}=", "answer": f"{300 + 2 * i}"} for i in range(5)]
     prompts = tmp_path / "prompts.jsonl"
     prompts.write_text("".join(json.dumps(row) + "\n" for row in rows))
@@ -100,11 +107,21 @@ def test_unequal_completions_and_a_rank_without_prompts_do_not_deadlock(tmp_path
     search = ["--trainer.callbacks+=callbacks.EffOPD", "--trainer.callbacks.schedule", "every 1"]
     search += ["--trainer.callbacks.score", *score]
     small = ["--model.micro_batch_tokens", "1"]  # as many micro-batches as completions
-    run = launch(2, tmp_path / "run", *FSDP2, *data, *sizes, *search, *small, steps=4)
+    engine = ["--model.engine", "probes.CountingEngine"]
+    engine += ["--model.engine.path", str(tmp_path / "rank")]
+    options = [*strategy, *data, *sizes, *search, *small, *engine]
+    run = launch(2, tmp_path / "run", *options, steps=4)
     assert [s["step"] for s in summary(run)["extrapolation"]] == [1, 2, 3, 4]
     rows = [r for r in read_metrics(run / "metrics.csv") if "rollout/tokens" in r]
     lengths = [float(r["rollout/tokens"]) / float(r["rollout/length_mean"]) for r in rows]
     assert lengths == pytest.approx([2, 2, 1, 2])
+    for rank in (0, 1):
+        rollouts = [
+            line.split() for line in (tmp_path / f"rank_{rank}.txt").read_text().split("\n")
+        ]
+        prompts, collectives = zip(*(r for r in rollouts if r), strict=True)
+        assert max(map(int, collectives)) == 5
+        assert ("0" in prompts) == (rank == 1)
 
 
 def test_a_tied_model_with_activation_checkpointing_trains_alike_when_sharded(fit, tiny, tmp_path):
@@ -171,11 +188,12 @@ def copy_of(run, tmp_path):
 
 
 def test_a_checkpoint_of_two_processes_goes_on_with_one_and_back(tmp_path, sharded_run):
+    """And under the other sharded strategy."""
     run = copy_of(sharded_run, tmp_path)
-    options = [*FSDP2, *LINE_SEARCH, "--trainer.callbacks+=probes.WeightsAtStart"]
-    for processes, steps in [(1, 3), (2, 4)]:
+    options = [*LINE_SEARCH, "--trainer.callbacks+=probes.WeightsAtStart"]
+    for processes, strategy, steps in [(1, FSDP1, 3), (2, FSDP2, 4)]:
         saved = load_any(run)
-        launch(processes, run, *options, "--ckpt_path", "last", steps=steps)
+        launch(processes, run, *strategy, *options, "--ckpt_path", "last", steps=steps)
         assert_same(dict(torch.load(run / "start.pt")), dict(saved["state_dict"]))
     assert [s["step"] for s in summary(run)["extrapolation"]] == [1, 2, 3, 4]
     assert len(losses(run)) == 4

@@ -19,7 +19,7 @@ from transformers import (
 
 from opd.prompts import PromptBatch
 from opd.rollouts.data import Rollouts, Sampler
-from opd.sharding import gathered
+from opd.sharding import forward_pass, gathered
 
 
 class RolloutEngine(Protocol):
@@ -137,8 +137,8 @@ class TransformersEngine:
         generator: torch.Generator,
     ) -> Rollouts:
         sampling = _Sampling(sampler, generator, self.progress_seconds)
-        generate: Any = model.generate  # untyped in transformers
-        sequences: Tensor = generate(
+        sequences = _generate(
+            model,
             prompts.ids,
             attention_mask=prompts.mask.long(),
             generation_config=GenerationConfig(
@@ -158,6 +158,13 @@ class TransformersEngine:
         )
         rollouts.engine_logprobs = rollouts.engine_logprobs.masked_fill(~rollouts.mask, 0.0)
         return rollouts
+
+
+@forward_pass
+def _generate(model: PreTrainedModel, /, ids: Tensor, **options: Any) -> Tensor:
+    generate: Any = model.generate  # untyped in transformers
+    sequences: Tensor = generate(ids, **options)
+    return sequences
 
 
 def completion_lengths(completion_ids: Tensor, eos_ids: tuple[int, ...]) -> tuple[Tensor, Tensor]:

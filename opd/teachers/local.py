@@ -34,7 +34,7 @@ class LocalTeacher:
     def __init__(self, model: PreTrainedModel, *, offload: bool = False) -> None:
         self.model = model.eval().requires_grad_(False)
         self.offload = offload
-        self._placed = is_sharded(list(model.parameters()))  # shards are where they belong
+        self._placed = is_sharded(model)  # shards are where they belong
 
     def to(self, device: torch.device) -> None:
         """Move the weights to the device that they run on, once."""
