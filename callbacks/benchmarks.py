@@ -8,10 +8,14 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 
 from opd.errors import UserError
 from opd.module import OPDModule
+from opd.sharding import gathered
+from opd.strategies import FSDP1
 
 
 class Benchmarks(Callback):
     """Scores the student with lm-eval every so many steps and at the end.
+
+    Every rank scores all problems, so that none waits for another.
 
     Args:
         tasks: Names of lm-eval tasks, built in or from the folder tasks/.
@@ -36,8 +40,11 @@ class Benchmarks(Callback):
         self.batch_size = batch_size
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        if not isinstance(pl_module, OPDModule) or trainer.world_size > 1:
-            raise UserError("callbacks.Benchmarks needs opd's module and a single process")
+        if not isinstance(pl_module, OPDModule) or isinstance(trainer.strategy, FSDP1):
+            raise UserError(
+                "callbacks.Benchmarks needs opd's module, and another strategy than FSDP1; score "
+                "its checkpoints with opd evaluate"
+            )
 
     def on_train_batch_end(
         self,
@@ -52,13 +59,14 @@ class Benchmarks(Callback):
         if trainer.global_step % self.every_n_steps and trainer.global_step != trainer.max_steps:
             return
         assert isinstance(pl_module, OPDModule)
-        results = evaluate_model(
-            pl_module.student,
-            pl_module.tokenizer,
-            self.tasks,
-            samples=self.samples,
-            limit=self.limit,
-            batch_size=self.batch_size,
-            seed=pl_module.seed,
-        )
+        with gathered(pl_module.student):
+            results = evaluate_model(
+                pl_module.student,
+                pl_module.tokenizer,
+                self.tasks,
+                samples=self.samples,
+                limit=self.limit,
+                batch_size=self.batch_size,
+                seed=pl_module.seed,
+            )
         pl_module.log_dict({f"bench/{name}": value for name, value in metrics_of(results).items()})

@@ -62,10 +62,22 @@ class SampleWriter(Callback):
         with self._predictions(trainer).open("a", encoding="utf-8") as file:
             file.writelines(json.dumps(record) + "\n" for record in outputs)
 
+    def on_predict_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Put the ranks' files together, in the order of the prompts."""
+        trainer.strategy.barrier()
+        if trainer.world_size > 1 and trainer.is_global_zero:
+            parts = [self._predictions(trainer, rank) for rank in range(trainer.world_size)]
+            lines = [line for part in parts for line in part.read_text("utf-8").splitlines()]
+            records = sorted(map(json.loads, lines), key=lambda record: record["row"])
+            write_jsonl(Path(trainer.default_root_dir) / "predictions.jsonl", records)
+            for part in parts:
+                part.unlink()
+
     @staticmethod
-    def _predictions(trainer: Trainer) -> Path:
-        rank = f"_rank{trainer.global_rank}" if trainer.world_size > 1 else ""
-        return Path(trainer.default_root_dir) / f"predictions{rank}.jsonl"
+    def _predictions(trainer: Trainer, rank: int | None = None) -> Path:
+        part = f"_rank{trainer.global_rank if rank is None else rank}"
+        name = "predictions" + (part if trainer.world_size > 1 else "")
+        return Path(trainer.default_root_dir) / f"{name}.jsonl"
 
 
 def write_jsonl(path: Path, records: Iterable[Mapping[str, Any]]) -> None:

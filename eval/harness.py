@@ -130,7 +130,8 @@ def evaluate_model(
         seed: Seed of the sampling.
 
     Returns:
-        What ``lm_eval.simple_evaluate`` returns.
+        What ``lm_eval.simple_evaluate`` returns; that is no scores on other than a node's first
+        process.
 
     Raises:
         UserError: A task is unknown, or scores only the first of several samples.
@@ -166,8 +167,7 @@ def evaluate_model(
     finally:
         model.train(training)
         logging.getLogger("lm_eval").setLevel(logging_level)
-    assert results is not None
-    return dict(results)
+    return dict(results or {"results": {}})
 
 
 @functools.cache

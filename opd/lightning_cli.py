@@ -15,12 +15,13 @@ from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveCon
 from lightning.pytorch.loggers import TensorBoardLogger
 
 from callbacks import RunCheckpoint, RunSummary, SampleWriter
-from opd import launch
+from opd import checkpoints, launch
 from opd.checkpoints import newest_checkpoint
 from opd.errors import UserError
 from opd.loggers import MetricsCSV, read_metrics
 from opd.module import OPDModule
 from opd.prompts import PromptDataModule
+from opd.strategies import ShardedStrategy
 
 log = logging.getLogger(__name__)
 
@@ -141,6 +142,12 @@ class OPDCLI(LightningCLI):
             if cause is None:
                 raise
             raise cause from None
+        path, sharded = self._options.ckpt_path, isinstance(self.trainer.strategy, ShardedStrategy)
+        if path is not None and checkpoints.is_sharded(Path(path)) and not sharded:
+            raise UserError(
+                f"--ckpt_path {path}: holds shards; go on with --config configs/strategy/fsdp2.yaml"
+                f", on any number of devices, or begin anew from it with --model.student {path}"
+            )
 
     @property
     def _options(self) -> Any:

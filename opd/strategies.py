@@ -123,7 +123,7 @@ class ShardedStrategy(ParallelStrategy):
         """
         path = Path(self.broadcast(str(checkpoint_path)))
         if not checkpoints.is_sharded(path):
-            return super().load_checkpoint(path, weights_only)
+            return self._load_file(path, weights_only)
         rest = checkpoints.read(path)
         available = {str(key) for key in checkpoints.shard_metadata(path).state_dict_metadata}
         assert self.model is not None
@@ -139,6 +139,9 @@ class ShardedStrategy(ParallelStrategy):
                 self.model, optimizer, optim_state_dict=moments[f"optimizer_{i}"]
             )
         return rest
+
+    def _load_file(self, path: Path, weights_only: bool | None) -> dict[str, Any]:
+        return super().load_checkpoint(path, weights_only)
 
     def _set_state(self, state: dict[str, Any]) -> None:
         assert self.model is not None
@@ -266,6 +269,9 @@ class FSDP1(ShardedStrategy, FSDPStrategy):
             trained=trained,
             offload=offload,
         )
+
+    def _load_file(self, path: Path, weights_only: bool | None) -> dict[str, Any]:
+        raise UserError(f"{path}: is of a run without shards; go on with it under FSDP2")
 
     # FSDP1 has no tensors that know which part of a parameter they hold, other than its own
     # parameters: a companion is saved and loaded in their place.

@@ -140,10 +140,12 @@ def fit(tmp_path: Path) -> Callable[..., Path]:
     return run
 
 
-def launch(processes: int, folder: Path, *arguments: str, steps: int = 2) -> Path:
+def launch(
+    processes: int, folder: Path, *arguments: str, steps: int = 2, command: str = "fit"
+) -> Path:
     """Run ``opd fit`` on a shrunk quickstart under torchrun; returns the run folder."""
     run = subprocess.run(
-        fit_command(processes, folder, *arguments, steps=steps),
+        opd_command(processes, folder, *arguments, steps=steps, command=command),
         capture_output=True,
         text=True,
         env=launch_environment(),
@@ -167,7 +169,7 @@ def fail(
     """
     limit = (largest_file, resource.getrlimit(resource.RLIMIT_FSIZE)[1])
     run = subprocess.run(
-        fit_command(processes, folder, *arguments, steps=steps),
+        opd_command(processes, folder, *arguments, steps=steps),
         capture_output=True,
         text=True,
         env=launch_environment(),
@@ -179,14 +181,16 @@ def fail(
     return run
 
 
-def fit_command(processes: int, folder: Path, *arguments: str, steps: int) -> list[str]:
+def opd_command(
+    processes: int, folder: Path, *arguments: str, steps: int, command: str = "fit"
+) -> list[str]:
     """The command that :func:`launch` runs."""
     torchrun = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
     shrunk = ["--data.validation_limit", "8", "--data.batch_size", "8"]
     options = ["--output", str(folder), "--trainer.max_steps", str(steps)]
-    fit = ["-m", "opd.cli", "fit", "--config", QUICKSTART, *shrunk]
+    opd = ["-m", "opd.cli", command, "--config", QUICKSTART, *shrunk]
     quiet = ["--trainer.enable_progress_bar", "false"]
-    return [sys.executable, *torchrun, *fit, *arguments, *quiet, *options]
+    return [sys.executable, *torchrun, *opd, *arguments, *quiet, *options]
 
 
 def launch_environment() -> dict[str, str]:

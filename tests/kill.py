@@ -21,10 +21,10 @@ from conftest import (
     FSDP2,
     LINE_SEARCH,
     assert_same,
-    fit_command,
     launch,
     launch_environment,
     load_any,
+    opd_command,
 )
 
 STEPS = 8
@@ -55,7 +55,7 @@ def workers(launcher: int) -> list[int]:
 def start(folder: Path) -> subprocess.Popen:
     """Start a run in the background."""
     return subprocess.Popen(
-        fit_command(2, folder, *OPTIONS, steps=STEPS),
+        opd_command(2, folder, *OPTIONS, steps=STEPS),
         stdout=subprocess.DEVNULL,
         stderr=subprocess.DEVNULL,
         env=launch_environment(),

@@ -187,11 +187,11 @@ def copy_of(run, tmp_path):
     return shutil.copytree(run, tmp_path / "run", symlinks=True)
 
 
-def test_a_checkpoint_of_two_processes_goes_on_with_one_and_back(tmp_path, sharded_run):
-    """And under the other sharded strategy."""
-    run = copy_of(sharded_run, tmp_path)
+def test_a_checkpoint_goes_on_with_another_number_of_processes(fit):
+    """One file, two shards, one shard, two shards; FSDP1 and FSDP2 read each other's."""
+    run = fit("run", *LINE_SEARCH, steps=1)
     options = [*LINE_SEARCH, "--trainer.callbacks+=probes.WeightsAtStart"]
-    for processes, strategy, steps in [(1, FSDP1, 3), (2, FSDP2, 4)]:
+    for processes, strategy, steps in [(2, FSDP2, 2), (1, FSDP1, 3), (2, FSDP2, 4)]:
         saved = load_any(run)
         launch(processes, run, *strategy, *options, "--ckpt_path", "last", steps=steps)
         assert_same(dict(torch.load(run / "start.pt")), dict(saved["state_dict"]))
@@ -214,6 +214,33 @@ def test_a_sharded_checkpoint_is_a_model_like_its_export(tmp_path, sharded_run):
         samples = (tmp_path / "scores" / "samples_arithmetic.jsonl").read_text()
         answers.append([json.loads(line)["resps"] for line in samples.splitlines()])
     assert answers[0] == answers[1]
+
+
+def test_shards_without_a_sharded_strategy_are_refused(tmp_path, sharded_run, capsys):
+    folder = str(copy_of(sharded_run, tmp_path))
+    options = ["--output", folder, "--ckpt_path", "last", "--trainer.max_steps", "3"]
+    assert main(["fit", "--config", QUICKSTART, *LINE_SEARCH, *options]) == 2
+    error = capsys.readouterr().err
+    assert "holds shards; go on with --config configs/strategy/fsdp2.yaml" in error
+
+
+def test_predictions_of_all_ranks_are_put_together(tmp_path):
+    options = [*FSDP2, "--data.validation_limit", "5"]
+    folder = launch(2, tmp_path / "out", *options, command="predict")
+    records = map(json.loads, (folder / "predictions.jsonl").read_text().splitlines())
+    assert [record["row"] for record in records] == [0, 1, 2, 3, 4]
+
+
+def test_benchmarks_score_the_sharded_student_while_it_trains(tmp_path):
+    callback = ["--trainer.callbacks+=callbacks.Benchmarks", "--trainer.callbacks.limit", "8"]
+    callback += ["--trainer.callbacks.tasks", "[arithmetic]"]
+    run = launch(2, tmp_path / "run", *FSDP2, *callback, steps=1)
+    (row,) = [r for r in read_metrics(run / "metrics.csv") if "bench/arithmetic/accuracy" in r]
+    checkpoint = str(run / "checkpoints" / "last.ckpt")
+    out = ["--output", str(tmp_path / "scores"), "--limit", "8", "--batch_size", "64"]
+    assert main(["evaluate", "--model", checkpoint, "--tasks", "arithmetic", *out]) == 0
+    scores = json.loads((tmp_path / "scores" / "results.json").read_text())["results"]
+    assert float(row["bench/arithmetic/accuracy"]) == scores["arithmetic/accuracy"]
 
 
 def test_a_loss_that_is_not_a_number_stops_all_ranks_and_keeps_the_weights(tmp_path):
