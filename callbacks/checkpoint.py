@@ -18,8 +18,9 @@ from opd.errors import NonFiniteError, UserError
 class RunCheckpoint(ModelCheckpoint):
     """Lightning's ModelCheckpoint, and a checkpoint after the last step, whatever ends the run.
 
-    SIGTERM on any rank ends the step, saves, and stops all ranks. (Lightning's own handler does not
-    save, and calls a collective wherever the signal has met it, which can hang a sharded run.)
+    SIGTERM or SIGUSR1 on any rank ends the step, saves, and stops all ranks. (Lightning's own
+    handlers do not save, or save in the middle of a step, and call collectives wherever the signal
+    has met them, which can hang a sharded run.)
     """
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
@@ -29,7 +30,8 @@ class RunCheckpoint(ModelCheckpoint):
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         super().on_train_start(trainer, pl_module)
         if threading.current_thread() is threading.main_thread():
-            signal.signal(signal.SIGTERM, self._stop)  # Lightning restores the old one in the end
+            for number in (signal.SIGTERM, signal.SIGUSR1):  # what clusters send ahead of the end
+                signal.signal(number, self._stop)  # Lightning restores the old ones afterwards
 
     def _stop(self, signum: int, frame: FrameType | None) -> None:
         self._told_to_stop = True

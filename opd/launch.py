@@ -13,6 +13,11 @@ def rank() -> int | None:
     return None
 
 
+def world_size() -> int:
+    """Number of processes that have been launched together, by what has launched them."""
+    return int(os.environ.get("WORLD_SIZE") or os.environ.get("SLURM_NTASKS") or 1)
+
+
 def torchrun_size() -> tuple[int, int] | None:
     """Processes per node and nodes, if torchrun has started this process."""
     if "TORCHELASTIC_RUN_ID" not in os.environ:

@@ -155,7 +155,11 @@ class OPDCLI(LightningCLI):
         return self.config[self.subcommand]
 
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
-        """Log to TensorBoard and metrics.csv in the run folder, unless the user names loggers."""
+        """Log to TensorBoard and metrics.csv in the run folder, unless the user names loggers.
+
+        Raises:
+            UserError: The Trainer does not take an argument, or two of them together.
+        """
         chosen = self._get(self.config_init, "trainer").get("logger")
         if chosen in (None, True):
             kwargs["logger"] = False
@@ -164,7 +168,10 @@ class OPDCLI(LightningCLI):
                     TensorBoardLogger(str(self.folder), name="", version=""),
                     MetricsCSV(self.folder),
                 ]
-        return super().instantiate_trainer(**kwargs)
+        try:
+            return super().instantiate_trainer(**kwargs)
+        except ValueError as error:
+            raise UserError(str(error)) from error
 
     def after_fit(self) -> None:
         """Say where the results are."""
@@ -198,7 +205,7 @@ def _run_folder(output: str | None, configs: list[str]) -> Path:
     if output is None:
         output = os.environ.get(OUTPUT_VARIABLE)
     if output is None:
-        if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        if launch.world_size() > 1:
             raise UserError("name the run folder with --output when a launcher starts the ranks")
         recipe = Path(configs[0]).stem if configs else "opd"
         output = f"runs/{recipe}/{time.strftime('%Y-%m-%d_%H-%M-%S')}"

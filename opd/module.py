@@ -24,6 +24,7 @@ from typing import Any, Literal
 import torch
 from lightning.pytorch import LightningModule
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
+from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy
 from torch import Tensor
 from transformers import PreTrainedModel
 
@@ -219,10 +220,15 @@ class OPDModule(LightningModule):
             trust_remote_code=self.trust_remote_code,
         )
         strategy = None if self._trainer is None else self._trainer.strategy
-        if not isinstance(strategy, ShardedStrategy):
-            return load()
-        offload = self.teacher_offload and not trained
-        return strategy.load_model(load, trained=trained, offload=offload)
+        if isinstance(strategy, ShardedStrategy):
+            offload = self.teacher_offload and not trained
+            return strategy.load_model(load, trained=trained, offload=offload)
+        if not isinstance(strategy, DDPStrategy | SingleDeviceStrategy | None):
+            raise UserError(
+                f"trainer.strategy {type(strategy).__name__} cannot share out student and teacher; "
+                "use one of configs/strategy/"
+            )
+        return load()
 
     def on_fit_start(self) -> None:
         """Check what only a run can know.

@@ -7,6 +7,7 @@ import pytest
 import yaml
 from conftest import ROOT
 
+from eval.memory import table
 from opd.cli import COMMANDS, main
 
 README = (ROOT / "README.md").read_text()
@@ -49,3 +50,12 @@ def test_every_preset_runs_on_the_quickstart(fit, path):
     text = (folder / "summary.json").read_text()
     assert '"step": 1' in text
     assert '"step": 2' in text
+
+
+def test_the_memory_table_is_what_its_program_prints():
+    assert table() in README
+
+
+def test_every_strategy_is_described():
+    for path in (ROOT / "configs" / "strategy").glob("*.yaml"):
+        assert f"| `{path.name}` |" in README
