@@ -39,6 +39,7 @@ from opd.sharding import (
     discard_gathered,
     is_sharded,
     local_shards,
+    to_host,
     trainable_parameters,
 )
 
@@ -232,7 +233,7 @@ class EffOPD(Callback):
     def _place(self, copy: Tensor, weight: Tensor) -> Tensor:
         if self.anchor_device == "parameters":
             return copy.to(weight.device)
-        return copy.cpu().pin_memory() if weight.device.type == "cuda" else copy.cpu()
+        return to_host(copy)
 
     # --- checkpoints ----------------------------------------------------------------------------
 

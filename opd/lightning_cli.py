@@ -170,7 +170,7 @@ class OPDCLI(LightningCLI):
                 ]
         try:
             return super().instantiate_trainer(**kwargs)
-        except ValueError as error:
+        except (TypeError, ValueError) as error:
             raise UserError(str(error)) from error
 
     def after_fit(self) -> None:

@@ -50,8 +50,8 @@ from opd.rollouts import (
     cut_into_micro_batches,
     rollout_records,
 )
-from opd.scores import StepRollouts
 from opd.seeding import generator, own_randomness, random_state, restore_random_state
+from opd.step_rollouts import StepRollouts
 from opd.strategies import ShardedStrategy
 from opd.teachers import LocalTeacher, TeacherScored
 

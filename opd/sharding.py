@@ -264,6 +264,17 @@ def local_shards(tensors: Sequence[Tensor]) -> list[Tensor]:
     return [t.to_local() if isinstance(t, DTensor) else t for t in detached]
 
 
+def to_host(tensor: Tensor) -> Tensor:
+    """Copy a tensor, or this rank's shard of it, to host memory; pinned if it was on a GPU."""
+    host = tensor.cpu()
+    if tensor.device.type == "cuda":
+        if isinstance(host, DTensor):  # which cannot be pinned, as FSDP2 itself knows
+            host._local_tensor = host._local_tensor.pin_memory()
+        else:
+            host = host.pin_memory()
+    return host
+
+
 def trainable_parameters(module: nn.Module) -> dict[str, nn.Parameter]:
     """Return the parameters that are trained by the names that they have without a wrapper."""
     return {
