@@ -18,14 +18,16 @@ from opd.sharding import gathered, local_shards
 
 
 class Collectives(TorchDispatchMode):
-    """Counts communication between ranks."""
+    """Counts communication between ranks: operations with ``kind`` in their names."""
 
-    def __init__(self):
+    def __init__(self, kind=""):
         super().__init__()
+        self.kind = kind
         self.count = 0
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        self.count += function.namespace in ("c10d", "_c10d_functional")
+        communicates = function.namespace in ("c10d", "_c10d_functional")
+        self.count += communicates and self.kind in str(function)
         return function(*args, **(kwargs or {}))
 
 
@@ -120,6 +122,19 @@ class MeasuredEffOPD(EffOPD):
         path = Path(trainer.default_root_dir) / f"search_{trainer.global_rank}.json"
         path.write_text(json.dumps(spent))
         return result
+
+
+class GradientSyncs(Callback):
+    """Writes how many reduce-scatters the first step has made to syncs.txt."""
+
+    def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
+        self.mode = Collectives("reduce_scatter")
+        self.mode.__enter__()
+
+    def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
+        self.mode.__exit__(None, None, None)
+        path = Path(trainer.default_root_dir) / "syncs.txt"
+        path.write_text(f"{len(outputs['rollouts'])} {self.mode.count}")
 
 
 class WeightsAtStart(Callback):

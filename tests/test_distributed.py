@@ -4,6 +4,7 @@ import json
 import os
 import shutil
 import signal
+import subprocess
 
 import kill
 import pytest
@@ -17,7 +18,9 @@ from conftest import (
     assert_same,
     fail,
     launch,
+    launch_environment,
     load_any,
+    opd_command,
     student_of,
 )
 
@@ -147,6 +150,18 @@ def test_compiled_layers_train_alike(fit, tmp_path):
     sharded = launch(2, tmp_path / "sharded", *FSDP2, steps=3)
     fast = launch(2, tmp_path / "compiled_sharded", *FSDP2, *compiled, steps=3)
     assert losses(fast) == pytest.approx(losses(sharded), rel=1e-5)
+
+
+def test_gradients_are_summed_once_a_step_or_once_a_micro_batch(tmp_path):
+    """By a reduce-scatter for each of four layers and the rest; the sum is the same."""
+    options = [*FSDP2, "--model.micro_batch_tokens", "64", "--data.validation", "null"]
+    options += ["--trainer.callbacks+=probes.GradientSyncs"]
+    last = launch(2, tmp_path / "last", *options, steps=1)
+    every = launch(2, tmp_path / "every", *options, "--model.gradient_sync", "every", steps=1)
+    micro_batches, syncs = map(int, (last / "syncs.txt").read_text().split())
+    assert (micro_batches > 1, syncs) == (True, 5)
+    assert (every / "syncs.txt").read_text() == f"{micro_batches} {5 * micro_batches}"
+    assert largest_difference(student_of(load_any(last)), student_of(load_any(every))) < 1e-6
 
 
 @pytest.fixture(scope="module")
@@ -314,6 +329,22 @@ def test_sigterm_on_one_rank_saves_the_step_and_the_resumed_run_ends_alike(tmp_p
 def test_three_random_kills_and_resumes_are_bit_identical(tmp_path, undisturbed):
     """tests/kill.py does as many as you like."""
     kill.check(rounds=3, first_seed=0, folder=tmp_path, undisturbed=undisturbed)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("strategy", [FSDP2, DDP], ids=["fsdp2", "ddp"])
+def test_a_rank_that_hangs_is_given_up(tmp_path, strategy):
+    """After the strategy's timeout, here ten seconds; torchrun waits half a minute more."""
+    run = tmp_path / "run"
+    options = [*strategy, "--trainer.strategy.timeout", "0:00:10"]
+    log = (tmp_path / "log").open("w+")
+    command = opd_command(2, run, *options, steps=100_000)
+    process = subprocess.Popen(command, stderr=log, stdout=log, env=launch_environment())
+    kill.wait_for(lambda: (run / "metrics.csv").exists(), process)
+    os.kill(kill.workers(process.pid)[1], signal.SIGSTOP)
+    assert process.wait(timeout=100) != 0
+    log.seek(0)
+    assert "error: lost contact with another rank, which has died or hung" in log.read()
 
 
 @pytest.mark.slow
