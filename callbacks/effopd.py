@@ -28,6 +28,7 @@ from typing import Any, Literal
 
 from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor
+from torch.optim import Optimizer
 
 from opd import extrapolation
 from opd.errors import UserError
@@ -179,7 +180,7 @@ class EffOPD(Callback):
             extrapolation.copy_weights(anchor, base if self.anchor_kind == "raw" else weights)
             if result.coefficient and self.optimizer_state == "reset":
                 for optimizer in trainer.optimizers:
-                    optimizer.state.clear()
+                    _zero_state(optimizer)
         ledger.synchronize(reduce_sum, world_size)
         seconds = time.perf_counter() - start
         tokens = ledger.totals["search_tokens"] - tokens_before
@@ -245,3 +246,11 @@ class EffOPD(Callback):
         """Go on from a checkpoint's history; its anchor comes with the module's weights."""
         self.history = list(state_dict["history"])
         self._resumed = True
+
+
+def _zero_state(optimizer: Optimizer) -> None:
+    """Make an optimizer forget its steps; an emptied state could not be saved in shards."""
+    for state in optimizer.state.values():
+        for value in state.values():
+            if isinstance(value, Tensor):
+                value.zero_()

@@ -252,6 +252,8 @@ class OPDModule(LightningModule):
     def _place_and_check(self) -> None:
         data = getattr(self.trainer, "datamodule", None)
         longest = data.longest_prompt if isinstance(data, PromptDataModule) else 0
+        for prompt in data.prompts if isinstance(data, PromptDataModule) else []:
+            self._teacher_name(prompt)  # now, on all ranks, rather than later on one
         models.check_context(self.student, "student", longest, self.sampler.max_new_tokens)
         for teacher in self.teachers.values():
             models.check_context(teacher.model, "teacher", longest, self.sampler.max_new_tokens)

@@ -414,10 +414,14 @@ class PromptDataModule(LightningDataModule):
         self.pad_id = 0
 
     @property
+    def prompts(self) -> list[Prompt]:
+        """All prompts that are in use."""
+        return [*self.train_prompts, *self.validation_prompts]
+
+    @property
     def longest_prompt(self) -> int:
         """Tokens of the longest prompt that is in use."""
-        prompts = [*self.train_prompts, *self.validation_prompts]
-        return max((len(p.token_ids) for p in prompts), default=0)
+        return max((len(p.token_ids) for p in self.prompts), default=0)
 
     def setup(self, stage: str) -> None:
         """Read, render and tokenize what the stage needs, once.
