@@ -36,6 +36,13 @@ def losses(folder):
     return [float(r["opd/loss"]) for r in read_metrics(folder / "metrics.csv") if "opd/loss" in r]
 
 
+def metrics(folder):
+    """All metrics of rollouts, tokens and gradients, by step."""
+    rows = [row for row in read_metrics(folder / "metrics.csv") if "opd/loss" in row]
+    groups = ("opd/", "rollout/", "optim/")
+    return [{n: float(v) for n, v in row.items() if n.startswith(groups)} for row in rows]
+
+
 def summary(folder):
     return json.loads((folder / "summary.json").read_text())
 
@@ -71,13 +78,19 @@ def replay(tmp_path_factory):
 
 def test_one_process_ddp_and_fsdp_take_the_same_steps(fit, tmp_path, replay):
     """1 x 8 = 2 x 4 under DDP, FSDP2 and FSDP1, with searches that accept, to float32 rounding."""
-    options = [*replay, *LINE_SEARCH]
+    options = [*replay, *LINE_SEARCH, "--data.validation_limit", "8"]
     one = fit("one", *options, steps=5)
     ddp = launch(2, tmp_path / "ddp", *options, *DDP, steps=5)
     fsdp2 = launch(2, tmp_path / "fsdp2", *options, *FSDP2, steps=5)
     fsdp1 = launch(2, tmp_path / "fsdp1", *options, *FSDP1, steps=5)
     expected = student_of(load_any(one))
     for folder in (ddp, fsdp2, fsdp1):
+        assert len(metrics(folder)) == 5
+        for ours, expected_ones in zip(metrics(folder), metrics(one), strict=True):
+            assert ours == pytest.approx(expected_ones, rel=1e-4, abs=1e-6)
+        for part in ("accuracy", "reverse_kl"):
+            assert summary(folder)[part] == pytest.approx(summary(one)[part], rel=1e-4)
+        assert summary(folder)["cost"]["train_tokens"] == summary(one)["cost"]["train_tokens"]
         assert losses(folder) == pytest.approx(losses(one), rel=1e-5)
         assert largest_difference(student_of(load_any(folder)), expected) < 1e-5
         searches = summary(folder)["extrapolation"]
