@@ -2,9 +2,10 @@
 
     python tests/kill.py --rounds 20
 
-Every round is a new run that dies once: rank 0, rank 1, or all with the launcher; at a random
-moment of training and searching, or while a checkpoint is being written. It is then resumed, and
-must end with the weights, optimizer, anchor and data position of a run that nobody disturbed.
+Every round is a new run that dies, once or more often: rank 0, rank 1, or all with the launcher; at
+a random moment of training and searching, or while a checkpoint is being written. After each death
+it is resumed, and in the end it must have the weights, optimizer, anchor and data position of a run
+that nobody disturbed.
 """
 
 import argparse
@@ -46,6 +47,12 @@ def wait_for(condition, process: subprocess.Popen) -> None:
         time.sleep(0.001)
 
 
+def read_rows(folder: Path) -> list[str]:
+    """Return the rows of metrics.csv, as far as they are written."""
+    path = folder / "metrics.csv"
+    return path.read_text().splitlines() if path.exists() else []
+
+
 def workers(launcher: int) -> list[int]:
     """Process ids of the ranks, in order."""
     children = Path(f"/proc/{launcher}/task/{launcher}/children").read_text().split()
@@ -55,7 +62,7 @@ def workers(launcher: int) -> list[int]:
 def start(folder: Path) -> subprocess.Popen:
     """Start a run in the background."""
     return subprocess.Popen(
-        opd_command(2, folder, *OPTIONS, steps=STEPS),
+        opd_command(2, folder, *OPTIONS, "--ckpt_path", "last", steps=STEPS),
         stdout=subprocess.DEVNULL,
         stderr=subprocess.DEVNULL,
         env=launch_environment(),
@@ -63,15 +70,14 @@ def start(folder: Path) -> subprocess.Popen:
     )
 
 
-def one_round(folder: Path, seed: int, seconds: float) -> str:
-    """Start a run and kill it; returns what was done to it.
+def start_and_kill(folder: Path, dice: random.Random, seconds: float) -> str:
+    """Start a run, or go on with it, and kill it; returns what was done to it.
 
     Args:
         folder: Run folder.
-        seed: Of victim and moment.
+        dice: Chooses victim and moment.
         seconds: How long an undisturbed run takes from its first step to its last.
     """
-    dice = random.Random(seed)
     victim = dice.choice(["rank 0", "rank 1", "all"])
     saving = dice.random() < 1 / 3
     process = start(folder)
@@ -79,7 +85,8 @@ def one_round(folder: Path, seed: int, seconds: float) -> str:
         wait_for(lambda: list(folder.glob("checkpoints/*.partial")), process)
         time.sleep(dice.uniform(0, 0.05))
     else:
-        wait_for(lambda: (folder / "metrics.csv").exists(), process)
+        begun = len(read_rows(folder))
+        wait_for(lambda: len(read_rows(folder)) > begun, process)
         time.sleep(dice.uniform(0, seconds))
     moment = sorted(path.name for path in folder.glob("checkpoints/*"))
     if process.poll() is None:
@@ -91,8 +98,15 @@ def one_round(folder: Path, seed: int, seconds: float) -> str:
     return f"{victim}, {'saving' if saving else 'training or searching'}, with {moment}"
 
 
-def check(rounds: int, first_seed: int, folder: Path, undisturbed: Path) -> None:
+def check(rounds: int, first_seed: int, folder: Path, undisturbed: Path, deaths: int = 1) -> None:
     """Run all rounds.
+
+    Args:
+        rounds: Number of runs.
+        first_seed: Seed of the first of them.
+        folder: Where they go.
+        undisturbed: The run to compare with.
+        deaths: How often each dies.
 
     Raises:
         AssertionError: A resumed run ended otherwise than the undisturbed one.
@@ -102,8 +116,10 @@ def check(rounds: int, first_seed: int, folder: Path, undisturbed: Path) -> None
     begun = (undisturbed / "config.yaml").stat().st_mtime
     for seed in range(first_seed, first_seed + rounds):
         run = folder / f"killed_{seed}"
-        what = one_round(run, seed, max(times) - begun)
-        print(f"seed {seed}: killed {what}", flush=True)
+        dice = random.Random(seed)
+        for _ in range(deaths):
+            what = start_and_kill(run, dice, (max(times) - begun) / deaths)
+            print(f"seed {seed}: killed {what}", flush=True)
         launch(2, run, *OPTIONS, "--ckpt_path", "last", steps=STEPS)
         assert_same(final_state(run), expected, f"seed {seed}")
         shutil.rmtree(run)

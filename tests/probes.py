@@ -125,7 +125,7 @@ class MeasuredEffOPD(EffOPD):
 
 
 class GradientSyncs(Callback):
-    """Writes how many reduce-scatters the first step has made to syncs.txt."""
+    """Writes how many reduce-scatters the last step has made to syncs.txt."""
 
     def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
         self.mode = Collectives("reduce_scatter")

@@ -165,18 +165,6 @@ def test_compiled_layers_train_alike(fit, tmp_path):
     assert losses(fast) == pytest.approx(losses(sharded), rel=1e-5)
 
 
-def test_gradients_are_summed_once_a_step_or_once_a_micro_batch(tmp_path):
-    """By a reduce-scatter for each of four layers and the rest; the sum is the same."""
-    options = [*FSDP2, "--model.micro_batch_tokens", "64", "--data.validation", "null"]
-    options += ["--trainer.callbacks+=probes.GradientSyncs"]
-    last = launch(2, tmp_path / "last", *options, steps=1)
-    every = launch(2, tmp_path / "every", *options, "--model.gradient_sync", "every", steps=1)
-    micro_batches, syncs = map(int, (last / "syncs.txt").read_text().split())
-    assert (micro_batches > 1, syncs) == (True, 5)
-    assert (every / "syncs.txt").read_text() == f"{micro_batches} {5 * micro_batches}"
-    assert largest_difference(student_of(load_any(last)), student_of(load_any(every))) < 1e-6
-
-
 @pytest.fixture(scope="module")
 def measured(tmp_path_factory):
     """What each rank of a bf16-mixed run has measured in its first search."""
@@ -205,10 +193,14 @@ def test_the_memory_table_is_right_about_a_run(measured):
         assert 1 <= spent["gathered_bytes"] / (GATHERED * parameters) < 2
 
 
+COUNTED = [*FSDP2, *LINE_SEARCH, "--trainer.callbacks+=probes.GradientSyncs"]
+COUNTED += ["--model.micro_batch_tokens", "64"]
+
+
 @pytest.fixture(scope="module")
 def sharded_run(tmp_path_factory):
     """Two steps of two processes, with a search after each. Copy it before you change it."""
-    return launch(2, tmp_path_factory.mktemp("sharded") / "run", *FSDP2, *LINE_SEARCH, steps=2)
+    return launch(2, tmp_path_factory.mktemp("sharded") / "run", *COUNTED, steps=2)
 
 
 def copy_of(run, tmp_path):
@@ -225,6 +217,16 @@ def test_a_checkpoint_goes_on_with_another_number_of_processes(fit):
         assert_same(dict(torch.load(run / "start.pt")), dict(saved["state_dict"]))
     assert [s["step"] for s in summary(run)["extrapolation"]] == [1, 2, 3, 4]
     assert len(losses(run)) == 4
+
+
+def test_gradients_are_summed_once_a_step_or_once_a_micro_batch(tmp_path, sharded_run):
+    """By a reduce-scatter for each of four layers and the rest; the sum is the same."""
+    every = launch(2, tmp_path / "every", *COUNTED, "--model.gradient_sync", "every", steps=2)
+    micro_batches, syncs = map(int, (sharded_run / "syncs.txt").read_text().split())
+    assert (micro_batches > 1, syncs) == (True, 5)
+    assert (every / "syncs.txt").read_text() == f"{micro_batches} {5 * micro_batches}"
+    last = student_of(load_any(sharded_run))
+    assert largest_difference(student_of(load_any(every)), last) < 1e-6
 
 
 def test_a_sharded_checkpoint_is_a_model_like_its_export(tmp_path, sharded_run):
@@ -340,8 +342,8 @@ def test_sigterm_on_one_rank_saves_the_step_and_the_resumed_run_ends_alike(tmp_p
 
 
 def test_three_random_kills_and_resumes_are_bit_identical(tmp_path, undisturbed):
-    """tests/kill.py does as many as you like."""
-    kill.check(rounds=3, first_seed=0, folder=tmp_path, undisturbed=undisturbed)
+    """Of one run; tests/kill.py does as many as you like."""
+    kill.check(1, first_seed=0, folder=tmp_path, undisturbed=undisturbed, deaths=3)
 
 
 @pytest.mark.slow
