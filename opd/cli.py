@@ -84,8 +84,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             raise
         _complain(
             name,
-            "error: lost contact with another rank, which has died or hung: see its output, and go "
-            f"on with --ckpt_path last ({_one_line(error)})",
+            "error: no contact with another rank, which has died, hangs or cannot be reached: see "
+            f"its output, and go on with --ckpt_path last ({_one_line(error)})",
         )
         return LOST_CONTACT
     return 0

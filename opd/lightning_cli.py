@@ -116,7 +116,7 @@ class OPDCLI(LightningCLI):
         options.output = options.trainer.default_root_dir = str(self.folder)
         options.checkpoint.dirpath = str(self.folder / "checkpoints")
         resuming = options.ckpt_path is not None
-        if self.subcommand == "fit" and not resuming and not launch.rank():
+        if self.subcommand == "fit" and not resuming:
             _refuse_or_clear(self.folder, overwrite=options.overwrite)
         if options.ckpt_path == "last":
             newest = newest_checkpoint(self.folder / "checkpoints")
@@ -188,8 +188,25 @@ class SaveFitConfig(SaveConfigCallback):
     """Writes config.yaml into the run folder; only fit makes a run."""
 
     def setup(self, trainer: Trainer, pl_module: Any, stage: str) -> None:
+        """Write the file, if all ranks have the same to write.
+
+        Raises:
+            UserError: They do not: ``--ckpt_path last`` has found different checkpoints, perhaps.
+        """
         if stage == "fit":
+            self._check_same_on_all_ranks(trainer)
             super().setup(trainer, pl_module, stage)
+
+    def _check_same_on_all_ranks(self, trainer: Trainer) -> None:
+        ours = {key: str(value) for key, value in vars(self.config.as_flat()).items()}
+        first = trainer.strategy.broadcast(ours)
+        different = [key for key in first if ours.get(key) != first[key]]
+        if trainer.strategy.reduce_boolean_decision(bool(different), all=False):
+            what = [f"{key} is {ours.get(key)} here, {first[key]} on rank 0" for key in different]
+            raise UserError(
+                "ranks do not have the same configuration or see different run folders: "
+                f"{'; '.join(what) or 'see the other ranks'}"
+            )
 
 
 def _seed(seed_everything: bool | int) -> int:
@@ -222,13 +239,16 @@ def _run_folder(output: str | None, configs: list[str]) -> Path:
 
 
 def _refuse_or_clear(folder: Path, *, overwrite: bool) -> None:
-    """Never mix two runs in one folder, and never lose one by accident."""
+    """Never mix two runs in one folder, and never lose one by accident.
+
+    All ranks refuse, since none waits for another yet; rank 0 alone clears.
+    """
     if holds_a_run(folder) and not overwrite:
         raise UserError(
             f"--output {folder}: already holds a run; resume it with --ckpt_path last, choose "
             "another folder, or delete it with --overwrite true"
         )
-    for name in RUN_FILES:
+    for name in RUN_FILES if not launch.rank() else ():
         for path in folder.glob(name):
             shutil.rmtree(path) if path.is_dir() else path.unlink()
 
