@@ -10,6 +10,7 @@ from typing import Any
 
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.utilities.exceptions import SIGTERMException
 
 from opd.checkpoints import newest_checkpoint
 from opd.errors import NonFiniteError, UserError
@@ -27,11 +28,25 @@ class RunCheckpoint(ModelCheckpoint):
         super().__init__(*args, **kwargs)
         self._told_to_stop = False
 
+    def on_sanity_check_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._listen()
+
+    def on_sanity_check_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if self._is_to_stop(trainer):  # there is nothing to save yet
+            raise SIGTERMException
+
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         super().on_train_start(trainer, pl_module)
+        self._listen()
+
+    def _listen(self) -> None:
         if threading.current_thread() is threading.main_thread():
             for number in (signal.SIGTERM, signal.SIGUSR1):  # what clusters send ahead of the end
                 signal.signal(number, self._stop)  # Lightning restores the old ones afterwards
+
+    def _is_to_stop(self, trainer: Trainer) -> bool:
+        """Whether any rank has been told to; a collective."""
+        return trainer.strategy.reduce_boolean_decision(self._told_to_stop, all=False)
 
     def _stop(self, signum: int, frame: FrameType | None) -> None:
         self._told_to_stop = True
@@ -45,7 +60,7 @@ class RunCheckpoint(ModelCheckpoint):
         batch_idx: int,
     ) -> None:
         super().on_train_batch_end(trainer, pl_module, outputs, batch, batch_idx)
-        if trainer.strategy.reduce_boolean_decision(self._told_to_stop, all=False):
+        if self._is_to_stop(trainer):
             self._save_now(trainer)
             trainer._signal_connector.received_sigterm = True  # stops once the step is logged
 

@@ -28,6 +28,7 @@ from typing import Any, Literal
 
 from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor
+from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 
 from opd import extrapolation
@@ -117,6 +118,10 @@ class EffOPD(Callback):
         self.anchor.clear()
         for name, weight in moved.items():
             self.anchor[name] = self._place(restored.get(name, weight).clone(), weight)
+        wrapper = trainer.strategy.model
+        if isinstance(wrapper, DistributedDataParallel):  # which sends buffers around
+            keys = [key for _, key in self.anchor.keys_by_parameter()]
+            wrapper.parameters_to_ignore.update(f"{ANCHOR}.{key}" for key in keys)
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Take W as the anchor if the checkpoint that was resumed knows of no search."""

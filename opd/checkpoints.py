@@ -21,6 +21,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.filesystem import FileSystemReader
 from torch.distributed.checkpoint.metadata import Metadata
 from torch.distributed.checkpoint.state_dict_loader import load as load_shards
@@ -75,14 +76,27 @@ def read_student(path: Path, weights: dict[str, Tensor]) -> None:
         available = {str(key) for key in shard_metadata(path).state_dict_metadata}
         names = {key.removeprefix(f"{STATE_DICT}.") for key in available}
         _require(path, prefixed, names)
-        with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", message=".*torch.distributed is disabled.*")
-            load_shards({STATE_DICT: prefixed}, checkpoint_id=path, no_dist=True)
+        read_shards(path, {STATE_DICT: prefixed}, no_dist=True)
     else:
         state = read(path)[STATE_DICT]
         _require(path, prefixed, state)
         for name, tensor in prefixed.items():
             tensor.copy_(state[name])
+
+
+def read_shards(path: Path, state: dict[str, Any], *, no_dist: bool = False) -> None:
+    """Read shards of a folder into tensors; a collective unless ``no_dist``.
+
+    Raises:
+        UserError: The folder lacks some, or holds them in another shape.
+    """
+    try:
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message=".*torch.distributed is disabled.*")
+            load_shards(state, checkpoint_id=path, no_dist=no_dist)
+    except CheckpointException as error:
+        rank, (reason, _) = next(iter(error.failures.items()))
+        raise UserError(f"{path}: does not fit this run (rank {rank}: {reason})") from error
 
 
 def _require(path: Path, wanted: Iterable[str], available: Iterable[str]) -> None:

@@ -92,9 +92,9 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _complain(name: str, message: str) -> None:
-    """Print one line; ranks other than 0 say who they are."""
-    rank = f"rank {launch.rank()}: " if launch.rank() else ""
-    print(f"opd {name}: {rank}{message}", file=sys.stderr)
+    """Print one line; processes other than the first say who they are."""
+    place = launch.place()
+    print(f"opd {name}: {place + ': ' if place else ''}{message}", file=sys.stderr)
 
 
 def _is_lost_contact(error: RuntimeError) -> bool:

@@ -4,18 +4,27 @@ from __future__ import annotations
 
 import os
 
+INTERACTIVE = ("bash", "interactive")  # names of SLURM jobs in which Lightning starts the ranks
 
-def rank() -> int | None:
-    """Rank of this process; None if nobody has launched it as one of several."""
-    for name in ("RANK", "SLURM_PROCID", "LOCAL_RANK"):
-        if name in os.environ:
-            return int(os.environ[name])
-    return None
+
+def place() -> str | None:
+    """Say which of several processes this is; None for the first of them, or the only one."""
+    if "RANK" in os.environ:
+        place = f"rank {os.environ['RANK']}"
+    elif "LOCAL_RANK" in os.environ or "NODE_RANK" in os.environ:
+        node, local = os.environ.get("NODE_RANK", "0"), os.environ.get("LOCAL_RANK", "0")
+        place = f"rank {local}" if node == "0" else f"node {node}, rank {local} there"
+    else:
+        place = f"rank {os.environ.get('SLURM_PROCID', '0')}"
+    return None if place == "rank 0" else place
 
 
 def world_size() -> int:
     """Number of processes that have been launched together, by what has launched them."""
-    return int(os.environ.get("WORLD_SIZE") or os.environ.get("SLURM_NTASKS") or 1)
+    if "WORLD_SIZE" in os.environ:
+        return int(os.environ["WORLD_SIZE"])
+    started_by_slurm = os.environ.get("SLURM_JOB_NAME") not in INTERACTIVE
+    return int(os.environ.get("SLURM_NTASKS", "1")) if started_by_slurm else 1
 
 
 def torchrun_size() -> tuple[int, int] | None:

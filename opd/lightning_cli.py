@@ -248,7 +248,7 @@ def _refuse_or_clear(folder: Path, *, overwrite: bool) -> None:
             f"--output {folder}: already holds a run; resume it with --ckpt_path last, choose "
             "another folder, or delete it with --overwrite true"
         )
-    for name in RUN_FILES if not launch.rank() else ():
+    for name in RUN_FILES if launch.place() is None else ():
         for path in folder.glob(name):
             shutil.rmtree(path) if path.is_dir() else path.unlink()
 

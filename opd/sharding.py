@@ -100,7 +100,8 @@ def _fill_from_rank_0(
             full = torch.empty(tensor.shape, dtype=tensor.dtype, device=device)
         else:
             module, _, attribute = name.rpartition(".")
-            full = getattr(whole.get_submodule(module), attribute).detach().to(device)
+            source = getattr(whole.get_submodule(module), attribute).detach()
+            full = source.to(device, tensor.dtype).contiguous()
         dist.broadcast(full, src=0)
         if isinstance(tensor, DTensor):
             full = distribute_tensor(full, mesh, tensor.placements, src_data_rank=None)

@@ -13,9 +13,10 @@ import shutil
 from collections.abc import Callable, Mapping
 from datetime import timedelta
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, TypeVar, cast
 
 import torch
+import torch.distributed as dist
 from lightning.pytorch import LightningModule
 from lightning.pytorch.core.optimizer import LightningOptimizer
 from lightning.pytorch.plugins.precision import FSDPPrecision, Precision
@@ -28,7 +29,6 @@ from torch.distributed.checkpoint.state_dict import (
     set_model_state_dict,
     set_optimizer_state_dict,
 )
-from torch.distributed.checkpoint.state_dict_loader import load as load_shards
 from torch.distributed.checkpoint.state_dict_saver import save as save_shards
 from torch.optim import Optimizer
 from transformers import PreTrainedModel
@@ -36,6 +36,7 @@ from transformers import PreTrainedModel
 from opd import checkpoints, sharding
 from opd.errors import UserError
 
+T = TypeVar("T")
 PATIENCE = timedelta(minutes=30)  # of one rank with the others, in one collective
 
 
@@ -58,6 +59,22 @@ class ShardedStrategy(ParallelStrategy):
     def _module(self) -> LightningModule:
         assert self.lightning_module is not None
         return self.lightning_module
+
+    def _together(self, load: Callable[[], T]) -> T:
+        """Load something on every rank; if one fails, all fail, and none waits for it."""
+        result, failure = None, None
+        try:
+            result = load()
+        except Exception as error:
+            failure = error
+        reasons: list[str | None] = [None] * self.world_size
+        dist.all_gather_object(reasons, None if failure is None else str(failure))
+        if failure is not None:
+            raise failure
+        for rank, reason in enumerate(reasons):
+            if reason is not None:
+                raise UserError(f"rank {rank} has failed: {reason}")
+        return cast(T, result)
 
     @property
     def compute_dtype(self) -> torch.dtype | None:
@@ -100,6 +117,7 @@ class ShardedStrategy(ParallelStrategy):
             save_shards(shards, checkpoint_id=partial)
             if self.is_global_zero:
                 torch.save(checkpoint, partial / checkpoints.META_FILE)
+                _put_in_place(partial, path)
         except CheckpointException as error:  # the same on all ranks
             failure = "; ".join(f"rank {rank}: {e}" for rank, (e, _) in error.failures.items())
         except (OSError, RuntimeError) as error:
@@ -108,10 +126,6 @@ class ShardedStrategy(ParallelStrategy):
             if self.is_global_zero:
                 shutil.rmtree(partial, ignore_errors=True)
             raise OSError(failure)
-        if self.is_global_zero:
-            _remove(path)
-            partial.rename(path)
-        self.barrier()
 
     def load_checkpoint(
         self, checkpoint_path: str | Path, weights_only: bool | None = None
@@ -130,11 +144,11 @@ class ShardedStrategy(ParallelStrategy):
         state = self.lightning_module_state_dict()
         found = {name: t for name, t in state.items() if f"state_dict.{name}" in available}
         _check_missing(path, state, found)
-        load_shards({checkpoints.STATE_DICT: found}, checkpoint_id=path)
+        checkpoints.read_shards(path, {checkpoints.STATE_DICT: found})
         self._set_state(found)
         for i, optimizer in enumerate(self.optimizers):
             moments = {f"optimizer_{i}": get_optimizer_state_dict(self.model, optimizer)}
-            load_shards(moments, checkpoint_id=path)
+            checkpoints.read_shards(path, moments)
             set_optimizer_state_dict(
                 self.model, optimizer, optim_state_dict=moments[f"optimizer_{i}"]
             )
@@ -161,11 +175,15 @@ def _check_missing(path: Path, wanted: Mapping[str, Any], found: Mapping[str, An
         raise UserError(f"{path}: lacks {len(missing)} tensors of this run, as {missing[0]}")
 
 
-def _remove(path: Path) -> None:
-    if path.is_dir() and not path.is_symlink():
-        shutil.rmtree(path)
-    else:
-        path.unlink(missing_ok=True)
+def _put_in_place(partial: Path, path: Path) -> None:
+    """Give a whole folder its name; what has had it is there, under another, until it is done."""
+    old = path.with_name(f"old-{path.name}")
+    replacing = path.exists()
+    if replacing:
+        path.rename(old)
+    partial.rename(path)
+    if replacing:
+        shutil.rmtree(old) if old.is_dir() else old.unlink()
 
 
 class FSDP2(ShardedStrategy, ModelParallelStrategy):
@@ -196,17 +214,10 @@ class FSDP2(ShardedStrategy, ModelParallelStrategy):
         """Read a model on rank 0 and spread it over the ranks; a collective.
 
         Raises:
-            UserError: Rank 0 cannot load it; raised on all ranks.
+            UserError: A rank cannot load it; raised on all ranks.
         """
-        whole, error = None, None
-        if self.is_global_zero:
-            try:
-                whole = load()
-            except UserError as reason:
-                error = str(reason)
-        if error := self.broadcast(error):
-            raise UserError(error)
-        model = load(weights=False)
+        whole = self._together(lambda: load() if self.is_global_zero else None)
+        model = self._together(lambda: load(weights=False))
         sharding.shard(
             model,
             whole,
@@ -263,7 +274,7 @@ class FSDP1(ShardedStrategy, FSDPStrategy):
     ) -> PreTrainedModel:
         """Read a model on every rank and keep a share of it; a collective."""
         return sharding.wrap_with_fsdp1(
-            load(),
+            self._together(load),
             self.root_device,
             compute_dtype=self.compute_dtype,
             trained=trained,

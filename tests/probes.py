@@ -1,6 +1,8 @@
 """Callbacks and objectives that look into runs of other processes, or make them fail."""
 
 import json
+import os
+import signal
 from pathlib import Path
 
 import torch
@@ -122,6 +124,14 @@ class MeasuredEffOPD(EffOPD):
         path = Path(trainer.default_root_dir) / f"search_{trainer.global_rank}.json"
         path.write_text(json.dumps(spent))
         return result
+
+
+class SigtermInFirstValidation(Callback):
+    """Sends SIGTERM to rank 1 while the untrained student is validated."""
+
+    def on_validation_batch_start(self, trainer, pl_module, batch, batch_idx, dataloader_idx=0):
+        if trainer.sanity_checking and trainer.global_rank == 1:
+            os.kill(os.getpid(), signal.SIGTERM)
 
 
 class GradientSyncs(Callback):

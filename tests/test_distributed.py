@@ -328,6 +328,22 @@ def undisturbed(tmp_path_factory):
     return launch(2, folder, *kill.OPTIONS, steps=kill.STEPS)
 
 
+def test_sigterm_in_the_first_validation_stops_all_ranks(tmp_path):
+    """There is nothing to save yet, and nobody waits for anybody."""
+    probe = "--trainer.callbacks+=probes.SigtermInFirstValidation"
+    run = fail(2, tmp_path / "run", *FSDP2, probe, steps=100_000)
+    assert "stopped by SIGTERM" in run.stderr
+    assert "exitcode  : 143" in run.stderr
+
+
+def test_a_checkpoint_of_another_optimizer_is_refused_in_one_line(tmp_path, sharded_run):
+    sgd = ["--model.optimizer", "torch.optim.SGD", "--model.optimizer.lr", "0.001"]
+    options = [*FSDP2, *sgd, "--model.optimizer.momentum", "0.9", "--ckpt_path", "last"]
+    run = fail(2, copy_of(sharded_run, tmp_path), *options, steps=3)
+    assert "step=000002.ckpt: does not fit this run (rank" in run.stderr
+    assert "momentum_buffer" in run.stderr
+
+
 def test_sigterm_on_one_rank_saves_the_step_and_the_resumed_run_ends_alike(tmp_path, undisturbed):
     run = tmp_path / "run"
     process = kill.start(run)
