@@ -55,7 +55,10 @@ def read_rows(folder: Path) -> list[str]:
 
 def workers(launcher: int) -> list[int]:
     """Process ids of the ranks, in order."""
-    children = Path(f"/proc/{launcher}/task/{launcher}/children").read_text().split()
+    try:
+        children = Path(f"/proc/{launcher}/task/{launcher}/children").read_text().split()
+    except OSError:  # it is over
+        return []
     return [int(pid) for pid in children]
 
 
@@ -70,8 +73,11 @@ def start(folder: Path) -> subprocess.Popen:
     )
 
 
-def start_and_kill(folder: Path, dice: random.Random, seconds: float) -> str:
-    """Start a run, or go on with it, and kill it; returns what was done to it.
+def start_and_kill(folder: Path, dice: random.Random, seconds: float) -> str | None:
+    """Start a run, or go on with it, and kill it.
+
+    Returns:
+        What was done to it; None if it was over before.
 
     Args:
         folder: Run folder.
@@ -89,12 +95,13 @@ def start_and_kill(folder: Path, dice: random.Random, seconds: float) -> str:
         wait_for(lambda: len(read_rows(folder)) > begun, process)
         time.sleep(dice.uniform(0, seconds))
     moment = sorted(path.name for path in folder.glob("checkpoints/*"))
-    if process.poll() is None:
-        if victim == "all":
-            os.killpg(process.pid, signal.SIGKILL)
-        else:
-            os.kill(workers(process.pid)[int(victim[-1])], signal.SIGKILL)
-    process.wait(timeout=PATIENCE)  # the other rank must not wait for ever
+    ranks = workers(process.pid)
+    if len(ranks) == 2 and victim == "all":
+        os.killpg(process.pid, signal.SIGKILL)
+    elif len(ranks) == 2:
+        os.kill(ranks[int(victim[-1])], signal.SIGKILL)
+    if process.wait(timeout=PATIENCE) == 0:  # if one rank is dead, the other must not wait for ever
+        return None
     return f"{victim}, {'saving' if saving else 'training or searching'}, with {moment}"
 
 
@@ -118,7 +125,8 @@ def check(rounds: int, first_seed: int, folder: Path, undisturbed: Path, deaths:
         run = folder / f"killed_{seed}"
         dice = random.Random(seed)
         for _ in range(deaths):
-            what = start_and_kill(run, dice, (max(times) - begun) / deaths)
+            while (what := start_and_kill(run, dice, (max(times) - begun) / deaths)) is None:
+                shutil.rmtree(run)  # too late: once more, from the beginning
             print(f"seed {seed}: killed {what}", flush=True)
         launch(2, run, *OPTIONS, "--ckpt_path", "last", steps=STEPS)
         assert_same(final_state(run), expected, f"seed {seed}")
