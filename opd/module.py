@@ -409,8 +409,9 @@ class OPDModule(LightningModule):
             losses.append(loss.detach())
             teacher_scores.append(diagnosis["opd/teacher_logprob"])
             self.step_rollouts.keep(scored)
-        self._check_finite(micro_batches, losses, "loss")
+        # The teacher first: where it fails, the loss follows
         self._check_finite(micro_batches, teacher_scores, "teacher's log-probability")
+        self._check_finite(micro_batches, losses, "loss")
         return token_kls
 
     def _check_finite(

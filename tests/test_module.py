@@ -7,6 +7,7 @@ import torch
 from conftest import load
 
 from opd import sharding
+from opd.errors import NonFiniteError
 from opd.module import OPDModule
 from opd.objectives import GeneralizedJSD, PolicyGradient, ReverseKL
 from opd.prompts import Prompt, PromptBatch, PromptFormat, tokenize_rows
@@ -24,7 +25,7 @@ def module_of(tiny, family="llama", **options):
         model=module, reduce=lambda tensor, reduce_op: tensor, broadcast=lambda text, src: text
     )
     module._fabric = None
-    module.trainer = SimpleNamespace(strategy=strategy, world_size=1, global_rank=0)
+    module.trainer = SimpleNamespace(strategy=strategy, world_size=1, global_rank=0, global_step=0)
     module.manual_backward = lambda loss: loss.backward()
     return module
 
@@ -165,3 +166,12 @@ def test_an_offloaded_teacher_gives_the_same_scores(tiny):
     assert torch.equal(module.score_with_teacher(rollouts).hidden, here)
     layers = sharding.transformer_layers(module.teachers["default"].model)
     assert all(p.is_meta for layer in layers for p in layer.parameters())  # back in host memory
+
+
+def test_a_teacher_that_is_not_a_number_is_named_before_the_loss_that_follows(tiny):
+    module = module_of(tiny)
+    rollouts = rollouts_of(module)
+    with torch.no_grad():
+        module.teachers["default"].model.base_model.norm.weight.fill_(torch.nan)
+    with pytest.raises(NonFiniteError, match=r"step 1, rank 0: the teacher's log-probability of p"):
+        module._accumulate_gradients(cut_into_micro_batches(rollouts, 100))
