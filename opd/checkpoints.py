@@ -95,8 +95,13 @@ def read_shards(path: Path, state: dict[str, Any], *, no_dist: bool = False) -> 
             warnings.filterwarnings("ignore", message=".*torch.distributed is disabled.*")
             load_shards(state, checkpoint_id=path, no_dist=no_dist)
     except CheckpointException as error:
-        rank, (reason, _) = next(iter(error.failures.items()))
-        raise UserError(f"{path}: does not fit this run (rank {rank}: {reason})") from error
+        raise UserError(f"{path}: does not fit this run ({first_reason(error)})") from error
+
+
+def first_reason(error: CheckpointException) -> str:
+    """Say why the first of the ranks that failed has failed."""
+    rank, (reason, _) = next(iter(error.failures.items()))
+    return f"rank {rank}: {reason}"
 
 
 def _require(path: Path, wanted: Iterable[str], available: Iterable[str]) -> None:

@@ -60,11 +60,11 @@ class ShardedStrategy(ParallelStrategy):
         assert self.lightning_module is not None
         return self.lightning_module
 
-    def _together(self, load: Callable[[], T]) -> T:
-        """Load something on every rank; if one fails, all fail, and none waits for it."""
+    def _together(self, function: Callable[[], T]) -> T:
+        """Do something on every rank; if one fails, all fail, and none waits for it."""
         result, failure = None, None
         try:
-            result = load()
+            result = function()
         except Exception as error:
             failure = error
         reasons: list[str | None] = [None] * self.world_size
@@ -112,20 +112,22 @@ class ShardedStrategy(ParallelStrategy):
         shards = {checkpoints.STATE_DICT: checkpoint.pop("state_dict")}
         for i, state in enumerate(checkpoint.pop("optimizer_states", [])):
             shards[f"optimizer_{i}"] = state
-        failure = None
-        try:
-            save_shards(shards, checkpoint_id=partial)
+
+        def write() -> None:
+            try:
+                save_shards(shards, checkpoint_id=partial)
+            except CheckpointException as error:  # the same on all ranks, and no Exception
+                raise OSError(checkpoints.first_reason(error)) from error
             if self.is_global_zero:
                 torch.save(checkpoint, partial / checkpoints.META_FILE)
                 _put_in_place(partial, path)
-        except CheckpointException as error:  # the same on all ranks
-            failure = "; ".join(f"rank {rank}: {e}" for rank, (e, _) in error.failures.items())
-        except (OSError, RuntimeError) as error:
-            failure = f"rank {self.global_rank}: {error}"
-        if failure := self.broadcast(failure):
+
+        try:
+            self._together(write)
+        except Exception as error:
             if self.is_global_zero:
                 shutil.rmtree(partial, ignore_errors=True)
-            raise OSError(failure)
+            raise OSError(str(error)) from error
 
     def load_checkpoint(
         self, checkpoint_path: str | Path, weights_only: bool | None = None
