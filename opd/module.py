@@ -42,6 +42,7 @@ from opd.metrics import (
 )
 from opd.objectives import Objective, ReverseKL, kl
 from opd.prompts import Prompt, PromptBatch, PromptDataModule, pad_token_id
+from opd.randomness import generator, own_randomness, random_state, restore_random_state
 from opd.rollouts import (
     RolloutEngine,
     Rollouts,
@@ -50,7 +51,6 @@ from opd.rollouts import (
     cut_into_micro_batches,
     rollout_records,
 )
-from opd.seeding import generator, own_randomness, random_state, restore_random_state
 from opd.step_rollouts import StepRollouts
 from opd.strategies import ShardedStrategy
 from opd.teachers import LocalTeacher, TeacherScored

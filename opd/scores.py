@@ -14,8 +14,8 @@ from opd.errors import UserError
 from opd.extrapolation import Score
 from opd.objectives import kl
 from opd.prompts import Prompt, PromptBatch, PromptDataModule
+from opd.randomness import derive_seed, generator
 from opd.rollouts import Rollouts
-from opd.seeding import derive_seed, generator
 from opd.step_rollouts import thin_out
 from opd.teachers import TeacherScored
 

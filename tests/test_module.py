@@ -11,8 +11,8 @@ from opd.errors import NonFiniteError
 from opd.module import OPDModule
 from opd.objectives import GeneralizedJSD, PolicyGradient, ReverseKL
 from opd.prompts import Prompt, PromptBatch, PromptFormat, tokenize_rows
+from opd.randomness import generator
 from opd.rollouts import Rollouts, cut_into_micro_batches
-from opd.seeding import generator
 
 TEXTS = ["add 7", "what is 12 plus 30?", "9", "question: 9+9"]
 

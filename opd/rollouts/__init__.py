@@ -1,7 +1,10 @@
 """Rollouts: completions that a student samples, and the engines that sample them."""
 
-from opd.rollouts.data import Rollouts, Sampler, cut_into_micro_batches, rollout_records
-from opd.rollouts.engine import RolloutEngine, TransformersEngine
+from opd.rollouts.engine import RolloutEngine
+from opd.rollouts.micro_batches import cut_into_micro_batches
+from opd.rollouts.records import rollout_records
+from opd.rollouts.rollouts import Rollouts, Sampler
+from opd.rollouts.transformers import TransformersEngine
 
 __all__ = [
     "RolloutEngine",

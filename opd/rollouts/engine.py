@@ -1,25 +1,14 @@
-"""Engines that turn prompts into completions."""
+"""What every engine promises that turns prompts into completions."""
 
 from __future__ import annotations
 
-import time
-from typing import Any, Protocol, cast
+from typing import Protocol
 
 import torch
-from lightning.pytorch.utilities import rank_zero_info
-from torch import FloatTensor, LongTensor, Tensor
-from transformers import (
-    GenerationConfig,
-    LogitsProcessor,
-    LogitsProcessorList,
-    PreTrainedModel,
-    TopKLogitsWarper,
-    TopPLogitsWarper,
-)
+from transformers import PreTrainedModel
 
 from opd.prompts import PromptBatch
-from opd.rollouts.data import Rollouts, Sampler
-from opd.sharding import forward_pass, gathered
+from opd.rollouts.rollouts import Rollouts, Sampler
 
 
 class RolloutEngine(Protocol):
@@ -39,145 +28,3 @@ class RolloutEngine(Protocol):
     ) -> Rollouts:
         """Sample B completions for B prompts."""
         ...
-
-
-class _Sampling(LogitsProcessor):
-    """Samples inside greedy decoding: the winner of the returned scores is the sample.
-
-    argmax(p / e) with e ~ Exp(1) is a draw from p (the exponential race, as in torch.multinomial),
-    here from a generator of our own, with the log-probability of each draw at hand.
-    """
-
-    def __init__(self, sampler: Sampler, generator: torch.Generator, progress_seconds: float):
-        self.sampler = sampler
-        self.generator = generator
-        self.progress_seconds = progress_seconds
-        self.warpers = LogitsProcessorList()
-        if sampler.top_k > 0:
-            self.warpers.append(TopKLogitsWarper(sampler.top_k))
-        if sampler.top_p < 1:
-            self.warpers.append(TopPLogitsWarper(sampler.top_p))
-        self.logprobs: list[Tensor] = []  # [B] per token
-        self.next_report = time.monotonic() + progress_seconds
-
-    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
-        scores = scores.float()
-        if self.sampler.temperature > 0:
-            scores = scores / self.sampler.temperature
-            scores = self.warpers(cast(LongTensor, input_ids), cast(FloatTensor, scores))
-        logprobs = torch.log_softmax(scores, dim=-1)
-        race = logprobs
-        if self.sampler.temperature > 0:
-            noise = torch.empty_like(logprobs).exponential_(generator=self.generator)
-            race = logprobs - noise.log()
-        chosen = race.argmax(dim=-1, keepdim=True)
-        self.logprobs.append(logprobs.gather(1, chosen).squeeze(1))
-        self._report(len(input_ids))
-        return race
-
-    def _report(self, completions: int) -> None:
-        if time.monotonic() > self.next_report:
-            self.next_report = time.monotonic() + self.progress_seconds
-            done, limit = len(self.logprobs), self.sampler.max_new_tokens
-            rank_zero_info(f"rollout: token {done} of at most {limit}, {completions} completions")
-
-
-class TransformersEngine:
-    """Rollouts with the student itself, through ``generate`` of transformers.
-
-    Args:
-        batch_size: Completions generated at a time; None: all at once.
-        progress_seconds: Long rollouts log their progress so often.
-    """
-
-    def __init__(self, batch_size: int | None = None, progress_seconds: float = 30.0) -> None:
-        self.batch_size = batch_size
-        self.progress_seconds = progress_seconds
-
-    @torch.no_grad()
-    def __call__(
-        self,
-        model: PreTrainedModel,
-        prompts: PromptBatch,
-        sampler: Sampler,
-        generator: torch.Generator,
-    ) -> Rollouts:
-        """Sample one completion per prompt."""
-        training, own_config = model.training, model.generation_config
-        model.eval()
-        # generate() fills unset fields from the model's own config: give it none to fill from
-        model.generation_config = GenerationConfig()
-        size = self.batch_size or max(len(prompts), 1)
-        try:
-            # Every token has a shape of its own: layers that are compiled run as they are
-            with gathered(model), torch.compiler.set_stance("force_eager"):
-                parts = [
-                    self._generate(
-                        model,
-                        prompts.select(range(start, min(start + size, len(prompts)))),
-                        sampler,
-                        generator,
-                    )
-                    for start in range(0, len(prompts), size)
-                ]
-        finally:
-            model.generation_config = own_config
-            model.train(training)
-        if len(parts) == 1:
-            return parts[0]
-        if not parts:
-            return Rollouts.empty(prompts)
-        return Rollouts.concatenate(parts, sampler.pad_token_id)
-
-    def _generate(
-        self,
-        model: PreTrainedModel,
-        prompts: PromptBatch,
-        sampler: Sampler,
-        generator: torch.Generator,
-    ) -> Rollouts:
-        sampling = _Sampling(sampler, generator, self.progress_seconds)
-        sequences = _generate(
-            model,
-            prompts.ids,
-            attention_mask=prompts.mask.long(),
-            generation_config=GenerationConfig(
-                max_new_tokens=sampler.max_new_tokens,
-                do_sample=False,
-                eos_token_id=list(sampler.eos_token_ids) or None,
-                pad_token_id=sampler.pad_token_id,
-                use_cache=True,
-            ),
-            logits_processor=LogitsProcessorList([sampling]),
-            synced_gpus=False,  # the model is gathered: ranks need not make their steps together
-        )
-        completion_ids = sequences[:, prompts.ids.shape[1] :]
-        lengths, finished = completion_lengths(completion_ids, sampler.eos_token_ids)
-        rollouts = Rollouts(
-            prompts, completion_ids, lengths, finished, torch.stack(sampling.logprobs, dim=1)
-        )
-        rollouts.engine_logprobs = rollouts.engine_logprobs.masked_fill(~rollouts.mask, 0.0)
-        return rollouts
-
-
-@forward_pass
-def _generate(model: PreTrainedModel, /, ids: Tensor, **options: Any) -> Tensor:
-    generate: Any = model.generate  # untyped in transformers
-    sequences: Tensor = generate(ids, **options)
-    return sequences
-
-
-def completion_lengths(completion_ids: Tensor, eos_ids: tuple[int, ...]) -> tuple[Tensor, Tensor]:
-    """Find where each completion ends: at its first EOS, which may also be the padding token.
-
-    Args:
-        completion_ids: Token ids, [B, C].
-        eos_ids: Token ids that end a completion.
-
-    Returns:
-        Lengths with the EOS included [B], and whether there was an EOS [B].
-    """
-    is_eos = torch.isin(completion_ids, torch.tensor(eos_ids, device=completion_ids.device))
-    finished = is_eos.any(dim=1)
-    first = is_eos.int().argmax(dim=1) + 1
-    return torch.where(finished, first, completion_ids.shape[1]), finished

@@ -6,9 +6,9 @@ from transformers import GenerationConfig
 
 from opd.models import eos_token_ids, load_model, load_tokenizer
 from opd.prompts import PromptBatch, PromptFormat, tokenize_rows
+from opd.randomness import generator
 from opd.rollouts import Sampler, TransformersEngine
-from opd.rollouts.engine import completion_lengths
-from opd.seeding import generator
+from opd.rollouts.transformers import completion_lengths
 
 FAMILIES = ["llama", "gpt2"]
 TEXTS = ["add 7", "what is 12 plus 30?", "9"]

@@ -6,13 +6,11 @@ of all completions together.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedTokenizerBase
 
 from opd.errors import UserError
 from opd.prompts import Prompt, PromptBatch
@@ -153,59 +151,3 @@ class Rollouts:
             torch.cat([part.finished for part in parts]),
             torch.cat([widen(part.engine_logprobs, 0.0) for part in parts]),
         )
-
-
-def cut_into_micro_batches(rollouts: Rollouts, max_tokens: int) -> list[Rollouts]:
-    """Sort completions by length and cut them into micro-batches, one teacher each.
-
-    A micro-batch holds at most ``max_tokens`` positions, padding and prompts included, but at least
-    one completion. The loss is a sum over tokens divided by the global count, so it does not depend
-    on the cut.
-    """
-    prompts, lengths = rollouts.prompts.prompts, rollouts.lengths.tolist()
-    sizes = [len(prompt.token_ids) for prompt in prompts]
-    order = sorted(
-        range(len(prompts)), key=lambda i: (prompts[i].teacher or "", lengths[i], sizes[i], i)
-    )
-    groups: list[list[int]] = []
-    for i in order:
-        if groups and prompts[groups[-1][0]].teacher == prompts[i].teacher:
-            group = [*groups[-1], i]
-            width = max(sizes[j] for j in group) + max(lengths[j] for j in group)
-            if width * len(group) <= max_tokens:
-                groups[-1] = group
-                continue
-        groups.append([i])
-    return [rollouts.select(group) for group in groups]
-
-
-def rollout_records(
-    rollouts: Rollouts, tokenizer: PreTrainedTokenizerBase, **per_token: Tensor
-) -> Iterator[dict[str, Any]]:
-    """Turn rollouts into JSON records, one per completion.
-
-    Args:
-        rollouts: B completions.
-        tokenizer: Decodes prompts and completions; special tokens are kept.
-        per_token: Further values per token, [B, C]; their padding is cut off.
-    """
-    ids, lengths = rollouts.completion_ids.tolist(), rollouts.lengths.tolist()
-    finished = rollouts.finished.tolist()
-    columns = {"engine_logprob": rollouts.engine_logprobs, **per_token}
-    values = {name: tensor.tolist() for name, tensor in columns.items()}
-    for i, prompt in enumerate(rollouts.prompts.prompts):
-        token_ids = ids[i][: lengths[i]]
-        yield {
-            "row": prompt.row,
-            "prompt": tokenizer.decode(list(prompt.token_ids)),
-            "completion": tokenizer.decode(token_ids),
-            "answer": prompt.answer,
-            "teacher": prompt.teacher,
-            "finish_reason": "stop" if finished[i] else "length",
-            "prompt_ids": list(prompt.token_ids),
-            "completion_ids": token_ids,
-            **{
-                name: [round(value, 6) for value in value_rows[i][: lengths[i]]]
-                for name, value_rows in values.items()
-            },
-        }

@@ -1,0 +1,79 @@
+"""Prompts as token ids: one, and a batch of them.
+
+Shapes: B prompts, P tokens of the longest, padded on the left.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """One prompt, rendered and tokenized.
+
+    Attributes:
+        row: Index of its row in the source, from 0.
+        token_ids: Token ids, special tokens included.
+        answer: Reference answer, if the row has one.
+        teacher: Name of the teacher that scores its completions, if the row names one.
+    """
+
+    row: int
+    token_ids: tuple[int, ...]
+    answer: str | None = None
+    teacher: str | None = None
+
+
+@dataclass
+class PromptBatch:
+    """B prompts, padded on the left to P tokens.
+
+    Attributes:
+        prompts: The B prompts.
+        ids: Token ids, [B, P].
+        mask: True at tokens, False at padding, [B, P].
+    """
+
+    prompts: list[Prompt]
+    ids: Tensor
+    mask: Tensor
+
+    @classmethod
+    def collate(cls, prompts: Sequence[Prompt], pad_id: int) -> PromptBatch:
+        """Pad prompts on the left with ``pad_id``."""
+        width = max((len(p.token_ids) for p in prompts), default=0)
+        ids = torch.full((len(prompts), width), pad_id)
+        mask = torch.zeros(len(prompts), width, dtype=torch.bool)
+        for i, prompt in enumerate(prompts):
+            start = width - len(prompt.token_ids)
+            ids[i, start:] = torch.tensor(prompt.token_ids)
+            mask[i, start:] = True
+        return cls(list(prompts), ids, mask)
+
+    def __len__(self) -> int:
+        return len(self.prompts)
+
+    def to(self, device: torch.device | str, **kwargs: Any) -> PromptBatch:
+        """Copy the tensors to a device; Lightning calls this for every batch."""
+        return PromptBatch(
+            self.prompts, self.ids.to(device, **kwargs), self.mask.to(device, **kwargs)
+        )
+
+    def select(self, rows: Sequence[int]) -> PromptBatch:
+        """Take some prompts, in the order given, without the padding they no longer need."""
+        index = torch.as_tensor(rows, device=self.ids.device, dtype=torch.long)
+        width = max((len(self.prompts[i].token_ids) for i in rows), default=0)
+        start = self.ids.shape[1] - width
+        return PromptBatch(
+            [self.prompts[i] for i in rows], self.ids[index, start:], self.mask[index, start:]
+        )
+
+    def repeat(self, times: int) -> PromptBatch:
+        """Repeat each prompt ``times`` times, copies side by side."""
+        return self.select([i for i in range(len(self)) for _ in range(times)])

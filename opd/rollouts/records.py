@@ -1,0 +1,43 @@
+"""Rollouts as JSON records, for people and scripts to read."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+from torch import Tensor
+from transformers import PreTrainedTokenizerBase
+
+from opd.rollouts.rollouts import Rollouts
+
+
+def rollout_records(
+    rollouts: Rollouts, tokenizer: PreTrainedTokenizerBase, **per_token: Tensor
+) -> Iterator[dict[str, Any]]:
+    """Turn rollouts into JSON records, one per completion.
+
+    Args:
+        rollouts: B completions.
+        tokenizer: Decodes prompts and completions; special tokens are kept.
+        per_token: Further values per token, [B, C]; their padding is cut off.
+    """
+    ids, lengths = rollouts.completion_ids.tolist(), rollouts.lengths.tolist()
+    finished = rollouts.finished.tolist()
+    columns = {"engine_logprob": rollouts.engine_logprobs, **per_token}
+    values = {name: tensor.tolist() for name, tensor in columns.items()}
+    for i, prompt in enumerate(rollouts.prompts.prompts):
+        token_ids = ids[i][: lengths[i]]
+        yield {
+            "row": prompt.row,
+            "prompt": tokenizer.decode(list(prompt.token_ids)),
+            "completion": tokenizer.decode(token_ids),
+            "answer": prompt.answer,
+            "teacher": prompt.teacher,
+            "finish_reason": "stop" if finished[i] else "length",
+            "prompt_ids": list(prompt.token_ids),
+            "completion_ids": token_ids,
+            **{
+                name: [round(value, 6) for value in value_rows[i][: lengths[i]]]
+                for name, value_rows in values.items()
+            },
+        }
