@@ -12,6 +12,7 @@ from lightning.pytorch.utilities import rank_zero_only
 
 from opd.module import OPDModule
 from opd.rollouts import rollout_records
+from opd.step import StepOutput
 
 
 class SampleWriter(Callback):
@@ -39,11 +40,13 @@ class SampleWriter(Callback):
         if not isinstance(pl_module, OPDModule) or step % self.every_n_steps:
             return
         records: list[dict[str, Any]] = []
-        for micro, reverse_kl in zip(outputs["rollouts"], outputs["reverse_kl"], strict=True):
+        output: StepOutput = outputs["step"]
+        for micro, values in zip(output.micro_batches, output.values, strict=True):
             if len(records) >= self.rollouts:
                 break
-            token_kl = micro.spread(reverse_kl)
-            records += rollout_records(micro, pl_module.tokenizer, reverse_kl=token_kl)
+            if micro.num_tokens:
+                token_kl = micro.spread(values["opd/reverse_kl"])
+                records += rollout_records(micro, pl_module.tokenizer, reverse_kl=token_kl)
         path = Path(trainer.default_root_dir) / "samples" / f"step_{step:06d}.jsonl"
         write_jsonl(path, records[: self.rollouts])
 

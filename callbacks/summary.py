@@ -10,7 +10,7 @@ from typing import Any
 
 from lightning.pytorch import Callback, LightningModule, Trainer
 
-from callbacks.effopd import EffOPD
+from callbacks.accelerator import Accelerator
 
 PACKAGES = ("opd", "lightning", "torch", "transformers", "lm-eval")
 
@@ -55,7 +55,7 @@ class RunSummary(Callback):
             return
         ledger = getattr(pl_module, "ledger", None)
         costs = ledger.metrics() if ledger is not None else {}
-        searches = [c.history for c in _callbacks(trainer) if isinstance(c, EffOPD)]
+        searches = [c.history for c in _callbacks(trainer) if isinstance(c, Accelerator)]
         summary = {
             "steps": trainer.global_step,
             "seed": getattr(pl_module, "seed", None),

@@ -11,7 +11,9 @@ import torch
 from torch import Tensor
 from torchmetrics import Metric
 
-from opd.objectives import entropy, kl
+from opd.objectives import as_needed, entropy, kl, of_sampled
+from opd.rollouts import Rollouts, Tokens
+from opd.teachers import TEACHER
 
 OVERLAP_K = 16
 TOKEN_METRICS = (
@@ -30,39 +32,57 @@ ROLLOUT_SUMS = ("rollout/tokens",)
 ROLLOUT_MAXIMA = ("rollout/length_max",)
 
 
-@torch.no_grad()
 def token_metrics(
-    log_p: Tensor, log_q: Tensor, tokens: Tensor, logmu_y: Tensor
+    log_p: Tensor, opinions: Mapping[str, Tensor], tokens: Tokens
 ) -> dict[str, Tensor]:
-    r"""Diagnose every token.
+    r"""Diagnose every token; what a teacher of sampled tokens cannot tell is left out.
 
     Args:
-        log_p: Student's log-probabilities, [N, V].
-        log_q: Teacher's log-probabilities, [N, V].
-        tokens: The tokens sampled, [N].
-        logmu_y: Their log-probabilities under the rollout engine, [N].
+        log_p: Student's log-probabilities, [n, V].
+        opinions: The teacher's under ``teacher``, [n, V]; or of the tokens sampled only, [n].
+        tokens: What is known of the sampled tokens, n of them.
 
     Returns:
-        [N] by metric: both KLs and entropies in nats; ``entropy_gap`` = \\|H(q) - H(p)\\|;
+        [n] by metric: both KLs and entropies in nats; ``entropy_gap`` = \\|H(q) - H(p)\\|;
         ``overlap_at_16``, the share of the student's 16 likeliest tokens that are among the
         teacher's; ``overlap_advantage``, sum over those of p (log q - log p) with p and q
         renormalised over them (0 = they agree); log q(y); and \\|log p(y) - log mu(y)\\|.
     """
-    student_entropy, teacher_entropy = entropy(log_p), entropy(log_q)
-    overlap, advantage = overlap_at_k(log_p, log_q, OVERLAP_K)
-    logp_y = log_p.gather(1, tokens[:, None]).squeeze(1)
-    values = (
-        kl(log_p, log_q),
-        kl(log_q, log_p),
-        student_entropy,
-        teacher_entropy,
-        (teacher_entropy - student_entropy).abs(),
-        overlap,
-        advantage,
-        log_q.gather(1, tokens[:, None]).squeeze(1),
-        (logp_y - logmu_y).abs(),
-    )
-    return dict(zip(TOKEN_METRICS, values, strict=True))
+    log_q = opinions[TEACHER]
+    student_entropy = entropy(log_p)
+    values = {
+        "opd/student_entropy": student_entropy,
+        "opd/teacher_logprob": as_needed(opinions, {TEACHER: "sampled"}, tokens.y)[TEACHER],
+        "rollout/engine_logprob_gap": (of_sampled(log_p, tokens.y) - tokens.logmu_y).abs(),
+    }
+    if log_q.ndim == 2:
+        teacher_entropy = entropy(log_q)
+        overlap, advantage = overlap_at_k(log_p, log_q, OVERLAP_K)
+        values |= {
+            "opd/reverse_kl": kl(log_p, log_q),
+            "opd/forward_kl": kl(log_q, log_p),
+            "opd/teacher_entropy": teacher_entropy,
+            "opd/entropy_gap": (teacher_entropy - student_entropy).abs(),
+            "opd/overlap_at_16": overlap,
+            "opd/overlap_advantage": advantage,
+        }
+    return values
+
+
+def reverse_kl_only(
+    log_p: Tensor, opinions: Mapping[str, Tensor], tokens: Tokens
+) -> dict[str, Tensor]:
+    """Measure what judges a candidate, and nothing else: KL(p || q), [n]."""
+    return {"opd/reverse_kl": kl(log_p, opinions[TEACHER])}
+
+
+def prediction(log_p: Tensor, opinions: Mapping[str, Tensor], tokens: Tokens) -> dict[str, Tensor]:
+    """Measure what predictions.jsonl holds of every token, [n] each."""
+    return {
+        "student_logprob": of_sampled(log_p, tokens.y),
+        "teacher_logprob": of_sampled(opinions[TEACHER], tokens.y),
+        "reverse_kl": kl(log_p, opinions[TEACHER]),
+    }
 
 
 def overlap_at_k(log_p: Tensor, log_q: Tensor, k: int) -> tuple[Tensor, Tensor]:
@@ -80,6 +100,23 @@ def overlap_at_k(log_p: Tensor, log_q: Tensor, k: int) -> tuple[Tensor, Tensor]:
     teacher = log_q.gather(1, ids_p).masked_fill(~shared, lowest).log_softmax(dim=1)
     advantage = (student.exp() * (teacher - student)).masked_fill(~shared, 0.0).sum(dim=1)
     return shared.float().mean(dim=1), advantage
+
+
+def rollout_metrics(rollouts: Rollouts, right: Tensor) -> dict[str, Tensor]:
+    """Measure completions.
+
+    Args:
+        rollouts: B completions.
+        right: 1 for each right answer and 0 for each wrong one, of those that have a reference.
+    """
+    lengths = rollouts.lengths.double()
+    return {
+        "rollout/tokens": lengths,
+        "rollout/length_mean": lengths,
+        "rollout/length_max": lengths,
+        "rollout/truncated_fraction": (~rollouts.finished).double(),
+        "rollout/accuracy": right,
+    }
 
 
 class StepMetrics(Metric):

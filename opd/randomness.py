@@ -1,4 +1,4 @@
-"""Own random generators, so that nothing the library draws disturbs anything else."""
+"""Own random numbers, so that nothing the library draws disturbs anything else."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
+from torch import Tensor
 
 
 def derive_seed(*key: int | str) -> int:
@@ -17,9 +18,41 @@ def derive_seed(*key: int | str) -> int:
     return int.from_bytes(digest[:8], "big") >> 1
 
 
-def generator(device: torch.device | str, *key: int | str) -> torch.Generator:
-    """Return a fresh generator on ``device`` that depends on the key alone."""
-    return torch.Generator(device=device).manual_seed(derive_seed(*key))
+def uniform(seeds: Tensor, position: int) -> Tensor:
+    """Return one number per seed, a function of (seed, position) alone: no state, no order.
+
+    A counter-based generator: seed and position are hashed by the finaliser of SplitMix64 (Steele,
+    Lea and Flood, OOPSLA 2014).
+
+    Args:
+        seeds: int64, [B].
+        position: From 0.
+
+    Returns:
+        Uniform in [0, 1), float64 with 53 random bits, [B].
+    """
+    bits = _mix(seeds + _int64(_GOLDEN_GAMMA * (position + 1)))
+    return _shift_right(bits, 11).double() / 2**53
+
+
+_GOLDEN_GAMMA = 0x9E3779B97F4A7C15
+
+
+def _mix(z: Tensor) -> Tensor:
+    """Finalise 64 bits; int64 arithmetic wraps around as uint64's does."""
+    for shift, factor in [(30, 0xBF58476D1CE4E5B9), (27, 0x94D049BB133111EB)]:
+        z = (z ^ _shift_right(z, shift)) * _int64(factor)
+    return z ^ _shift_right(z, 31)
+
+
+def _shift_right(z: Tensor, bits: int) -> Tensor:
+    return (z >> bits) & ((1 << (64 - bits)) - 1)
+
+
+def _int64(value: int) -> int:
+    """Read the lowest 64 bits of an integer as two's complement."""
+    value %= 2**64
+    return value - 2**64 if value >= 2**63 else value
 
 
 @contextmanager

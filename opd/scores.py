@@ -6,44 +6,48 @@ the weights in place. Same examples, same random numbers each time: the comparis
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, Literal, Protocol
+from abc import ABC, abstractmethod
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 
 from opd.errors import UserError
 from opd.extrapolation import Score
-from opd.objectives import kl
+from opd.metrics import reverse_kl_only
 from opd.prompts import Prompt, PromptBatch, PromptDataModule
-from opd.randomness import derive_seed, generator
-from opd.rollouts import Rollouts
-from opd.step_rollouts import thin_out
-from opd.teachers import TeacherScored
+from opd.randomness import derive_seed
+from opd.step import DRAW, Reading, StepOutput, StepRequest
 
 if TYPE_CHECKING:
     from opd.module import OPDModule
 
 
-class CandidateScore(Protocol):
-    """Judges the weights that a module holds at the moment; higher is better.
+class CandidateScore(ABC):
+    """Base of all scores: judges the weights that a module holds at the moment; higher is better.
 
     The module is whatever LightningModule the callback is attached to. A score draws its randomness
     from the seed it is given and leaves the module and the global random state as it found them.
     """
 
-    def before_step(self, module: Any) -> None:
-        """Called before a step after which there will be a search."""
-        ...
+    def request(self) -> StepRequest:
+        """Say what it needs of a step after which there will be a search."""
+        return StepRequest()
 
-    def prepare(self, module: Any, step: int, seed: int) -> None:
-        """Called once per search, with W in place: choose the examples."""
-        ...
+    def prepare(self, module: Any, output: Any, seed: int) -> None:  # noqa: B027 - some need nothing
+        """Called once per search, with W in place: choose the examples.
 
+        Args:
+            module: The module.
+            output: What its step has left behind: of an OPDModule, a StepOutput.
+            seed: Of all that is drawn; the same for every search of a run.
+        """
+
+    @abstractmethod
     def __call__(self, module: Any) -> Score:
         """Score the weights that the module holds, on this rank's examples."""
-        ...
 
 
-class AnswerAccuracy:
+class AnswerAccuracy(CandidateScore):
     """Share of right answers among completions to fixed training prompts (the paper's D_v).
 
     The examples are drawn once, at random, from the training prompts that have an answer, and are
@@ -65,12 +69,9 @@ class AnswerAccuracy:
         self.samples = samples
         self.temperature = temperature
         self._prompts: list[Prompt] = []
-        self._key: tuple[int | str, ...] = ()
+        self._seed = 0
 
-    def before_step(self, module: OPDModule) -> None:
-        pass
-
-    def prepare(self, module: OPDModule, step: int, seed: int) -> None:
+    def prepare(self, module: OPDModule, output: StepOutput, seed: int) -> None:
         """Draw the examples, and the random numbers of this search.
 
         Raises:
@@ -80,16 +81,13 @@ class AnswerAccuracy:
             self._prompts = draw_training_prompts(
                 module, self.num_examples, derive_seed(seed, "examples"), answered=True
             )
-        self._key = (seed, step, module.global_rank, "answers")
+        self._seed = derive_seed(seed, output.t, "answers")
 
     def __call__(self, module: OPDModule) -> Score:
-        ranks, rank = module.trainer.world_size, module.global_rank
-        mine = self._prompts[rank::ranks]
+        mine = self._prompts[module.world.rank :: module.world.size]
         prompts = PromptBatch.collate(mine, module.sampler.pad_token_id).to(module.device)
         rollouts = module.generate(
-            prompts.repeat(self.samples),
-            generator(module.device, *self._key),
-            temperature=self.temperature,
+            prompts, self._seed, copies=self.samples, temperature=self.temperature
         )
         module.ledger.count("search_tokens", rollouts.num_tokens)
         module.ledger.count("search_generated_tokens", rollouts.num_tokens)
@@ -97,16 +95,16 @@ class AnswerAccuracy:
         return Score(right.mean(dim=1), torch.ones(len(mine)))
 
 
-class TeacherKL:
+class TeacherKL(CandidateScore):
     """Minus the reverse KL to the teacher, per token: needs no labels, and hardly any generation.
 
     Every candidate costs one student forward; the teacher's hidden states are reused.
 
     Args:
         rollouts: Completions to judge on. ``step``: those the step has just trained on. ``part``: a
-            fixed fraction of them. ``held_out``: a fraction of the step's rollouts that is kept out
-            of the gradient, against over-stepping. ``fresh``: new ones from W for fixed training
-            prompts.
+            share of them, drawn at random. ``held_out``: a share of the step's rollouts that is
+            kept out of the gradient, against over-stepping. ``fresh``: new ones from W for fixed
+            training prompts.
         fraction: Of the step's rollouts, for ``part`` and ``held_out``.
         num_examples: Prompts, for ``fresh``.
     """
@@ -125,50 +123,55 @@ class TeacherKL:
         self.rollouts = rollouts
         self.fraction = fraction
         self.num_examples = num_examples
-        self._scored: list[TeacherScored] = []
+        self._readings: list[Reading] = []
 
-    def before_step(self, module: OPDModule) -> None:
+    def request(self) -> StepRequest:
         """Ask the step to keep what the search will need of it."""
-        if self.rollouts != "fresh":
-            held_out = self.fraction if self.rollouts == "held_out" else 0.0
-            module.step_rollouts.request(held_out)
+        return StepRequest(
+            keep_opinions=self.rollouts in ("step", "part"),
+            held_out=self.fraction if self.rollouts == "held_out" else 0.0,
+        )
 
-    def prepare(self, module: OPDModule, step: int, seed: int) -> None:
-        """Choose the completions and have the teacher score what it has not scored yet."""
+    def prepare(self, module: OPDModule, output: StepOutput, seed: int) -> None:
+        """Choose the completions and have the teacher read what it has not read yet."""
         if self.rollouts == "fresh":
-            micro_batches = self._sample(module, step, seed)
-        else:
-            micro_batches = module.step_rollouts.unscored
-        self._scored = [module.score_with_teacher(micro) for micro in micro_batches]
-        if self.rollouts == "step":
-            self._scored = module.step_rollouts.scored
+            self._readings = self._fresh(module, derive_seed(seed, output.t, "fresh"))
+        elif self.rollouts == "held_out":
+            self._readings = [module.read(micro) for micro in output.held_out]
         elif self.rollouts == "part":
-            self._scored = thin_out(module.step_rollouts.scored, self.fraction)
+            self._readings = [part_of(reading, self.fraction) for reading in output.readings]
+        else:
+            self._readings = output.readings
 
-    def _sample(self, module: OPDModule, step: int, seed: int) -> list[Rollouts]:
-        count = self.num_examples
-        prompts = draw_training_prompts(module, count, derive_seed(seed, step, "fresh prompts"))
-        mine = prompts[module.global_rank :: module.trainer.world_size]
+    def _fresh(self, module: OPDModule, seed: int) -> list[Reading]:
+        prompts = draw_training_prompts(module, self.num_examples, derive_seed(seed, "prompts"))
+        mine = prompts[module.world.rank :: module.world.size]
         batch = PromptBatch.collate(mine, module.sampler.pad_token_id).to(module.device)
-        rng = generator(module.device, seed, step, module.global_rank, "fresh")
-        rollouts = module.generate(batch, rng)
+        rollouts = module.generate(batch, seed)
         module.ledger.count("search_generated_tokens", rollouts.num_tokens)
-        return module.micro_batches(rollouts)
+        return [module.read(micro) for micro in module.micro_batches(rollouts)]
 
     @torch.no_grad()
     def __call__(self, module: OPDModule) -> Score:
         training = module.student.training
         module.student.eval()
         values, weights = [torch.zeros(0)], [torch.zeros(0)]
-        for scored in self._scored:
-            log_p = module.student_logprobs(scored.rollouts)
-            token_kl = kl(log_p, module.teacher_logprobs(scored))
-            filled = scored.rollouts.lengths > 0  # the others only keep ranks in step
-            values.append(-scored.rollouts.spread(token_kl).sum(dim=1)[filled].cpu())
-            weights.append(scored.rollouts.lengths[filled].float().cpu())
-            module.ledger.count("search_tokens", scored.rollouts.num_tokens)
+        for reading in self._readings:
+            micro = reading.micro
+            token_kl = module.compare(reading, None, reverse_kl_only).values["opd/reverse_kl"]
+            filled = micro.lengths > 0  # the others only keep ranks in step
+            values.append(-micro.spread(token_kl).sum(dim=1)[filled].cpu())
+            weights.append(micro.lengths[filled].float().cpu())
+            module.ledger.count("search_tokens", micro.num_tokens)
         module.student.train(training)
         return Score(torch.cat(values), torch.cat(weights))
+
+
+def part_of(reading: Reading, fraction: float) -> Reading:
+    """Keep a share of the step's completions, by their draws: the same on any number of ranks."""
+    chosen = reading.micro.columns[DRAW] >= 1 - fraction
+    chosen &= reading.micro.lengths > 0
+    return reading.select(chosen.nonzero().flatten().tolist())
 
 
 def draw_training_prompts(

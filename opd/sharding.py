@@ -49,6 +49,12 @@ def transformer_layers(model: PreTrainedModel) -> list[nn.Module]:
     return max(lists, key=len, default=[])
 
 
+def compile_layers(model: PreTrainedModel) -> None:
+    """Compile each layer by itself, for shapes that change."""
+    for layer in transformer_layers(model):
+        layer.compile(dynamic=True)
+
+
 def shard(
     model: PreTrainedModel,
     whole: PreTrainedModel | None,
@@ -210,6 +216,25 @@ def _pass_of_one_token(model: PreTrainedModel) -> None:
     model(torch.zeros(1, 1, dtype=torch.long, device=model.device), use_cache=False)
 
 
+@contextmanager
+def head_gathered(model: nn.Module) -> Iterator[None]:
+    """Hold what is outside of a model's layers, the head above all, on every rank.
+
+    One all-gather on entry, none inside: ranks may read the head unequally often.
+    """
+    if isinstance(model, FullyShardedDataParallel):
+        with FullyShardedDataParallel.summon_full_params(model, recurse=False, writeback=False):
+            yield
+    elif isinstance(model, FSDPModule):
+        model.unshard()
+        try:
+            yield
+        finally:
+            model.reshard()
+    else:
+        yield
+
+
 def discard_gathered(module: nn.Module) -> None:
     """Free gathered copies, so that shards can be edited; no collective."""
     for part in module.modules():
@@ -274,75 +299,3 @@ def to_host(tensor: Tensor) -> Tensor:
         else:
             host = host.pin_memory()
     return host
-
-
-def trainable_parameters(module: nn.Module) -> dict[str, nn.Parameter]:
-    """Return the parameters that are trained by the names that they have without a wrapper."""
-    return {
-        name.replace("_fsdp_wrapped_module.", ""): parameter
-        for name, parameter in module.named_parameters()
-        if parameter.requires_grad
-    }
-
-
-# --- tensors beside parameters --------------------------------------------------------------------
-
-
-class Companion(nn.Module):
-    """A tensor beside each of some parameters of a module, sharded alike and saved with it.
-
-    Loading takes whatever tensors a checkpoint holds.
-    """
-
-    def __setitem__(self, parameter: str, tensor: Tensor) -> None:
-        self.register_buffer(parameter.replace(".", "/"), tensor)  # torch forbids dots
-
-    def __getitem__(self, parameter: str) -> Tensor:
-        return self.get_buffer(parameter.replace(".", "/"))
-
-    def keys_by_parameter(self) -> list[tuple[str, str]]:
-        """Return pairs of a parameter's name and its tensor's key in the state dict."""
-        return [(key.replace("/", "."), key) for key in self._buffers]
-
-    def clear(self) -> None:
-        """Forget all tensors."""
-        self._buffers.clear()
-
-    def _load_from_state_dict(
-        self, state_dict: dict[str, Tensor], prefix: str, *args: Any, **kwargs: Any
-    ) -> None:
-        for key, tensor in state_dict.items():
-            if key.startswith(prefix):
-                name = key.removeprefix(prefix)
-                if name in self._buffers:  # where it is, it stays
-                    torch._foreach_copy_(
-                        local_shards([self.get_buffer(name)]), local_shards([tensor])
-                    )
-                else:
-                    self.register_buffer(name, tensor)
-
-
-def companions(module: nn.Module) -> list[tuple[str, Companion]]:
-    """Return the companions of a module's parameters with their names in it."""
-    return [(name, part) for name, part in module.named_children() if isinstance(part, Companion)]
-
-
-@contextmanager
-def exchanged(module: nn.Module, companion: Companion) -> Iterator[None]:
-    """Let parameters and their companion change places; no communication."""
-    discard_gathered(module)
-    _exchange(module, companion)
-    try:
-        yield
-    finally:
-        discard_gathered(module)
-        _exchange(module, companion)
-
-
-def _exchange(module: nn.Module, companion: Companion) -> None:
-    parameters = trainable_parameters(module)
-    for name, _ in companion.keys_by_parameter():
-        (weight,), (other,) = local_shards([parameters[name]]), local_shards([companion[name]])
-        kept = weight.clone()
-        weight.copy_(other)
-        other.copy_(kept)

@@ -9,6 +9,7 @@ any number of processes, under either strategy, can go on from it.
 
 from __future__ import annotations
 
+import functools
 import shutil
 from collections.abc import Callable, Mapping
 from datetime import timedelta
@@ -20,7 +21,14 @@ import torch.distributed as dist
 from lightning.pytorch import LightningModule
 from lightning.pytorch.core.optimizer import LightningOptimizer
 from lightning.pytorch.plugins.precision import FSDPPrecision, Precision
-from lightning.pytorch.strategies import FSDPStrategy, ModelParallelStrategy, ParallelStrategy
+from lightning.pytorch.strategies import (
+    DDPStrategy,
+    FSDPStrategy,
+    ModelParallelStrategy,
+    ParallelStrategy,
+    SingleDeviceStrategy,
+    Strategy,
+)
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.state_dict import (
     StateDictOptions,
@@ -33,11 +41,38 @@ from torch.distributed.checkpoint.state_dict_saver import save as save_shards
 from torch.optim import Optimizer
 from transformers import PreTrainedModel
 
-from opd import checkpoints, sharding
+from opd import checkpoints, sharding, weights
 from opd.errors import UserError
+from opd.models import load_model
 
 T = TypeVar("T")
 PATIENCE = timedelta(minutes=30)  # of one rank with the others, in one collective
+
+
+def load_under(
+    strategy: Strategy | None, source: str, *, trained: bool, offload: bool, **options: Any
+) -> PreTrainedModel:
+    """Load a model the way that a strategy wants to have it; a collective where it is sharded.
+
+    Args:
+        strategy: Lightning's; None: there is one process.
+        source: See :func:`opd.models.load_model`.
+        trained: Whether it is the student.
+        offload: Keep its shards in host memory.
+        options: Further options of :func:`opd.models.load_model`.
+
+    Raises:
+        UserError: It cannot be loaded, or the strategy cannot share it out.
+    """
+    load = functools.partial(load_model, source, **options)
+    if isinstance(strategy, ShardedStrategy):
+        return strategy.load_model(load, trained=trained, offload=offload)
+    if not isinstance(strategy, DDPStrategy | SingleDeviceStrategy | None):
+        raise UserError(
+            f"trainer.strategy {type(strategy).__name__} cannot share out student and teacher; "
+            "use one of configs/strategy/"
+        )
+    return load()
 
 
 class ShardedStrategy(ParallelStrategy):
@@ -292,17 +327,17 @@ class FSDP1(ShardedStrategy, FSDPStrategy):
     def lightning_module_state_dict(self) -> dict[str, Any]:
         """Return this rank's shards of the module's state, copied to the CPU."""
         state = super().lightning_module_state_dict()
-        for name, companion in sharding.companions(self._module):
-            with sharding.exchanged(self._module, companion):
+        for name, companion in weights.companions(self._module):
+            with weights.exchanged(self._module, companion):
                 parameters = super().lightning_module_state_dict()
             for parameter, key in companion.keys_by_parameter():
                 state[f"{name}.{key}"] = parameters[parameter]
         return state
 
     def _set_state(self, state: dict[str, Any]) -> None:
-        for name, companion in sharding.companions(self._module):
+        for name, companion in weights.companions(self._module):
             keys = {f"{name}.{key}": parameter for parameter, key in companion.keys_by_parameter()}
-            with sharding.exchanged(self._module, companion):
+            with weights.exchanged(self._module, companion):
                 super()._set_state({keys[k]: t for k, t in state.items() if k in keys})
             state = {k: t for k, t in state.items() if k not in keys}
         super()._set_state(state)

@@ -42,6 +42,28 @@ LLAMA_TEMPLATE = (
 )
 
 
+def memory_profile() -> torch.profiler.profile:
+    activity = torch.profiler.ProfilerActivity.CPU
+    return torch.profiler.profile(activities=[activity], profile_memory=True)
+
+
+def peak_bytes(profile: torch.profiler.profile) -> int:
+    """The most that was held at once of what was allocated under the profiler."""
+    held = peak = 0
+    for event in profile.profiler.kineto_results.events():
+        if event.name() == "[memory]":
+            held += event.nbytes()
+            peak = max(peak, held)
+    return peak
+
+
+def peak_memory(function: Callable[[], object]) -> int:
+    """Bytes that a function holds at most of what it allocates."""
+    with memory_profile() as profile:
+        function()
+    return peak_bytes(profile)
+
+
 @pytest.fixture(autouse=True)
 def _one_thread() -> None:
     torch.set_num_threads(1)

@@ -3,19 +3,21 @@
 import json
 import os
 import signal
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import torch
+from conftest import memory_profile, peak_bytes
 from lightning.pytorch import Callback
 from torch.utils._python_dispatch import TorchDispatchMode
-from transformers import PreTrainedModel
 
 from callbacks import EffOPD
 from opd import extrapolation
 from opd.extrapolation import Score
 from opd.objectives import Objective, reverse_kl
 from opd.prompts import PromptBatch
-from opd.rollouts import Rollouts, Sampler, TransformersEngine
+from opd.rollouts import Rollouts, Sampler, Tokens, TransformersEngine
+from opd.scores import CandidateScore
 from opd.sharding import gathered, local_shards
 
 
@@ -33,21 +35,6 @@ class Collectives(TorchDispatchMode):
         return function(*args, **(kwargs or {}))
 
 
-def memory_profile():
-    activity = torch.profiler.ProfilerActivity.CPU
-    return torch.profiler.profile(activities=[activity], profile_memory=True)
-
-
-def peak_bytes(profile):
-    """The most that was held at once of what was allocated under the profiler."""
-    held = peak = 0
-    for event in profile.profiler.kineto_results.events():
-        if event.name() == "[memory]":
-            held += event.nbytes()
-            peak = max(peak, held)
-    return peak
-
-
 def held_bytes(tensors):
     return sum(shard.nbytes for shard in local_shards(list(tensors)))
 
@@ -59,28 +46,16 @@ class CountingEngine(TransformersEngine):
         super().__init__()
         self.path = path
 
-    def __call__(
-        self,
-        model: PreTrainedModel,
-        prompts: PromptBatch,
-        sampler: Sampler,
-        generator: torch.Generator,
-    ) -> Rollouts:
+    def __call__(self, prompts: PromptBatch, sampler: Sampler, seeds: Sequence[int]) -> Rollouts:
         with Collectives() as mode:
-            rollouts = super().__call__(model, prompts, sampler, generator)
+            rollouts = super().__call__(prompts, sampler, seeds)
         with Path(f"{self.path}_{torch.distributed.get_rank()}.txt").open("a") as file:
             file.write(f"{len(prompts)} {mode.count}\n")
         return rollouts
 
 
-class Constant:
+class Constant(CandidateScore):
     """Finds all candidates equally good, at no cost."""
-
-    def before_step(self, module):
-        pass
-
-    def prepare(self, module, step, seed):
-        pass
 
     def __call__(self, module):
         return Score(torch.ones(1), torch.ones(1))
@@ -92,7 +67,7 @@ class MeasuredEffOPD(EffOPD):
     def __init__(self):
         super().__init__(score=Constant(), schedule="every 1")
 
-    def search(self, trainer, pl_module):
+    def accelerate(self, trainer, pl_module, output):
         set_candidate, spent = extrapolation.set_candidate, {"candidates": 0, "collectives": 0}
 
         def counted(*args):
@@ -103,7 +78,7 @@ class MeasuredEffOPD(EffOPD):
 
         extrapolation.set_candidate = counted
         with memory_profile() as profile:
-            result = super().search(trainer, pl_module)
+            result = super().accelerate(trainer, pl_module, output)
         extrapolation.set_candidate = set_candidate
         with Collectives() as mode:  # the counter counts
             trainer.strategy.reduce(torch.ones(1), reduce_op="sum")
@@ -144,7 +119,7 @@ class GradientSyncs(Callback):
     def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
         self.mode.__exit__(None, None, None)
         path = Path(trainer.default_root_dir) / "syncs.txt"
-        path.write_text(f"{len(outputs['rollouts'])} {self.mode.count}")
+        path.write_text(f"{len(outputs['step'].micro_batches)} {self.mode.count}")
 
 
 class WeightsAtStart(Callback):
@@ -165,10 +140,10 @@ class NaNOnRank1(Objective):
     calls = 0
 
     def __call__(
-        self, log_p: torch.Tensor, log_q: torch.Tensor, tokens: torch.Tensor, logmu_y: torch.Tensor
+        self, log_p: torch.Tensor, opinions: Mapping[str, torch.Tensor], tokens: Tokens
     ) -> torch.Tensor:
         NaNOnRank1.calls += 1
-        loss = reverse_kl(log_p, log_q)
+        loss = reverse_kl(log_p, opinions["teacher"])
         if torch.distributed.get_rank() == 1 and NaNOnRank1.calls == 2:
             loss[0] = torch.nan
         return loss

@@ -1,29 +1,23 @@
 """A rollout engine that replays what ``opd predict`` wrote: the same completions for any model."""
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
-from transformers import PreTrainedModel
 
 from opd.prompts import PromptBatch
-from opd.rollouts import Rollouts, Sampler
+from opd.rollouts import RolloutEngine, Rollouts, Sampler
 
 
-class Replay:
+class Replay(RolloutEngine):
     """Args: predictions: ``predictions.jsonl`` on the prompts that are to be trained on."""
 
     def __init__(self, predictions: str):
         records = map(json.loads, Path(predictions).read_text().splitlines())
         self.by_row = {record["row"]: record for record in records}
 
-    def __call__(
-        self,
-        model: PreTrainedModel,
-        prompts: PromptBatch,
-        sampler: Sampler,
-        generator: torch.Generator,
-    ) -> Rollouts:  # jsonargparse compares the types with those of RolloutEngine
+    def __call__(self, prompts: PromptBatch, sampler: Sampler, seeds: Sequence[int]) -> Rollouts:
         if not len(prompts):
             return Rollouts.empty(prompts)
         parts = [self.completion(prompts.select([i])) for i in range(len(prompts))]

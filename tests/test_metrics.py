@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from opd.metrics import TOKEN_METRICS, StepMetrics, overlap_at_k, token_metrics
+from opd.rollouts import Tokens
 
 
 def logprobs(seed: int, n: int = 6, v: int = 40) -> torch.Tensor:
@@ -38,18 +39,47 @@ def test_no_overlap_is_no_advantage():
     assert advantage.item() == 0
 
 
+def test_every_metric_of_a_token_is_its_definition():
+    """p = (1/2, 1/4, 1/4), q = (1/8, 1/8, 3/4), mu(y) = 1/5, y = 1: worked out by hand, in nats."""
+    log_p = torch.tensor([[0.5, 0.25, 0.25]], dtype=torch.float64).log()
+    log_q = torch.tensor([[0.125, 0.125, 0.75]], dtype=torch.float64).log()
+    tokens = Tokens(torch.tensor([1]), torch.tensor([0.2], dtype=torch.float64).log())
+    ln2, ln3 = math.log(2), math.log(3)
+    expected = {
+        "opd/reverse_kl": ln2 + 0.25 * ln2 - 0.25 * ln3,
+        "opd/forward_kl": 0.125 * -2 * ln2 + 0.125 * -ln2 + 0.75 * ln3,
+        "opd/student_entropy": 1.5 * ln2,
+        "opd/teacher_entropy": 0.25 * 3 * ln2 + 0.75 * (2 * ln2 - ln3),
+        "opd/entropy_gap": 1.5 * ln2 - (0.75 * ln2 + 0.75 * (2 * ln2 - ln3)),
+        "opd/overlap_at_16": 1.0,
+        "opd/overlap_advantage": -(1.25 * ln2 - 0.25 * ln3),
+        "opd/teacher_logprob": -3 * ln2,
+        "rollout/engine_logprob_gap": math.log(0.25) - math.log(0.2),
+    }
+    expected["opd/entropy_gap"] = abs(expected["opd/entropy_gap"])
+    ours = token_metrics(log_p, {"teacher": log_q}, tokens)
+    assert set(expected) == set(TOKEN_METRICS)
+    assert {name: value.item() for name, value in ours.items()} == pytest.approx(expected)
+
+
+def test_forward_and_reverse_kl_are_not_exchanged():
+    """The student is sure of token 0, where the teacher wavers."""
+    log_p = torch.tensor([[1 - 1e-3, 1e-3]], dtype=torch.float64).log()
+    log_q = torch.tensor([[0.5, 0.5]], dtype=torch.float64).log()
+    tokens = Tokens(torch.tensor([0]), torch.zeros(1, dtype=torch.float64))
+    values = token_metrics(log_p, {"teacher": log_q}, tokens)
+    assert values["opd/reverse_kl"].item() == pytest.approx(math.log(2), abs=0.01)
+    assert values["opd/forward_kl"].item() == pytest.approx(
+        0.5 * math.log(1e3) - math.log(2), abs=0.01
+    )
+
+
 def test_a_student_equal_to_its_teacher_has_no_gap():
     log_p = logprobs(2)
-    tokens = torch.arange(6)
-    own = log_p.gather(1, tokens[:, None]).squeeze(1)
-    values = token_metrics(log_p, log_p, tokens, own)
-    assert set(values) == set(TOKEN_METRICS)
-    for name in (
-        "opd/reverse_kl",
-        "opd/forward_kl",
-        "opd/entropy_gap",
-        "rollout/engine_logprob_gap",
-    ):
+    own = log_p.gather(1, torch.arange(6)[:, None]).squeeze(1)
+    values = token_metrics(log_p, {"teacher": log_p}, Tokens(torch.arange(6), own))
+    zero = ("opd/reverse_kl", "opd/forward_kl", "opd/entropy_gap", "rollout/engine_logprob_gap")
+    for name in zero:
         assert values[name].abs().max().item() == pytest.approx(0, abs=1e-12)
     assert (values["opd/overlap_at_16"] == 1).all()
     torch.testing.assert_close(values["opd/teacher_logprob"], own)

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from opd import models
-from opd.models import completion_logits, hidden_states, load_model, load_tokenizer, project
+from opd.models import Head, completion_logits, hidden_states, load_model, load_tokenizer
 
 SOURCES = ["embedded:base", "llama-student", "gpt2-student"]
 
@@ -21,7 +21,7 @@ def test_head_after_body_gives_the_models_logits_under_padding(source, tiny):
     ids = torch.tensor([[0, 0, 5, 6, 7, 0], [3, 4, 5, 6, 7, 8]])
     mask = torch.tensor([[0, 0, 1, 1, 1, 0], [1, 1, 1, 1, 1, 1]], dtype=torch.bool)
     ours = completion_logits(model, ids, mask, mask)
-    assert torch.equal(project(model, hidden_states(model, ids, mask, mask)), ours)
+    assert torch.equal(Head.of(model)(hidden_states(model, ids, mask, mask)), ours)
     expected = [model(torch.tensor([row])).logits[0] for row in ([5, 6, 7], [3, 4, 5, 6, 7, 8])]
     torch.testing.assert_close(ours, torch.cat(expected), rtol=1e-4, atol=1e-5)
 
@@ -34,7 +34,7 @@ def test_gradient_does_not_suffer_from_bfloat16_logits():
     mask = torch.ones_like(ids, dtype=torch.bool)
     with torch.autocast("cpu", dtype=torch.bfloat16):
         hidden = hidden_states(model, ids, mask, mask).detach()
-        logits = project(model, hidden)
+        logits = Head.of(model)(hidden)
     (ours,) = torch.autograd.grad(logits.log_softmax(-1)[:, 9].sum(), head)
     exact = (hidden.double() @ head.double().T).log_softmax(-1)[:, 9].sum()
     (expected,) = torch.autograd.grad(exact, head)
@@ -116,6 +116,6 @@ def test_differing_eos_is_a_warning_with_the_fix(tiny, caplog):
 
 def test_completions_must_fit_the_context(tiny):
     model = load_model(str(tiny / "llama-student"))
-    models.check_context(model, "student", 28, 100)
+    models.check_context(models.context_length(model), "student", 28, 100)
     with pytest.raises(ValueError, match="lower max_new_tokens to 99"):
-        models.check_context(model, "student", 29, 100)
+        models.check_context(models.context_length(model), "student", 29, 100)

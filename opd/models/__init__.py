@@ -2,6 +2,7 @@
 
 from opd.models.checks import (
     check_context,
+    check_master_weights,
     check_models,
     check_tokenizers,
     context_length,
@@ -9,11 +10,13 @@ from opd.models.checks import (
     vocabulary_size,
 )
 from opd.models.load import Dtype, load_model, load_tokenizer, student_files
-from opd.models.passes import completion_logits, hidden_states, project
+from opd.models.passes import Head, completion_logits, hidden_states
 
 __all__ = [
     "Dtype",
+    "Head",
     "check_context",
+    "check_master_weights",
     "check_models",
     "check_tokenizers",
     "completion_logits",
@@ -22,7 +25,6 @@ __all__ = [
     "hidden_states",
     "load_model",
     "load_tokenizer",
-    "project",
     "student_files",
     "vocabulary_size",
 ]

@@ -89,18 +89,31 @@ def check_models(
         )
 
 
-def check_context(model: PreTrainedModel, role: str, prompt_tokens: int, new_tokens: int) -> None:
-    """Refuse completions that do not fit.
+def check_context(context: int | None, role: str, prompt_tokens: int, new_tokens: int) -> None:
+    """Refuse completions that do not fit into a context of so many positions.
 
     Raises:
-        UserError: ``prompt_tokens`` + ``new_tokens`` exceed the model's context.
+        UserError: ``prompt_tokens`` + ``new_tokens`` exceed it.
     """
-    context = context_length(model)
     if context is not None and prompt_tokens + new_tokens > context:
         raise UserError(
             f"model.max_new_tokens={new_tokens} and prompts of up to {prompt_tokens} tokens do not "
             f"fit the {role}'s context of {context} tokens; lower max_new_tokens to "
             f"{max(context - prompt_tokens, 0)} or data.max_prompt_tokens"
+        )
+
+
+def check_master_weights(model: PreTrainedModel) -> None:
+    """Refuse to train weights that small steps do not change.
+
+    Raises:
+        UserError: They are not float32.
+    """
+    low = {p.dtype for p in model.parameters() if p.requires_grad} - {torch.float32}
+    if low:
+        raise UserError(
+            f"the student's weights are {low.pop()}: steps of the usual size round to nothing. "
+            "Train with --trainer.precision bf16-mixed, which keeps float32 master weights"
         )
 
 

@@ -1,9 +1,15 @@
 """Forward passes of causal language models, body and head apart.
 
-Shapes: B sequences, T positions, N selected positions, H hidden size, V vocabulary.
+The head's product is done in float32 under any precision plugin: rounding logits to bfloat16 before
+the softmax costs several per cent of the gradient.
+
+Shapes: B sequences, T positions, N selected positions, n of those in a tile, H hidden size, V
+vocabulary.
 """
 
 from __future__ import annotations
+
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -13,36 +19,65 @@ from transformers import PreTrainedModel
 from opd.sharding import forward_pass
 
 
-def _hidden_states(model: PreTrainedModel, ids: Tensor, mask: Tensor, select: Tensor) -> Tensor:
+@dataclass(frozen=True)
+class Head:
+    """A model's output head; holds for as long as its parameters are gathered.
+
+    Attributes:
+        weight: Float32, [V, H].
+        bias: Float32, [V], or None.
+        softcap: Logits are squeezed into +-softcap by a tanh; None: they are not.
+        scale: Factor of the logits.
+    """
+
+    weight: Tensor
+    bias: Tensor | None
+    softcap: float | None
+    scale: float
+
+    @classmethod
+    def of(cls, model: PreTrainedModel, vocabulary: int | None = None) -> Head:
+        """Take a model's head, or the part of it for the first ``vocabulary`` tokens."""
+        head = model.get_output_embeddings()
+        config = model.config.get_text_config()
+        rows = slice(None if vocabulary == head.weight.shape[0] else vocabulary)
+        return cls(
+            weight=head.weight.float()[rows],
+            bias=None if head.bias is None else head.bias.float()[rows],
+            softcap=getattr(config, "final_logit_softcapping", None),
+            scale=(getattr(config, "logit_scale", None) or 1.0)
+            / (getattr(config, "logits_scaling", None) or 1.0),
+        )
+
+    def product(self, hidden: Tensor) -> Tensor:
+        """Multiply hidden states, [n, H], with the weight: [n, V]."""
+        return F.linear(hidden.float(), self.weight, self.bias)
+
+    def finish(self, product: Tensor) -> Tensor:
+        """Turn products into logits, [n, V]."""
+        if self.softcap is not None:
+            product = self.softcap * torch.tanh(product / self.softcap)
+        return product if self.scale == 1.0 else product * self.scale
+
+    def __call__(self, hidden: Tensor) -> Tensor:
+        """Turn hidden states, [n, H], into float32 logits, [n, V]."""
+        with torch.autocast(hidden.device.type, enabled=False):
+            return self.finish(self.product(hidden))
+
+
+def body(model: PreTrainedModel, ids: Tensor, mask: Tensor, select: Tensor) -> Tensor:
+    """Run all but the head, within a pass; see :func:`hidden_states`."""
     positions = (mask.long().cumsum(dim=1) - 1).clamp(min=0)
-    body = model.base_model(
+    output = model.base_model(
         input_ids=ids, attention_mask=mask, position_ids=positions, use_cache=False
     )
-    hidden: Tensor = body.last_hidden_state[select]
+    hidden: Tensor = output.last_hidden_state[select]
     return hidden
 
 
-def _project(model: PreTrainedModel, hidden: Tensor) -> Tensor:
-    head = model.get_output_embeddings()
-    with torch.autocast(hidden.device.type, enabled=False):
-        bias = None if head.bias is None else head.bias.float()
-        logits = F.linear(hidden.float(), head.weight.float(), bias)
-    config = model.config.get_text_config()
-    if softcap := getattr(config, "final_logit_softcapping", None):
-        logits = softcap * torch.tanh(logits / softcap)
-    if scale := getattr(config, "logit_scale", None):
-        logits = logits * scale
-    if scaling := getattr(config, "logits_scaling", None):
-        logits = logits / scaling
-    return logits
-
-
 @forward_pass
-def completion_logits(model: PreTrainedModel, ids: Tensor, mask: Tensor, select: Tensor) -> Tensor:
-    """Run a causal language model and return float32 logits of the positions asked for.
-
-    The product with the head is done in float32 under any precision plugin: rounding logits to
-    bfloat16 before the softmax costs several per cent of the gradient.
+def hidden_states(model: PreTrainedModel, ids: Tensor, mask: Tensor, select: Tensor) -> Tensor:
+    """Run a model's body and return the last hidden states of the positions asked for.
 
     Args:
         model: Causal language model.
@@ -51,18 +86,12 @@ def completion_logits(model: PreTrainedModel, ids: Tensor, mask: Tensor, select:
         select: Positions to keep, bool [B, T], N of them True.
 
     Returns:
-        Logits, float32, [N, V].
+        [N, H].
     """
-    return _project(model, _hidden_states(model, ids, mask, select))
+    return body(model, ids, mask, select)
 
 
 @forward_pass
-def hidden_states(model: PreTrainedModel, ids: Tensor, mask: Tensor, select: Tensor) -> Tensor:
-    """Run the body only; returns last hidden states, [N, H], ready for :func:`project`."""
-    return _hidden_states(model, ids, mask, select)
-
-
-@forward_pass
-def project(model: PreTrainedModel, hidden: Tensor) -> Tensor:
-    """Project hidden states, [N, H], onto float32 logits, [N, V], as :func:`completion_logits`."""
-    return _project(model, hidden)
+def completion_logits(model: PreTrainedModel, ids: Tensor, mask: Tensor, select: Tensor) -> Tensor:
+    """Run body and head on the positions asked for; returns float32 logits, [N, V]."""
+    return Head.of(model)(body(model, ids, mask, select))

@@ -7,6 +7,8 @@ from opd.objectives.objective import (
     Objective,
     PolicyGradient,
     ReverseKL,
+    as_needed,
+    of_sampled,
 )
 
 __all__ = [
@@ -15,9 +17,11 @@ __all__ = [
     "Objective",
     "PolicyGradient",
     "ReverseKL",
+    "as_needed",
     "entropy",
     "forward_kl",
     "generalized_jsd",
     "kl",
+    "of_sampled",
     "reverse_kl",
 ]

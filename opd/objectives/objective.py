@@ -1,4 +1,4 @@
-"""Objectives: the loss per token, from the log-probabilities of student and teacher.
+"""Objectives: the loss per token, from what student and teachers think of it.
 
 An objective is a small frozen dataclass, named in YAML by its class::
 
@@ -7,12 +7,15 @@ An objective is a small frozen dataclass, named in YAML by its class::
         class_path: opd.objectives.GeneralizedJSD
         init_args: {beta: 0.25}
 
-Averaging over the global batch is the module's business.
+It sees a tile of n tokens at a time, and no row looks at another; averaging over the global batch
+is the step's business. Symbols as in the paper (arXiv 2605.11739): p = student, q = teacher.
 """
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import ClassVar
 
 from torch import Tensor
 
@@ -23,40 +26,74 @@ from opd.objectives.policy_gradient import (
     opd_advantage,
     policy_gradient_loss,
 )
+from opd.rollouts import Tokens
+from opd.teachers import TEACHER, Gives
 
 
 class Objective:
-    """Base of all objectives."""
+    """Base of all objectives.
 
-    def __call__(self, log_p: Tensor, log_q: Tensor, tokens: Tensor, logmu_y: Tensor) -> Tensor:
+    Attributes:
+        needs: Whose opinions the loss is made of, and how much of each: ``full``, the
+            log-probabilities of all tokens, or ``sampled``, that of the token sampled.
+    """
+
+    needs: ClassVar[Mapping[str, Gives]] = {TEACHER: "full"}
+
+    def __call__(self, log_p: Tensor, opinions: Mapping[str, Tensor], tokens: Tokens) -> Tensor:
         """Return the loss per token.
 
         Args:
-            log_p: Student's log-probabilities, [N, V], with gradient.
-            log_q: Teacher's log-probabilities, [N, V].
-            tokens: The tokens sampled, [N].
-            logmu_y: Their log-probabilities under the rollout engine, [N].
+            log_p: Student's log-probabilities, [n, V], with gradient.
+            opinions: Teachers' log-probabilities by the names of ``needs``: [n, V] where all are
+                needed, [n] where that of the sampled token is.
+            tokens: What is known of the sampled tokens, n of them.
 
         Returns:
-            [N].
+            [n].
         """
         raise NotImplementedError
+
+
+def as_needed(
+    opinions: Mapping[str, Tensor], needs: Mapping[str, Gives], y: Tensor
+) -> dict[str, Tensor]:
+    """Cut opinions down to what an objective needs of them.
+
+    Args:
+        opinions: By name, [n, V] or [n].
+        needs: Names, and how much of each.
+        y: The tokens sampled, [n].
+    """
+    needed = {}
+    for name, much in needs.items():
+        opinion = opinions[name]
+        assert opinion.ndim == 2 or much == "sampled", f"{name} gives sampled tokens only"
+        if opinion.ndim == 2 and much == "sampled":
+            opinion = of_sampled(opinion, y)
+        needed[name] = opinion
+    return needed
+
+
+def of_sampled(log_p: Tensor, y: Tensor) -> Tensor:
+    """Pick log p(y) out of log p: [n, V], [n] -> [n]."""
+    return log_p.gather(1, y[:, None]).squeeze(1)
 
 
 @dataclass(frozen=True)
 class ReverseKL(Objective):
     """KL(student || teacher) over the full vocabulary: the exact form of the paper's gradient."""
 
-    def __call__(self, log_p: Tensor, log_q: Tensor, tokens: Tensor, logmu_y: Tensor) -> Tensor:
-        return reverse_kl(log_p, log_q)
+    def __call__(self, log_p: Tensor, opinions: Mapping[str, Tensor], tokens: Tokens) -> Tensor:
+        return reverse_kl(log_p, opinions[TEACHER])
 
 
 @dataclass(frozen=True)
 class ForwardKL(Objective):
     """KL(teacher || student) over the full vocabulary."""
 
-    def __call__(self, log_p: Tensor, log_q: Tensor, tokens: Tensor, logmu_y: Tensor) -> Tensor:
-        return forward_kl(log_p, log_q)
+    def __call__(self, log_p: Tensor, opinions: Mapping[str, Tensor], tokens: Tokens) -> Tensor:
+        return forward_kl(log_p, opinions[TEACHER])
 
 
 @dataclass(frozen=True)
@@ -76,8 +113,8 @@ class GeneralizedJSD(Objective):
                 "ForwardKL and ReverseKL"
             )
 
-    def __call__(self, log_p: Tensor, log_q: Tensor, tokens: Tensor, logmu_y: Tensor) -> Tensor:
-        return generalized_jsd(log_p, log_q, self.beta)
+    def __call__(self, log_p: Tensor, opinions: Mapping[str, Tensor], tokens: Tokens) -> Tensor:
+        return generalized_jsd(log_p, opinions[TEACHER], self.beta)
 
 
 @dataclass(frozen=True)
@@ -93,17 +130,18 @@ class PolicyGradient(Objective):
         importance_cap: Cap of the weight p / mu against the rollout engine; None: no weight.
     """
 
+    needs: ClassVar[Mapping[str, Gives]] = {TEACHER: "sampled"}
+
     clip: float = 0.2
     dual_clip: float = 3.0
     importance_cap: float | None = 5.0
 
-    def __call__(self, log_p: Tensor, log_q: Tensor, tokens: Tensor, logmu_y: Tensor) -> Tensor:
-        logp_y = log_p.gather(1, tokens[:, None]).squeeze(1)
-        logq_y = log_q.gather(1, tokens[:, None]).squeeze(1)
-        advantage = opd_advantage(logp_y, logq_y)
+    def __call__(self, log_p: Tensor, opinions: Mapping[str, Tensor], tokens: Tokens) -> Tensor:
+        logp_y = of_sampled(log_p, tokens.y)
+        advantage = opd_advantage(logp_y, opinions[TEACHER])
         loss = policy_gradient_loss(
             logp_y, logp_y.detach(), advantage, clip=self.clip, dual_clip=self.dual_clip
         )
         if self.importance_cap is None:
             return loss
-        return importance_weight(logp_y, logmu_y, self.importance_cap) * loss
+        return importance_weight(logp_y, tokens.logmu_y, self.importance_cap) * loss

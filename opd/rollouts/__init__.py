@@ -1,16 +1,19 @@
 """Rollouts: completions that a student samples, and the engines that sample them."""
 
 from opd.rollouts.engine import RolloutEngine
-from opd.rollouts.micro_batches import cut_into_micro_batches
-from opd.rollouts.records import rollout_records
-from opd.rollouts.rollouts import Rollouts, Sampler
+from opd.rollouts.micro_batches import align_micro_batches, cut_into_micro_batches
+from opd.rollouts.records import judge, rollout_records
+from opd.rollouts.rollouts import Rollouts, Sampler, Tokens
 from opd.rollouts.transformers import TransformersEngine
 
 __all__ = [
     "RolloutEngine",
     "Rollouts",
     "Sampler",
+    "Tokens",
     "TransformersEngine",
+    "align_micro_batches",
     "cut_into_micro_batches",
+    "judge",
     "rollout_records",
 ]

@@ -2,29 +2,46 @@
 
 from __future__ import annotations
 
-from typing import Protocol
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
 
-import torch
-from transformers import PreTrainedModel
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from opd.prompts import PromptBatch
 from opd.rollouts.rollouts import Rollouts, Sampler
+from opd.weights import Weights
 
 
-class RolloutEngine(Protocol):
-    """Samples one completion per prompt.
+class RolloutEngine(ABC):
+    """Base of all engines: samples one completion per prompt.
 
-    All ranks call an engine together, each with its own prompts, possibly none. An engine samples
-    in eval mode and without gradient, draws all randomness from the generator it is given, and
-    leaves the model's mode and the global random state as it found them.
+    All ranks call an engine together, each with its own prompts, possibly none. It samples in eval
+    mode and without gradient, and leaves the model's mode and the global random state as it found
+    them.
     """
 
-    def __call__(
-        self,
-        model: PreTrainedModel,
-        prompts: PromptBatch,
-        sampler: Sampler,
-        generator: torch.Generator,
-    ) -> Rollouts:
-        """Sample B completions for B prompts."""
-        ...
+    def start(  # noqa: B027 - some need nothing
+        self, student: PreTrainedModel, weights: Weights, tokenizer: PreTrainedTokenizerBase
+    ) -> None:
+        """Get ready to sample with a student.
+
+        Args:
+            student: The student, whole or sharded.
+            weights: Its weights. An engine that holds a copy takes them over, before it samples,
+                when their version has changed.
+            tokenizer: The student's tokenizer.
+        """
+
+    def stop(self) -> None:  # noqa: B027
+        """Let go of all that :meth:`start` has taken."""
+
+    @abstractmethod
+    def __call__(self, prompts: PromptBatch, sampler: Sampler, seeds: Sequence[int]) -> Rollouts:
+        """Sample B completions for B prompts.
+
+        Args:
+            prompts: B prompts.
+            sampler: How to sample.
+            seeds: One per completion, [B]. A completion's draws depend on its seed alone: not on
+                what else is in the batch, nor on the rank.
+        """

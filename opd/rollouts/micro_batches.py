@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
+
+import torch
+
 from opd.rollouts.rollouts import Rollouts
+from opd.world import World
 
 
 def cut_into_micro_batches(rollouts: Rollouts, max_tokens: int) -> list[Rollouts]:
@@ -27,3 +32,25 @@ def cut_into_micro_batches(rollouts: Rollouts, max_tokens: int) -> list[Rollouts
                 continue
         groups.append([i])
     return [rollouts.select(group) for group in groups]
+
+
+def align_micro_batches(
+    by_teacher: Mapping[str, Sequence[Rollouts]], rollouts: Rollouts, world: World
+) -> list[Rollouts]:
+    """Give all ranks equally many micro-batches of each teacher, in the same order; a collective.
+
+    A pass of a sharded model is a collective, and gradients are summed with the last one, so a rank
+    with fewer micro-batches gets placeholders without tokens.
+
+    Args:
+        by_teacher: This rank's micro-batches, by the names of all teachers.
+        rollouts: What they were cut from.
+        world: The ranks.
+    """
+    mine = torch.tensor([len(micro_batches) for micro_batches in by_teacher.values()])
+    most = world.max(mine).tolist()
+    aligned = []
+    for (name, micro_batches), count in zip(by_teacher.items(), most, strict=True):
+        missing = count - len(micro_batches)
+        aligned += [*micro_batches, *[rollouts.placeholder(name)] * missing]
+    return aligned

@@ -1,13 +1,15 @@
-"""Rollouts as JSON records, for people and scripts to read."""
+"""Rollouts as text: judged by their answers, or as JSON records for people and scripts."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from typing import Any
 
+import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
+from opd.answers import AnswerVerifier
 from opd.rollouts.rollouts import Rollouts
 
 
@@ -41,3 +43,17 @@ def rollout_records(
                 for name, value_rows in values.items()
             },
         }
+
+
+def judge(
+    rollouts: Rollouts, tokenizer: PreTrainedTokenizerBase, verifier: AnswerVerifier
+) -> Tensor:
+    """Check the answers of the prompts that have one: 1 right, 0 wrong, float64."""
+    ids, lengths = rollouts.completion_ids.tolist(), rollouts.lengths.tolist()
+    verdicts = []
+    for i, prompt in enumerate(rollouts.prompts.prompts):
+        if prompt.answer is not None:
+            text = tokenizer.decode(ids[i][: lengths[i]], skip_special_tokens=True)
+            assert isinstance(text, str)
+            verdicts.append(float(verifier(text, prompt.answer)))
+    return torch.tensor(verdicts, dtype=torch.float64)

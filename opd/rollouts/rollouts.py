@@ -7,7 +7,7 @@ of all completions together.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -58,6 +58,8 @@ class Rollouts:
         finished: Whether an EOS ended it (rather than max_new_tokens), [B].
         engine_logprobs: Log-probability of each token under the distribution it was drawn from,
             float32, 0 at padding, [B, C].
+        columns: What else is known of each completion, by name: [B], or [B, C] and 0 at padding.
+            ``advantage`` and ``weight`` reach the objective as :class:`Tokens`.
     """
 
     prompts: PromptBatch
@@ -65,6 +67,7 @@ class Rollouts:
     lengths: Tensor
     finished: Tensor
     engine_logprobs: Tensor
+    columns: dict[str, Tensor] = field(default_factory=dict)
 
     def __len__(self) -> int:
         return len(self.prompts)
@@ -115,6 +118,10 @@ class Rollouts:
             lengths,
             self.finished[index],
             self.engine_logprobs[index, :width],
+            {
+                name: column[index] if column.ndim == 1 else column[index, :width]
+                for name, column in self.columns.items()
+            },
         )
 
     @classmethod
@@ -125,14 +132,21 @@ class Rollouts:
         lengths = torch.zeros(0, dtype=torch.long, device=device)
         return cls(prompts, ids, lengths, lengths.bool(), ids.float())
 
-    @classmethod
-    def placeholder(cls, teacher: str | None, device: torch.device) -> Rollouts:
-        """Return one completion without tokens, for passes that a rank makes for others' sake."""
+    def placeholder(self, teacher: str | None) -> Rollouts:
+        """Return one completion without tokens, for passes that a rank makes for others' sake.
+
+        Args:
+            teacher: Who reads it.
+        """
+        device = self.lengths.device
         prompt = Prompt(row=-1, token_ids=(0,), teacher=teacher)
         ids = torch.zeros(1, 1, dtype=torch.long, device=device)
         length = torch.zeros(1, dtype=torch.long, device=device)
         batch = PromptBatch.collate([prompt], pad_id=0).to(device)
-        return cls(batch, ids, length, length.bool(), torch.zeros(1, 1, device=device))
+        columns = {
+            name: column.new_zeros((1,) * column.ndim) for name, column in self.columns.items()
+        }
+        return Rollouts(batch, ids, length, length.bool(), ids.float(), columns)
 
     @staticmethod
     def concatenate(parts: Sequence[Rollouts], pad_id: int) -> Rollouts:
@@ -142,6 +156,9 @@ class Rollouts:
         def widen(tensor: Tensor, value: float) -> Tensor:
             return torch.nn.functional.pad(tensor, (0, width - tensor.shape[1]), value=value)
 
+        def join(tensors: Sequence[Tensor]) -> Tensor:
+            return torch.cat([t if t.ndim == 1 else widen(t, 0.0) for t in tensors])
+
         device = parts[0].completion_ids.device
         prompts = [prompt for part in parts for prompt in part.prompts.prompts]
         return Rollouts(
@@ -149,5 +166,50 @@ class Rollouts:
             torch.cat([widen(part.completion_ids, pad_id) for part in parts]),
             torch.cat([part.lengths for part in parts]),
             torch.cat([part.finished for part in parts]),
-            torch.cat([widen(part.engine_logprobs, 0.0) for part in parts]),
+            join([part.engine_logprobs for part in parts]),
+            {name: join([part.columns[name] for part in parts]) for name in parts[0].columns},
+        )
+
+
+@dataclass(frozen=True)
+class Tokens:
+    """What is known of sampled tokens besides distributions; n of them.
+
+    Attributes:
+        y: The tokens, [n].
+        logmu_y: Their log-probabilities under the rollout engine, [n].
+        advantage: Of their completions' rewards, [n]; None if there are no rewards.
+        weight: Factor of their losses, [n]; None: 1.
+    """
+
+    y: Tensor
+    logmu_y: Tensor
+    advantage: Tensor | None = None
+    weight: Tensor | None = None
+
+    @classmethod
+    def of(cls, rollouts: Rollouts) -> Tokens:
+        """Collect the N tokens of B completions; a number per completion is one for each token."""
+        mask = rollouts.mask
+
+        def per_token(name: str) -> Tensor | None:
+            column = rollouts.columns.get(name)
+            if column is not None and column.ndim == 1:
+                column = column[:, None].expand_as(mask)
+            return None if column is None else column[mask]
+
+        return cls(
+            rollouts.tokens,
+            rollouts.engine_logprobs[mask],
+            per_token("advantage"),
+            per_token("weight"),
+        )
+
+    def __getitem__(self, rows: slice) -> Tokens:
+        """Take the tokens of a tile."""
+        return Tokens(
+            self.y[rows],
+            self.logmu_y[rows],
+            None if self.advantage is None else self.advantage[rows],
+            None if self.weight is None else self.weight[rows],
         )

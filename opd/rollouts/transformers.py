@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Sequence
 from typing import Any, cast
 
 import torch
@@ -13,25 +14,28 @@ from transformers import (
     LogitsProcessor,
     LogitsProcessorList,
     PreTrainedModel,
+    PreTrainedTokenizerBase,
     TopKLogitsWarper,
     TopPLogitsWarper,
 )
 
 from opd.prompts import PromptBatch
+from opd.randomness import uniform
+from opd.rollouts.engine import RolloutEngine
 from opd.rollouts.rollouts import Rollouts, Sampler
 from opd.sharding import forward_pass, gathered
+from opd.weights import Weights
 
 
 class _Sampling(LogitsProcessor):
     """Samples inside greedy decoding: the winner of the returned scores is the sample.
 
-    argmax(p / e) with e ~ Exp(1) is a draw from p (the exponential race, as in torch.multinomial),
-    here from a generator of our own, with the log-probability of each draw at hand.
+    A draw is the inverse of the cumulated distribution at a uniform number of the completion's own.
     """
 
-    def __init__(self, sampler: Sampler, generator: torch.Generator, progress_seconds: float):
+    def __init__(self, sampler: Sampler, seeds: Tensor, progress_seconds: float):
         self.sampler = sampler
-        self.generator = generator
+        self.seeds = seeds
         self.progress_seconds = progress_seconds
         self.warpers = LogitsProcessorList()
         if sampler.top_k > 0:
@@ -47,14 +51,14 @@ class _Sampling(LogitsProcessor):
             scores = scores / self.sampler.temperature
             scores = self.warpers(cast(LongTensor, input_ids), cast(FloatTensor, scores))
         logprobs = torch.log_softmax(scores, dim=-1)
-        race = logprobs
         if self.sampler.temperature > 0:
-            noise = torch.empty_like(logprobs).exponential_(generator=self.generator)
-            race = logprobs - noise.log()
-        chosen = race.argmax(dim=-1, keepdim=True)
-        self.logprobs.append(logprobs.gather(1, chosen).squeeze(1))
+            chosen = draw(logprobs, uniform(self.seeds, len(self.logprobs)))
+        else:
+            chosen = logprobs.argmax(dim=-1)
+        self.logprobs.append(logprobs.gather(1, chosen[:, None]).squeeze(1))
         self._report(len(input_ids))
-        return race
+        winner = torch.full_like(scores, -torch.inf)
+        return winner.scatter_(1, chosen[:, None], 0.0)
 
     def _report(self, completions: int) -> None:
         if time.monotonic() > self.next_report:
@@ -63,7 +67,22 @@ class _Sampling(LogitsProcessor):
             rank_zero_info(f"rollout: token {done} of at most {limit}, {completions} completions")
 
 
-class TransformersEngine:
+def draw(logprobs: Tensor, numbers: Tensor) -> Tensor:
+    """Draw tokens by the inverse of the cumulated distribution.
+
+    Args:
+        logprobs: Of each token, [B, V].
+        numbers: Uniform in [0, 1), float64, [B].
+
+    Returns:
+        Token ids [B]: never one of probability 0.
+    """
+    cumulated = logprobs.exp().cumsum(dim=-1, dtype=torch.float64)
+    wanted = numbers[:, None] * cumulated[:, -1:]
+    return torch.searchsorted(cumulated, wanted, right=True).squeeze(1)
+
+
+class TransformersEngine(RolloutEngine):
     """Rollouts with the student itself, through ``generate`` of transformers.
 
     Args:
@@ -74,32 +93,37 @@ class TransformersEngine:
     def __init__(self, batch_size: int | None = None, progress_seconds: float = 30.0) -> None:
         self.batch_size = batch_size
         self.progress_seconds = progress_seconds
+        self._student: PreTrainedModel | None = None
+
+    def start(
+        self, student: PreTrainedModel, weights: Weights, tokenizer: PreTrainedTokenizerBase
+    ) -> None:
+        """Sample with the student itself, whatever its weights are."""
+        self._student = student
+
+    def stop(self) -> None:
+        """Let go of the student."""
+        self._student = None
 
     @torch.no_grad()
-    def __call__(
-        self,
-        model: PreTrainedModel,
-        prompts: PromptBatch,
-        sampler: Sampler,
-        generator: torch.Generator,
-    ) -> Rollouts:
+    def __call__(self, prompts: PromptBatch, sampler: Sampler, seeds: Sequence[int]) -> Rollouts:
         """Sample one completion per prompt."""
+        model = self._student
+        assert model is not None, "start the engine first"
         training, own_config = model.training, model.generation_config
         model.eval()
         # generate() fills unset fields from the model's own config: give it none to fill from
         model.generation_config = GenerationConfig()
         size = self.batch_size or max(len(prompts), 1)
+        cuts = [slice(i, min(i + size, len(prompts))) for i in range(0, len(prompts), size)]
         try:
             # Every token has a shape of its own: layers that are compiled run as they are
             with gathered(model), torch.compiler.set_stance("force_eager"):
                 parts = [
-                    self._generate(
-                        model,
-                        prompts.select(range(start, min(start + size, len(prompts)))),
-                        sampler,
-                        generator,
+                    self._sample(
+                        model, prompts.select(range(cut.start, cut.stop)), sampler, seeds[cut]
                     )
-                    for start in range(0, len(prompts), size)
+                    for cut in cuts
                 ]
         finally:
             model.generation_config = own_config
@@ -110,14 +134,11 @@ class TransformersEngine:
             return Rollouts.empty(prompts)
         return Rollouts.concatenate(parts, sampler.pad_token_id)
 
-    def _generate(
-        self,
-        model: PreTrainedModel,
-        prompts: PromptBatch,
-        sampler: Sampler,
-        generator: torch.Generator,
+    def _sample(
+        self, model: PreTrainedModel, prompts: PromptBatch, sampler: Sampler, seeds: Sequence[int]
     ) -> Rollouts:
-        sampling = _Sampling(sampler, generator, self.progress_seconds)
+        device = prompts.ids.device
+        sampling = _Sampling(sampler, torch.tensor(seeds, device=device), self.progress_seconds)
         sequences = _generate(
             model,
             prompts.ids,

@@ -1,13 +1,13 @@
 """A frozen teacher on this rank's device.
 
-What is kept of a teacher's pass are hidden states of completion positions, [N, H]:
-log-probabilities
-over the vocabulary, [N, V], are made from them when they are needed and are not kept.
+What is kept of its reading are hidden states of completion positions, [N, H]; log-probabilities
+over the vocabulary are made from them a tile at a time, when they are wanted.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
@@ -16,25 +16,42 @@ from accelerate.utils import set_module_tensor_to_device
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from opd.models import hidden_states, project
+from opd.models import Head, context_length, hidden_states
 from opd.rollouts import Rollouts
-from opd.sharding import is_sharded, transformer_layers
+from opd.sharding import head_gathered, is_sharded, transformer_layers
+from opd.teachers.teacher import Gives, Opened
 
 
 class LocalTeacher:
-    """Scores completions with a model in this process; deliberately no ``nn.Module``.
-
-    Whoever holds it holds no parameters: it is in no checkpoint and no optimizer.
+    """A teacher that is a model in this process.
 
     Args:
-        model: The teacher, whole or sharded; it is frozen and put into eval mode.
+        model: The model, whole or sharded; it is frozen and put into eval mode.
+        vocabulary: Tokens that its opinions are about; what lies beyond is padding.
+        temperature: Divides its logits, as it does the student's.
         offload: Keep the weights of a whole model's layers in host memory.
     """
 
-    def __init__(self, model: PreTrainedModel, *, offload: bool = False) -> None:
+    gives: Gives = "full"
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        *,
+        vocabulary: int,
+        temperature: float = 1.0,
+        offload: bool = False,
+    ) -> None:
         self.model = model.eval().requires_grad_(False)
+        self.vocabulary = vocabulary
+        self.temperature = temperature
         self.offload = offload
         self._placed = is_sharded(model)  # shards are where they belong
+
+    @property
+    def context(self) -> int | None:
+        """Positions that the model was made for."""
+        return context_length(self.model)
 
     def to(self, device: torch.device) -> None:
         """Move the weights to the device that they run on, once."""
@@ -52,39 +69,42 @@ class LocalTeacher:
             self.model.to(device)
 
     @torch.no_grad()
-    def score(self, rollouts: Rollouts) -> TeacherScored:
-        """Run the teacher over B completions of N tokens together."""
-        return TeacherScored(rollouts, self, hidden_states(self.model, *rollouts.inputs()))
+    def read(self, micro: Rollouts) -> LocalOpinion:
+        """Run the model's body over B completions of N tokens together."""
+        return LocalOpinion(self, hidden_states(self.model, *micro.inputs()), micro.lengths)
 
 
-@dataclass
-class TeacherScored:
-    """Completions with the teacher's opinion of every token.
+@dataclass(frozen=True)
+class LocalOpinion:
+    """What a local teacher thinks of B completions of N tokens together.
 
     Attributes:
-        rollouts: B completions of N tokens together.
-        teacher: Who scored them.
-        hidden: The teacher's hidden states, [N, H].
+        teacher: Whose opinion it is.
+        hidden: The teacher's last hidden states, [N, H].
+        lengths: Tokens of each completion, [B].
     """
 
-    rollouts: Rollouts
     teacher: LocalTeacher
     hidden: Tensor
+    lengths: Tensor
+    gives: Gives = "full"
 
-    @torch.no_grad()
-    def teacher_logprobs(self, vocabulary: int, temperature: float) -> Tensor:
-        """Log-probabilities over the first ``vocabulary`` tokens, float32, [N, vocabulary]."""
-        logits = project(self.teacher.model, self.hidden)[:, :vocabulary]
-        return torch.log_softmax(logits / temperature, dim=-1)
+    @contextmanager
+    def opened(self) -> Iterator[Opened]:
+        """Hold the teacher's head; rows of the N tokens become log-probabilities, [n, V]."""
+        teacher = self.teacher
+        with head_gathered(teacher.model):
+            head = Head.of(teacher.model, teacher.vocabulary)
 
-    def placeholder(self) -> TeacherScored:
-        """Return one completion without tokens, scored by the same teacher."""
-        name, device = self.rollouts.prompts.prompts[0].teacher, self.hidden.device
-        return TeacherScored(Rollouts.placeholder(name, device), self.teacher, self.hidden[:0])
+            def log_q(rows: slice) -> Tensor:
+                return torch.log_softmax(head(self.hidden[rows]) / teacher.temperature, dim=-1)
 
-    def select(self, rows: Sequence[int]) -> TeacherScored:
-        """Take some completions with their part of the hidden states."""
-        keep = torch.zeros_like(self.rollouts.finished)
-        keep[list(rows)] = True
-        tokens_kept = keep[:, None].expand_as(self.rollouts.mask)[self.rollouts.mask]
-        return TeacherScored(self.rollouts.select(rows), self.teacher, self.hidden[tokens_kept])
+            yield log_q
+
+    def select(self, completions: Sequence[int]) -> LocalOpinion:
+        """Keep the opinion of some completions, in the order given."""
+        parts = self.hidden.split(self.lengths.tolist())
+        chosen = [parts[i] for i in completions]
+        index = torch.as_tensor(completions, dtype=torch.long, device=self.lengths.device)
+        hidden = torch.cat(chosen) if chosen else self.hidden[:0]
+        return LocalOpinion(self.teacher, hidden, self.lengths[index])

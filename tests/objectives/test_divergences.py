@@ -7,13 +7,18 @@ import torch
 
 from opd.objectives import ForwardKL, GeneralizedJSD, ReverseKL
 from opd.objectives.divergences import entropy
+from opd.rollouts import Tokens
 
 N, V = 5, 7
-TOKENS, MU = torch.zeros(N, dtype=torch.long), torch.zeros(N, dtype=torch.float64)
+TOKENS = Tokens(torch.zeros(N, dtype=torch.long), torch.zeros(N, dtype=torch.float64))
 
 
 def logits(seed: int) -> torch.Tensor:
     return 2 * torch.randn(N, V, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+
+
+def of_logits(objective, student: torch.Tensor, teacher: torch.Tensor) -> torch.Tensor:
+    return objective(student.log_softmax(-1), {"teacher": teacher.log_softmax(-1)}, TOKENS)
 
 
 def softmax(row: list[float]) -> list[float]:
@@ -41,7 +46,7 @@ DEFINITIONS = [
 @pytest.mark.parametrize(("objective", "definition"), DEFINITIONS)
 def test_value_is_the_definition(objective, definition):
     student, teacher = logits(0), logits(1)
-    ours = objective(student.log_softmax(-1), teacher.log_softmax(-1), TOKENS, MU)
+    ours = of_logits(objective, student, teacher)
     rows = zip(student.tolist(), teacher.tolist(), strict=True)
     expected = [definition(softmax(s), softmax(t)) for s, t in rows]
     assert ours.tolist() == pytest.approx(expected, rel=1e-12)
@@ -50,7 +55,9 @@ def test_value_is_the_definition(objective, definition):
 @pytest.mark.parametrize(("objective", "definition"), DEFINITIONS)
 def test_gradient_is_the_definitions_slope(objective, definition):
     student, teacher = logits(0).requires_grad_(), logits(1)
-    objective(student.log_softmax(-1), teacher.log_softmax(-1), TOKENS, MU).sum().backward()
+    objective(
+        student.log_softmax(-1), {"teacher": teacher.log_softmax(-1)}, TOKENS
+    ).sum().backward()
     h = 1e-6
     for n in range(N):
         q = softmax(teacher[n].tolist())
@@ -66,7 +73,7 @@ def test_reverse_kl_has_the_closed_form_gradient():
     """p (log p - log q - KL), with respect to the student's logits."""
     student, teacher = logits(2).requires_grad_(), logits(3)
     log_p, log_q = student.log_softmax(-1), teacher.log_softmax(-1)
-    value = ReverseKL()(log_p, log_q, TOKENS, MU)
+    value = ReverseKL()(log_p, {"teacher": log_q}, TOKENS)
     value.sum().backward()
     with torch.no_grad():
         expected = log_p.exp() * (log_p - log_q - value[:, None])
@@ -76,7 +83,9 @@ def test_reverse_kl_has_the_closed_form_gradient():
 def test_forward_kl_has_the_closed_form_gradient():
     """p - q, with respect to the student's logits."""
     student, teacher = logits(2).requires_grad_(), logits(3)
-    ForwardKL()(student.log_softmax(-1), teacher.log_softmax(-1), TOKENS, MU).sum().backward()
+    ForwardKL()(
+        student.log_softmax(-1), {"teacher": teacher.log_softmax(-1)}, TOKENS
+    ).sum().backward()
     expected = student.detach().softmax(-1) - teacher.softmax(-1)
     torch.testing.assert_close(student.grad, expected, rtol=1e-12, atol=1e-14)
 
@@ -86,8 +95,10 @@ def test_forward_kl_has_the_closed_form_gradient():
 )
 def test_jsd_tends_to_the_two_kls(beta, limit, scale):
     log_p, log_q = logits(4).log_softmax(-1), logits(5).log_softmax(-1)
-    ratio = GeneralizedJSD(beta)(log_p, log_q, TOKENS, MU) / scale
-    torch.testing.assert_close(ratio, limit(log_p, log_q, TOKENS, MU), rtol=1e-4, atol=1e-6)
+    ratio = GeneralizedJSD(beta)(log_p, {"teacher": log_q}, TOKENS) / scale
+    torch.testing.assert_close(
+        ratio, limit(log_p, {"teacher": log_q}, TOKENS), rtol=1e-4, atol=1e-6
+    )
 
 
 def test_entropy_of_a_uniform_distribution_is_log_v():

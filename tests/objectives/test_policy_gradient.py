@@ -5,8 +5,15 @@ import math
 import pytest
 import torch
 
-from opd.objectives import PolicyGradient, ReverseKL
+from opd.objectives import PolicyGradient, as_needed, reverse_kl
 from opd.objectives.policy_gradient import policy_gradient_loss
+from opd.rollouts import Tokens
+
+
+def objective(loss, log_p, log_q, tokens, logmu):
+    opinions = as_needed({"teacher": log_q}, loss.needs, tokens)
+    assert opinions["teacher"].ndim == 1  # one number of the teacher per token is all it needs
+    return loss(log_p, opinions, Tokens(tokens, logmu))
 
 
 def written_out(logp, logp_old, advantage, clip=0.2, dual_clip=3.0):
@@ -35,7 +42,7 @@ def test_gradient_is_minus_advantage_times_score():
     log_p = student.log_softmax(-1)
     logmu = log_p.detach().gather(1, tokens[:, None]).squeeze(1)
     (ours,) = torch.autograd.grad(
-        PolicyGradient()(log_p, log_q, tokens, logmu).sum(), student, retain_graph=True
+        objective(PolicyGradient(), log_p, log_q, tokens, logmu).sum(), student, retain_graph=True
     )
     rows = torch.arange(6)
     cost = (log_p - log_q)[rows, tokens].detach()
@@ -52,9 +59,10 @@ def test_gradient_is_that_of_reverse_kl_on_average():
     log_p = student.log_softmax(-1)
     tokens, everywhere = torch.arange(5), (log_p.expand(5, 5), log_q.expand(5, 5))
     logmu = log_p.detach()[0]
-    loss = (log_p.exp().detach()[0] * PolicyGradient()(*everywhere, tokens, logmu)).sum()
+    losses = objective(PolicyGradient(), *everywhere, tokens, logmu)
+    loss = (log_p.exp().detach()[0] * losses).sum()
     (sampled,) = torch.autograd.grad(loss, student, retain_graph=True)
-    (full,) = torch.autograd.grad(ReverseKL()(log_p, log_q, tokens[:1], logmu[:1]).sum(), student)
+    (full,) = torch.autograd.grad(reverse_kl(log_p, log_q).sum(), student)
     torch.testing.assert_close(sampled, full)
 
 
@@ -63,5 +71,5 @@ def test_importance_weight_is_capped(logmu, weight):
     log_p = torch.tensor([[-1.0, math.log(1 - math.exp(-1.0))]], dtype=torch.float64)
     log_q = torch.tensor([[-2.0, math.log(1 - math.exp(-2.0))]], dtype=torch.float64)
     arguments = (log_p, log_q, torch.tensor([0]), torch.tensor([logmu], dtype=torch.float64))
-    plain = PolicyGradient(importance_cap=None)(*arguments)
-    assert (PolicyGradient()(*arguments) / plain).item() == pytest.approx(weight)
+    plain = objective(PolicyGradient(importance_cap=None), *arguments)
+    assert (objective(PolicyGradient(), *arguments) / plain).item() == pytest.approx(weight)

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from opd.prompts import Prompt, PromptBatch
-from opd.rollouts import Rollouts, cut_into_micro_batches
+from opd.rollouts import Rollouts, Tokens, cut_into_micro_batches
 
 PROMPT_LENGTHS = [3, 1, 7, 2, 5, 1]
 LENGTHS = [4, 9, 1, 0, 6, 2]
@@ -59,6 +59,36 @@ def test_spread_puts_values_back_at_their_tokens():
     whole = rollouts()
     spread = whole.spread(whole.tokens.float())
     assert torch.equal(spread, whole.completion_ids.float() * whole.mask)
+
+
+def test_columns_go_wherever_their_completions_go():
+    whole = rollouts()
+    whole.columns = {"advantage": torch.arange(6.0), "weight": 10.0 * whole.completion_ids}
+    part = whole.select([4, 0])
+    assert part.columns["advantage"].tolist() == [4, 0]
+    assert torch.equal(part.columns["weight"], 10.0 * part.completion_ids)
+    joined = Rollouts.concatenate([part, whole.select([1])], pad_id=0)
+    assert joined.columns["advantage"].tolist() == [4, 0, 1]
+    assert torch.equal(
+        joined.columns["weight"] * joined.mask, 10.0 * joined.completion_ids * joined.mask
+    )
+    assert {n: c.shape for n, c in whole.placeholder("a").columns.items()} == {
+        "advantage": (1,),
+        "weight": (1, 1),
+    }
+
+
+def test_tokens_know_the_columns_of_their_completions():
+    whole = rollouts()
+    whole.columns = {"advantage": torch.arange(6.0), "weight": 10.0 * whole.completion_ids}
+    tokens = Tokens.of(whole)
+    assert tokens.advantage.tolist() == [i for i, n in enumerate(LENGTHS) for _ in range(n)]
+    assert tokens.weight.tolist() == [10.0 * y for y in tokens.y.tolist()]
+    assert tokens.logmu_y.tolist() == [-float(y) for y in tokens.y.tolist()]
+    tile = tokens[slice(3, 6)]
+    assert tile.y.tolist() == tokens.y.tolist()[3:6]
+    assert tile.advantage.tolist() == [0, 1, 1]
+    assert Tokens.of(rollouts()).advantage is None
 
 
 def test_concatenate_undoes_select():

@@ -6,9 +6,17 @@ from transformers import GenerationConfig
 
 from opd.models import eos_token_ids, load_model, load_tokenizer
 from opd.prompts import PromptBatch, PromptFormat, tokenize_rows
-from opd.randomness import generator
+from opd.randomness import derive_seed
 from opd.rollouts import Sampler, TransformersEngine
-from opd.rollouts.transformers import completion_lengths
+from opd.rollouts.transformers import completion_lengths, draw
+from opd.weights import Weights
+
+
+def sample(engine, model, batch, sampler, seed=0):
+    """One completion per prompt, with seeds of its own."""
+    engine.start(model, Weights(model), tokenizer=None)
+    return engine(batch, sampler, [derive_seed(seed, i) for i in range(len(batch))])
+
 
 FAMILIES = ["llama", "gpt2"]
 TEXTS = ["add 7", "what is 12 plus 30?", "9"]
@@ -28,7 +36,7 @@ def pair(source):
 @pytest.mark.parametrize("family", FAMILIES)
 def test_engine_logprobs_are_those_of_one_unpadded_forward(tiny, family):
     model, batch, sampler = pair(str(tiny / f"{family}-student"))
-    rollouts = TransformersEngine()(model.train(), batch, sampler, generator("cpu", 0))
+    rollouts = sample(TransformersEngine(), model.train(), batch, sampler, 0)
     assert model.training
     model.eval()
     for i, prompt in enumerate(batch.prompts):
@@ -41,16 +49,40 @@ def test_engine_logprobs_are_those_of_one_unpadded_forward(tiny, family):
 
 
 @pytest.mark.parametrize("batch_size", [None, 1, 2])
-def test_same_generator_same_completions_and_global_state_untouched(tiny, batch_size):
+def test_same_seeds_same_completions_and_global_state_untouched(tiny, batch_size):
     model, batch, sampler = pair(str(tiny / "llama-student"))
     state = torch.get_rng_state()
     engine = TransformersEngine(batch_size=batch_size)
-    first, again = (engine(model, batch, sampler, generator("cpu", 7)) for _ in range(2))
-    other = engine(model, batch, sampler, generator("cpu", 8))
+    first, again = (sample(engine, model, batch, sampler, 7) for _ in range(2))
+    other = sample(engine, model, batch, sampler, 8)
     assert torch.equal(first.completion_ids, again.completion_ids)
     assert not torch.equal(first.completion_ids[:, :5], other.completion_ids[:, :5])
     assert torch.equal(torch.get_rng_state(), state)
     assert first.prompts.ids.tolist() == batch.ids.tolist()
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_completion_depends_on_its_seed_alone(tiny, family):
+    """Not on the rest of the batch, its padding, its order, nor on how the engine cuts it."""
+    model, batch, sampler = pair(str(tiny / f"{family}-student"))
+    batch = batch.repeat(3)
+    seeds = [derive_seed("own", i) for i in range(len(batch))]
+    engine = TransformersEngine(batch_size=4)
+    engine.start(model, Weights(model), tokenizer=None)
+    whole = engine(batch, sampler, seeds)
+    texts = [whole.completion_ids[i, : whole.lengths[i]].tolist() for i in range(len(batch))]
+    assert len({tuple(text) for text in texts}) > 3  # copies of a prompt differ
+    for order in ([4], [8, 0, 3]):
+        part = engine(batch.select(order), sampler, [seeds[i] for i in order])
+        for row, i in enumerate(order):
+            assert part.completion_ids[row, : part.lengths[row]].tolist() == texts[i]
+
+
+def test_draw_is_the_inverse_of_the_cumulated_distribution():
+    """Probabilities 0, 1/4, 0, 3/4: numbers below 1/4 give token 1, others token 3."""
+    logprobs = torch.tensor([0.0, 0.25, 0.0, 0.75]).log().expand(5, 4)
+    numbers = torch.tensor([0.0, 0.2499, 0.25, 0.6, 1 - 2.0**-53], dtype=torch.float64)
+    assert draw(logprobs, numbers).tolist() == [1, 1, 3, 3, 3]
 
 
 def test_draws_follow_the_models_distribution():
@@ -59,7 +91,7 @@ def test_draws_follow_the_models_distribution():
     (prompt,) = tokenize_rows([{"prompt": "123+456=36"}], tokenizer, PromptFormat())
     draws = 3_000
     batch = PromptBatch.collate([prompt] * draws, 0)
-    rollouts = TransformersEngine()(model, batch, Sampler(1), generator("cpu", 0))
+    rollouts = sample(TransformersEngine(), model, batch, Sampler(1), 0)
     with torch.no_grad():
         p = model(batch.ids[:1]).logits[0, -1].softmax(-1)
     counts = torch.bincount(rollouts.completion_ids[:, 0], minlength=len(p))
@@ -75,7 +107,7 @@ def test_sampler_fields_restrict_the_choice(options, allowed):
     model, tokenizer = load_model("embedded:base"), load_tokenizer("embedded:base")
     (prompt,) = tokenize_rows([{"prompt": "123+456=36"}], tokenizer, PromptFormat())
     batch = PromptBatch.collate([prompt] * 500, 0)
-    rollouts = TransformersEngine()(model, batch, Sampler(1, **options), generator("cpu", 0))
+    rollouts = sample(TransformersEngine(), model, batch, Sampler(1, **options), 0)
     assert len(rollouts.completion_ids.unique()) == allowed
     with torch.no_grad():
         best = model(batch.ids[:1]).logits[0, -1].topk(allowed).indices
@@ -84,7 +116,7 @@ def test_sampler_fields_restrict_the_choice(options, allowed):
 
 def test_the_models_own_generation_config_does_not_leak_in(tiny):
     model, batch, sampler = pair(str(tiny / "llama-student"))
-    expected = TransformersEngine()(model, batch, sampler, generator("cpu", 1))
+    expected = sample(TransformersEngine(), model, batch, sampler, 1)
     own = GenerationConfig(
         do_sample=True,
         top_k=1,
@@ -94,7 +126,7 @@ def test_the_models_own_generation_config_does_not_leak_in(tiny):
         min_new_tokens=2,
     )
     model.generation_config = own
-    ours = TransformersEngine()(model, batch, sampler, generator("cpu", 1))
+    ours = sample(TransformersEngine(), model, batch, sampler, 1)
     assert torch.equal(ours.completion_ids, expected.completion_ids)
     assert model.generation_config is own
 
@@ -110,9 +142,7 @@ def test_padding_token_equal_to_eos_keeps_the_real_eos(tiny):
     model, batch, sampler = pair(str(tiny / "gpt2-student"))
     assert sampler.pad_token_id in sampler.eos_token_ids
     batch = batch.repeat(60)
-    rollouts = TransformersEngine()(
-        model, batch, Sampler(40, eos_token_ids=(0,)), generator("cpu", 2)
-    )
+    rollouts = sample(TransformersEngine(), model, batch, Sampler(40, eos_token_ids=(0,)), 2)
     ended = rollouts.finished.nonzero().flatten().tolist()
     assert 0 < len(ended) < len(batch)
     for i in ended:
@@ -132,5 +162,5 @@ def test_sampler_out_of_range_is_refused(options):
 def test_long_rollouts_report_their_progress(tiny, caplog):
     model, batch, sampler = pair(str(tiny / "llama-student"))
     with caplog.at_level("INFO"):
-        TransformersEngine(progress_seconds=0)(model, batch, sampler, generator("cpu", 0))
+        sample(TransformersEngine(progress_seconds=0), model, batch, sampler)
     assert "rollout: token 1 of at most 12, 3 completions" in caplog.text

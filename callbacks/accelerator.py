@@ -1,0 +1,167 @@
+"""What all callbacks share that move the weights between steps.
+
+An accelerator acts in ``on_train_batch_end``, after the optimizer's step and before checkpoints. It
+has tensors of its own beside the weights (an anchor, an average), which are part of the module, so
+that every strategy's checkpoint holds them; and a history, which becomes ``extrapolation`` in
+summary.json. It works on any LightningModule whose parameters require gradients.
+
+To write one: derive from :class:`Accelerator`, say when (``due``), and move the weights
+(``accelerate``) inside of ``self.weights.edit(self.names)``.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping
+from typing import Any, ClassVar
+
+from lightning.pytorch import Callback, LightningModule, Trainer
+from torch.nn.parallel import DistributedDataParallel
+
+from opd import extrapolation
+from opd.errors import UserError
+from opd.ledger import Ledger
+from opd.step import StepRequest
+from opd.weights import Companion, Device, Weights, put_beside
+from opd.world import World
+
+
+class Accelerator(Callback):
+    """Moves the weights between steps.
+
+    Args:
+        parameters: Which weights: all, attention_and_mlp, or glob patterns.
+        anchor_device: Where its tensors beside the weights live: parameters (beside them), or cpu
+            (pinned where there is a GPU).
+
+    Attributes:
+        label: Its metrics are ``label/...``; its tensors are ``label_anchor`` in the module.
+        history: What it has done, a mapping per time.
+        names: Names of the weights that it moves.
+    """
+
+    label: ClassVar[str]
+
+    def __init__(self, parameters: str | list[str], anchor_device: Device) -> None:
+        self.parameters = parameters
+        self.anchor_device: Device = anchor_device
+        self.history: list[dict[str, Any]] = []
+        self.names: list[str] = []
+        self.weights: Weights
+        self.anchor: Companion
+        self._resumed = False
+
+    # --- what an accelerator says ---------------------------------------------------------------
+
+    def due(self, t: int) -> bool:
+        """Whether to act after step t."""
+        raise NotImplementedError
+
+    def accelerate(
+        self, trainer: Trainer, pl_module: LightningModule, output: Any
+    ) -> tuple[dict[str, Any], dict[str, float]]:
+        """Move the weights; all ranks together.
+
+        Args:
+            trainer: The trainer; its ``global_step`` is t.
+            pl_module: The module.
+            output: What the step has left behind; of an OPDModule, an :class:`opd.step.StepOutput`.
+
+        Returns:
+            What to remember in ``history``, and metrics to log.
+        """
+        raise NotImplementedError
+
+    def step_request(self, t: int) -> StepRequest:
+        """Say what is needed of step t, before it is taken."""
+        return StepRequest()
+
+    # --- hooks ----------------------------------------------------------------------------------
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Make the anchor a part of the module; not every strategy restores before on_fit_start.
+
+        Raises:
+            UserError: Another accelerator would move the same weights.
+        """
+        callbacks: list[Callback] = trainer.callbacks  # type: ignore[attr-defined]  # by a connector
+        names = [type(c).__name__ for c in callbacks if isinstance(c, Accelerator)]
+        if len(names) > 1:
+            raise UserError(
+                f"trainer.callbacks: {' and '.join(names)} would both move the weights, each "
+                "unaware of the other; keep one of them"
+            )
+        own = getattr(pl_module, "weights", None)
+        self.weights = own if isinstance(own, Weights) else Weights(pl_module)
+        self.anchor = self.weights.companion(f"{self.label}_anchor")
+
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Take W_0 as the anchor, or the one that a checkpoint has brought.
+
+        Raises:
+            UserError: ``parameters`` matches nothing, or the checkpoint's anchor belongs to others.
+        """
+        self.weights.shards()  # whatever is gathered is let go
+        parameters = self.weights.parameters()
+        self.names = extrapolation.select_parameters(list(parameters), self.parameters)
+        restored = {name: self.anchor[name] for name, _ in self.anchor.keys_by_parameter()}
+        if missing := sorted(set(self.names) - restored.keys() if restored else ()):
+            raise UserError(
+                f"the checkpoint's anchor of {type(self).__name__} lacks {missing[0]}: resume with "
+                f"the same {type(self).__name__}.parameters"
+            )
+        self.anchor.replace(
+            {
+                name: put_beside(
+                    restored.get(name, parameters[name]).detach().clone(),
+                    parameters[name],
+                    self.anchor_device,
+                )
+                for name in self.names
+            }
+        )
+        wrapper = trainer.strategy.model
+        if isinstance(wrapper, DistributedDataParallel):  # which sends buffers around
+            keys = [key for _, key in self.anchor.keys_by_parameter()]
+            wrapper.parameters_to_ignore.update(f"{self.label}_anchor.{key}" for key in keys)
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Take W as the anchor if the checkpoint that was resumed knows of this accelerator not."""
+        if trainer.ckpt_path is not None and not self._resumed:
+            shards = self.weights.shards(self.names)
+            extrapolation.copy_weights(self.anchor.shards(self.names), shards)
+
+    def on_train_batch_end(
+        self,
+        trainer: Trainer,
+        pl_module: LightningModule,
+        outputs: Any,
+        batch: Any,
+        batch_idx: int,
+    ) -> None:
+        if not self.due(trainer.global_step):
+            return
+        start, world = time.perf_counter(), World(trainer.strategy)
+        ledger: Ledger = getattr(pl_module, "ledger", Ledger())
+        tokens_before = ledger.totals["search_tokens"]
+        output = outputs["step"] if isinstance(outputs, Mapping) and "step" in outputs else outputs
+        with ledger.phase("search"):
+            record, metrics = self.accelerate(trainer, pl_module, output)
+        ledger.synchronize(world.sum, world.size)
+        seconds = time.perf_counter() - start
+        tokens = ledger.totals["search_tokens"] - tokens_before
+        cost = {"seconds": seconds, "tokens": int(tokens)}
+        self.history.append({"step": trainer.global_step, **record, **cost})
+        logged = {**metrics, "seconds": seconds, "tokens": tokens}
+        pl_module.log_dict({f"{self.label}/{name}": value for name, value in logged.items()})
+
+    # --- checkpoints ----------------------------------------------------------------------------
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the history; Lightning saves it in every checkpoint."""
+        return {"history": self.history}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Go on from a checkpoint's history; the anchor comes with the module's weights."""
+        self.history = list(state_dict["history"])
+        self._resumed = True

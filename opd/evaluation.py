@@ -1,0 +1,44 @@
+"""Held-out prompts: how good the student is, and what it says.
+
+The same random numbers every time, so that two validations differ by the weights alone.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from opd.metrics import prediction, rollout_metrics, token_metrics
+from opd.prompts import PromptBatch
+from opd.randomness import derive_seed
+from opd.rollouts import rollout_records
+from opd.step import Reading
+
+if TYPE_CHECKING:
+    from opd.module import OPDModule
+
+
+def evaluate(module: OPDModule, batch: PromptBatch) -> None:
+    """Add accuracy and teacher KL on prompts to the module's evaluation metrics."""
+    rollouts = module.generate(batch, derive_seed(module.seed, "validation"))
+    module.evaluation_metrics.update(rollout_metrics(rollouts, module.verify(rollouts)))
+    for micro in module.micro_batches(rollouts):
+        reading = Reading(micro, module.teachers.read(micro))
+        module.evaluation_metrics.update(module.compare(reading, None, token_metrics).values)
+
+
+def predict(module: OPDModule, batch: PromptBatch) -> list[dict[str, Any]]:
+    """Sample completions and compare them with the teacher.
+
+    Returns:
+        One JSON record per prompt: prompt, completion, and per token the log-probabilities of
+        student and teacher and their reverse KL.
+    """
+    rollouts = module.generate(batch, derive_seed(module.seed, "predict"))
+    records: list[dict[str, Any]] = []
+    for micro in module.micro_batches(rollouts):
+        reading = Reading(micro, module.teachers.read(micro))
+        values = module.compare(reading, None, prediction).values
+        if micro.num_tokens:
+            columns = {name: micro.spread(value) for name, value in values.items()}
+            records += rollout_records(micro, module.tokenizer, **columns)
+    return sorted(records, key=lambda record: record["row"])

@@ -1,0 +1,270 @@
+"""One step of on-policy distillation, t = ``trainer.global_step`` after it (paper: 2605.11739).
+
+1. prompts, for the whole step on this rank
+2. rollouts: the engine samples completions with the student as it is
+3. micro-batches: completions sorted by length, cut by a budget of positions
+4. teachers read each micro-batch
+5. the objective's loss per token is summed and divided by the token count of the *global* batch:
+   all ranks, all micro-batches
+6. one backward per micro-batch; then clip, optimizer, scheduler
+7. callbacks act in ``on_train_batch_end``: EffOPD may move the weights there
+
+``take_step`` is 1 to 5 and the backward of 6, ``apply_gradients`` the rest of 6. What a callback
+needs of a step it asks for beforehand with a :class:`StepRequest`, and finds in the
+:class:`StepOutput` that Lightning hands to ``on_train_batch_end`` as ``outputs["step"]``.
+
+Shapes: B completions, N tokens of a micro-batch.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
+
+import torch
+from torch import Tensor
+
+from opd import sharding
+from opd.errors import NonFiniteError
+from opd.metrics import rollout_metrics, token_metrics
+from opd.prompts import PromptBatch
+from opd.randomness import derive_seed, own_randomness
+from opd.rollouts import Rollouts
+from opd.teachers import Opinion
+from opd.weights import Weights
+from opd.world import World
+
+if TYPE_CHECKING:
+    from opd.module import OPDModule
+
+DRAW = "draw"  # column: a number in [0, 1] per completion, evenly spaced over the global batch
+
+
+@dataclass(frozen=True)
+class StepRequest:
+    """What a callback asks of the coming step.
+
+    Attributes:
+        keep_opinions: Keep the micro-batches with what their teachers think of them.
+        held_out: Share of the step's completions to keep out of the gradient.
+    """
+
+    keep_opinions: bool = False
+    held_out: float = 0.0
+
+    @staticmethod
+    def merged(requests: Iterable[StepRequest]) -> StepRequest:
+        """Ask for all that somebody asks for."""
+        asked = list(requests)
+        return StepRequest(
+            keep_opinions=any(request.keep_opinions for request in asked),
+            held_out=max((request.held_out for request in asked), default=0.0),
+        )
+
+
+@runtime_checkable
+class RequestsSteps(Protocol):
+    """A callback that asks something of steps."""
+
+    def step_request(self, t: int) -> StepRequest:
+        """Say what is needed of step t, before it is taken."""
+        ...
+
+
+@dataclass(frozen=True)
+class Reading:
+    """A micro-batch, and what its teachers think of it."""
+
+    micro: Rollouts
+    opinions: Mapping[str, Opinion]
+
+    def select(self, rows: Sequence[int]) -> Reading:
+        """Keep some completions; one without tokens if there are none, so ranks stay in step."""
+        opinions = {name: opinion.select(rows) for name, opinion in self.opinions.items()}
+        if rows:
+            return Reading(self.micro.select(rows), opinions)
+        return Reading(self.micro.placeholder(self.micro.prompts.prompts[0].teacher), opinions)
+
+
+@dataclass(frozen=True)
+class StepOutput:
+    """What a step leaves behind.
+
+    Attributes:
+        t: Number of the step, from 1.
+        micro_batches: What was trained on; some may have no tokens.
+        values: The metrics of each micro-batch, by name, [N].
+        readings: The same micro-batches with their teachers' opinions, if they were asked for.
+        held_out: Micro-batches that were kept out of the gradient.
+    """
+
+    t: int
+    micro_batches: list[Rollouts]
+    values: list[dict[str, Tensor]] = field(default_factory=list)
+    readings: list[Reading] = field(default_factory=list)
+    held_out: list[Rollouts] = field(default_factory=list)
+
+
+def take_step(module: OPDModule, batch: PromptBatch, request: StepRequest) -> StepOutput:
+    """Sample, let the teachers read, and add up the gradient; the weights stay as they are.
+
+    Raises:
+        NonFiniteError: A loss or a teacher's opinion is infinite or NaN, on whatever rank.
+    """
+    t = module.global_step + 1
+    rollouts = sample(module, batch, t)
+    held_out, trained = split(rollouts, request.held_out)
+    output = StepOutput(t, module.micro_batches(trained))
+    with own_randomness(module.device, module.seed, t, module.global_rank, "dropout"):
+        accumulate_gradients(module, output, keep_opinions=request.keep_opinions)
+    if request.held_out:
+        output.held_out.extend(module.micro_batches(held_out))
+    return output
+
+
+def sample(module: OPDModule, batch: PromptBatch, t: int) -> Rollouts:
+    """Sample the step's completions, and give each its draw."""
+    with module.ledger.phase("rollout"):
+        seed = derive_seed(module.seed, t, "rollout")
+        rollouts = module.generate(batch, seed, copies=module.rollouts_per_prompt)
+        module.ledger.count("rollout_tokens", rollouts.num_tokens)
+    key = (module.seed, t, DRAW)
+    rollouts.columns[DRAW] = draws(len(rollouts), module.rollouts_per_prompt, module.world, *key)
+    rollouts.columns[DRAW] = rollouts.columns[DRAW].to(rollouts.lengths.device)
+    module.train_metrics.update(rollout_metrics(rollouts, module.verify(rollouts)))
+    return rollouts
+
+
+def draws(count: int, copies: int, world: World, *key: int | str) -> Tensor:
+    """Draw places for this rank's completions among those of all ranks; a collective.
+
+    Whatever the number of ranks, a completion of the global batch has the same place.
+
+    Args:
+        count: Completions on this rank, ``copies`` of each prompt side by side.
+        copies: Completions per prompt. Prompts are dealt to the ranks in turn.
+        world: The ranks.
+        key: Of the random order.
+
+    Returns:
+        Numbers in [0, 1], evenly spaced over the global batch, [count].
+    """
+    total = int(world.sum(torch.tensor(float(count))))
+    local = torch.arange(count)
+    position = (local // copies * world.size + world.rank) * copies + local % copies
+    shuffler = torch.Generator().manual_seed(derive_seed(*key))
+    return torch.randperm(total, generator=shuffler)[position] / max(total - 1, 1)
+
+
+def split(rollouts: Rollouts, held_out: float) -> tuple[Rollouts, Rollouts]:
+    """Split completions into a share that is held out and the rest, by their draws."""
+    out = rollouts.columns[DRAW] < held_out
+    return tuple(rollouts.select(rows.nonzero().flatten().tolist()) for rows in (out, ~out))  # type: ignore[return-value]  # two of them
+
+
+def accumulate_gradients(module: OPDModule, output: StepOutput, *, keep_opinions: bool) -> None:
+    """Take the gradient of all micro-batches of a step, and note their values.
+
+    Raises:
+        NonFiniteError: A loss or a teacher's opinion is infinite or NaN, on whatever rank.
+    """
+    micro_batches, world = output.micro_batches, module.world
+    tokens = torch.tensor(float(sum(micro.num_tokens for micro in micro_batches)))
+    total = max(world.sum(tokens).item(), 1.0)
+    for i, micro in enumerate(micro_batches):
+        with module.ledger.phase("teacher"):
+            reading = module.read(micro)
+        with module.ledger.phase("train"):
+            compared = module.compare(reading, module.objective, token_metrics)
+            sync = module.gradient_sync == "every" or i == len(micro_batches) - 1
+            # Data parallel strategies average gradients over ranks; the sum is wanted
+            world.backward(compared.total * (world.size / total), module.student, sync=sync)
+            module.ledger.count("train_tokens", micro.num_tokens)
+            module.train_metrics.update(compared.values)
+        output.values.append(compared.values)
+        if keep_opinions:
+            output.readings.append(reading)
+    # The teacher first: where it fails, the loss follows
+    check_finite(output, "opd/teacher_logprob", "teacher's log-probability", world)
+    check_finite(output, "opd/loss", "loss", world)
+
+
+def check_finite(output: StepOutput, name: str, what: str, world: World) -> None:
+    """Stop all ranks, before the optimizer's step, if a value of any of them is not finite.
+
+    Raises:
+        NonFiniteError: One is not; names step, rank and prompt row.
+    """
+    bad = torch.zeros(world.size)
+    bad[world.rank] = sum(float((~values[name].isfinite()).sum()) for values in output.values)
+    bad = world.sum(bad)
+    if not bad.any():
+        return
+    rows = [
+        f"{prompt.row} ({value})"
+        for micro, values in zip(output.micro_batches, output.values, strict=True)
+        for prompt, value in zip(
+            micro.prompts.prompts, micro.spread(values[name]).sum(dim=1).tolist(), strict=True
+        )
+        if not math.isfinite(value)
+    ]
+    found = ", ".join(rows[:5]) + (", ..." if len(rows) > 5 else "")
+    rank = int(bad.argmax())
+    raise NonFiniteError(
+        f"step {output.t}, rank {rank}: the {what} of prompt row {world.broadcast(found, rank)} is "
+        f"not finite; the weights are those of step {output.t - 1}"
+    )
+
+
+def apply_gradients(
+    weights: Weights,
+    student: torch.nn.Module,
+    optimizer: Any,
+    scheduler: Any,
+    *,
+    max_grad_norm: float,
+    t: int,
+    world: World,
+) -> dict[str, float]:
+    """Clip, take the optimizer's step, advance the scheduler.
+
+    Args:
+        weights: The student's weights.
+        student: The student, perhaps sharded.
+        optimizer: Lightning's or torch's optimizer of them.
+        scheduler: Of the learning rate; None: it is constant.
+        max_grad_norm: Gradients are scaled down to this norm.
+        t: Number of the step, from 1.
+        world: The ranks.
+
+    Returns:
+        The metrics of the update: ``optim/lr`` that it was made with, ``optim/grad_norm`` before
+        clipping, ``optim/update_norm`` of the change of the weights.
+
+    Raises:
+        NonFiniteError: The gradient is infinite or NaN.
+    """
+    grad_norm = sharding.clip_gradients(student, max_grad_norm)
+    if not math.isfinite(grad_norm):
+        raise NonFiniteError(
+            f"step {t}: the gradient's norm is {grad_norm}, although every loss is finite; the "
+            f"weights are those of step {t - 1}"
+        )
+    learning_rate = float(optimizer.param_groups[0]["lr"])
+    before = weights.copy(list(weights.parameters()))
+    optimizer.step()
+    optimizer.zero_grad()
+    weights.changed()
+    torch._foreach_sub_(before, weights.shards())
+    squares = torch.stack(torch._foreach_norm(before)).double().square().sum()
+    if weights.sharded:
+        squares = world.sum(squares)
+    if scheduler is not None:
+        scheduler.step()
+    return {
+        "optim/lr": learning_rate,
+        "optim/grad_norm": grad_norm,
+        "optim/update_norm": float(squares.sqrt()),
+    }

@@ -1,0 +1,166 @@
+"""The weights that are trained: look at them, edit them, keep tensors beside them.
+
+Under FSDP a rank holds a shard of each, and passes work on gathered copies; so whoever edits
+weights has to see to it that no copy is left, and whoever has taken a copy has to notice that they
+have changed. Both are settled here: edits happen in :meth:`Weights.edit`, and each makes a new
+``version``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from opd.sharding import discard_gathered, is_sharded, local_shards, to_host
+
+Device = Literal["parameters", "cpu"]
+
+
+def trainable_parameters(module: nn.Module) -> dict[str, nn.Parameter]:
+    """Return the parameters that are trained by the names that they have without a wrapper."""
+    return {
+        name.replace("_fsdp_wrapped_module.", ""): parameter
+        for name, parameter in module.named_parameters()
+        if parameter.requires_grad
+    }
+
+
+class Weights:
+    """What is trained of a module.
+
+    Args:
+        owner: The module; its parameters may be made, and sharded, later.
+
+    Attributes:
+        version: Grows whenever the weights change. Whoever copies them compares it.
+    """
+
+    def __init__(self, owner: nn.Module) -> None:
+        self._owner = owner
+        self.version = 0
+
+    @property
+    def sharded(self) -> bool:
+        """Whether each rank holds only a share."""
+        return is_sharded(self._owner)
+
+    def parameters(self) -> dict[str, nn.Parameter]:
+        """Return what is trained, by name."""
+        return trainable_parameters(self._owner)
+
+    def shards(self, names: Sequence[str] | None = None) -> list[Tensor]:
+        """Return what this rank holds, as plain tensors that share memory with the parameters.
+
+        Look, do not touch: to change them, see :meth:`edit`.
+
+        Args:
+            names: Which parameters, in this order; None: all.
+        """
+        discard_gathered(self._owner)
+        parameters = self.parameters()
+        return local_shards([parameters[name] for name in names or parameters])
+
+    @contextmanager
+    def edit(self, names: Sequence[str] | None = None) -> Iterator[list[Tensor]]:
+        """Hand out the shards to be changed; no gathered copy outlives this. No collective."""
+        yield self.shards(names)
+        self.changed()
+
+    def changed(self) -> None:
+        """Note that the weights are others than before."""
+        self.version += 1
+
+    def companion(self, name: str) -> Companion:
+        """Return the tensors that stand beside the weights under a name; made on the first call.
+
+        They are part of the module, so every strategy's checkpoint holds them.
+        """
+        found = dict(self._owner.named_children()).get(name)
+        if found is None:
+            self._owner.add_module(name, found := Companion())
+        assert isinstance(found, Companion)
+        return found
+
+    def copy(self, names: Sequence[str], device: Device = "parameters") -> list[Tensor]:
+        """Copy this rank's shards.
+
+        Args:
+            names: Of the parameters.
+            device: Beside them, or in host memory, pinned where there is a GPU.
+        """
+        return [put_beside(shard.clone(), shard, device) for shard in self.shards(names)]
+
+
+def put_beside(tensor: Tensor, weight: Tensor, device: Device) -> Tensor:
+    """Put a tensor where its weight is, or into host memory, pinned where there is a GPU."""
+    return tensor.to(weight.device) if device == "parameters" else to_host(tensor)
+
+
+class Companion(nn.Module):
+    """A tensor beside each of some parameters of a module, sharded alike and saved with it.
+
+    Loading takes whatever tensors a checkpoint holds.
+    """
+
+    def __setitem__(self, parameter: str, tensor: Tensor) -> None:
+        self.register_buffer(parameter.replace(".", "/"), tensor)  # torch forbids dots
+
+    def __getitem__(self, parameter: str) -> Tensor:
+        return self.get_buffer(parameter.replace(".", "/"))
+
+    def keys_by_parameter(self) -> list[tuple[str, str]]:
+        """Return pairs of a parameter's name and its tensor's key in the state dict."""
+        return [(key.replace("/", "."), key) for key in self._buffers]
+
+    def replace(self, tensors: Mapping[str, Tensor]) -> None:
+        """Hold these tensors, by parameter, and no others."""
+        self._buffers.clear()
+        for parameter, tensor in tensors.items():
+            self[parameter] = tensor
+
+    def shards(self, names: Sequence[str]) -> list[Tensor]:
+        """Return what this rank holds beside some parameters, as plain tensors."""
+        return local_shards([self[name] for name in names])
+
+    def _load_from_state_dict(
+        self, state_dict: dict[str, Tensor], prefix: str, *args: Any, **kwargs: Any
+    ) -> None:
+        for key, tensor in state_dict.items():
+            if key.startswith(prefix):
+                name = key.removeprefix(prefix)
+                if name in self._buffers:  # where it is, it stays
+                    torch._foreach_copy_(
+                        local_shards([self.get_buffer(name)]), local_shards([tensor])
+                    )
+                else:
+                    self.register_buffer(name, tensor)
+
+
+def companions(module: nn.Module) -> list[tuple[str, Companion]]:
+    """Return the companions of a module's parameters with their names in it."""
+    return [(name, part) for name, part in module.named_children() if isinstance(part, Companion)]
+
+
+@contextmanager
+def exchanged(module: nn.Module, companion: Companion) -> Iterator[None]:
+    """Let parameters and their companion change places; no communication."""
+    discard_gathered(module)
+    _exchange(module, companion)
+    try:
+        yield
+    finally:
+        discard_gathered(module)
+        _exchange(module, companion)
+
+
+def _exchange(module: nn.Module, companion: Companion) -> None:
+    parameters = trainable_parameters(module)
+    for name, _ in companion.keys_by_parameter():
+        (weight,), (other,) = local_shards([parameters[name]]), local_shards([companion[name]])
+        kept = weight.clone()
+        weight.copy_(other)
+        other.copy_(kept)

@@ -1,0 +1,62 @@
+"""The processes of a run, as far as a step needs them; without a Trainer there is only this one."""
+
+from __future__ import annotations
+
+from typing import TypeVar
+
+import torch
+from lightning.pytorch.strategies import Strategy
+from torch import Tensor
+
+from opd import sharding
+
+T = TypeVar("T")
+
+
+class World:
+    """Sums, maxima and messages over ranks; every method is a collective.
+
+    Args:
+        strategy: Lightning's strategy; None: there is one process.
+    """
+
+    def __init__(self, strategy: Strategy | None = None) -> None:
+        self._strategy = strategy
+        self.size = int(getattr(strategy, "world_size", 1))
+        self.rank = int(getattr(strategy, "global_rank", 0))
+
+    def sum(self, value: Tensor) -> Tensor:
+        """Add up a tensor over ranks."""
+        return self._reduce(value, "sum")
+
+    def max(self, value: Tensor) -> Tensor:
+        """Take the largest over ranks, element by element."""
+        return self._reduce(value, "max")
+
+    def _reduce(self, value: Tensor, operation: str) -> Tensor:
+        if self._strategy is None:
+            return value
+        reduced = self._strategy.reduce(value.to(self._strategy.root_device), reduce_op=operation)
+        assert isinstance(reduced, Tensor)
+        return reduced
+
+    def broadcast(self, value: T, source: int = 0) -> T:
+        """Give all ranks what one of them has."""
+        return value if self._strategy is None else self._strategy.broadcast(value, src=source)
+
+    def backward(self, loss: Tensor, model: torch.nn.Module, *, sync: bool) -> None:
+        """Take gradients.
+
+        Args:
+            loss: A scalar. Data parallel strategies average gradients over ranks.
+            model: The model that is trained, perhaps sharded.
+            sync: Whether to sum gradients over ranks, or only to add them up on each.
+        """
+        # Lightning's bf16-mixed keeps autocast on in here; a backward under it would round the
+        # products of the float32 head to bfloat16.
+        with torch.autocast(loss.device.type, enabled=False):
+            if self._strategy is None:
+                loss.backward()
+                return
+            with sharding.gradient_sync(self._strategy.model, model, sync):
+                self._strategy.backward(loss, None)
