@@ -10,6 +10,7 @@ import kill
 import pytest
 import torch
 from conftest import (
+    CPU,
     DDP,
     FSDP1,
     FSDP2,
@@ -53,51 +54,62 @@ def largest_difference(left, right):
 
 
 @pytest.fixture(scope="module")
-def replay(tmp_path_factory):
-    """Recorded completions of unequal lengths for 40 prompts, and options that replay them."""
-    folder = tmp_path_factory.mktemp("replay")
+def dealt(tmp_path_factory):
+    """Options of a run that every number of processes must take alike; micro-batches are small."""
+    folder = tmp_path_factory.mktemp("dealt")
     rows = [
         {"prompt": f"{100 + i}+{250 + 3 * i}=", "answer": f"{350 + 4 * i:04d}"} for i in range(40)
     ]
     prompts = folder / "prompts.jsonl"
     prompts.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    arguments = [
-        "--data.validation",
-        str(prompts),
-        "--output",
-        str(folder),
-        "--trainer.logger",
-        "false",
-    ]
-    assert main(["predict", "--config", QUICKSTART, *arguments]) == 0
-    engine = ["--model.engine", "replay.Replay"]
-    engine += ["--model.engine.predictions", str(folder / "predictions.jsonl")]
     data = ["--data.train", str(prompts), "--data.validation", str(prompts)]
-    return [*data, *engine, "--model.micro_batch_tokens", "64"]
+    return [*data, "--data.validation_limit", "9", "--model.micro_batch_tokens", "64"]
 
 
-def test_one_process_ddp_and_fsdp_take_the_same_steps(fit, tmp_path, replay):
-    """1 x 8 = 2 x 4 under DDP, FSDP2 and FSDP1, with searches that accept, to float32 rounding."""
-    options = [*replay, *LINE_SEARCH, "--data.validation_limit", "8"]
-    one = fit("one", *options, steps=5)
-    ddp = launch(2, tmp_path / "ddp", *options, *DDP, steps=5)
-    fsdp2 = launch(2, tmp_path / "fsdp2", *options, *FSDP2, steps=5)
-    fsdp1 = launch(2, tmp_path / "fsdp1", *options, *FSDP1, steps=5)
-    expected = student_of(load_any(one))
-    for folder in (ddp, fsdp2, fsdp1):
-        assert len(metrics(folder)) == 5
-        for ours, expected_ones in zip(metrics(folder), metrics(one), strict=True):
-            assert ours == pytest.approx(expected_ones, rel=1e-4, abs=1e-6)
-        for part in ("accuracy", "reverse_kl"):
-            assert summary(folder)[part] == pytest.approx(summary(one)[part], rel=1e-4)
-        assert summary(folder)["cost"]["train_tokens"] == summary(one)["cost"]["train_tokens"]
-        assert losses(folder) == pytest.approx(losses(one), rel=1e-5)
-        assert largest_difference(student_of(load_any(folder)), expected) < 1e-5
-        searches = summary(folder)["extrapolation"]
-        assert [s["coefficient"] for s in searches] == [
-            s["coefficient"] for s in summary(one)["extrapolation"]
-        ]
-        assert any(s["coefficient"] for s in searches)
+@pytest.fixture(scope="module")
+def one_process(tmp_path_factory, dealt):
+    """The run of one process, with a search after every step."""
+    return launch(1, tmp_path_factory.mktemp("one") / "run", *dealt, *LINE_SEARCH, *CPU, steps=5)
+
+
+@pytest.mark.parametrize("strategy", [DDP, FSDP2, FSDP1], ids=["ddp", "fsdp2", "fsdp1"])
+def test_two_processes_draw_the_same_rollouts_and_end_at_the_same_weights(
+    tmp_path, dealt, one_process, strategy
+):
+    """1 x 8 = 2 x 4, with searches that accept, to float32 rounding; tiles of 7 tokens or all."""
+    options = [*dealt, *LINE_SEARCH, *strategy, "--model.tile_tokens", "7"]
+    two = launch(2, tmp_path / "two", *options, steps=5)
+    assert len(metrics(two)) == 5
+    for ours, expected in zip(metrics(two), metrics(one_process), strict=True):
+        assert ours == pytest.approx(expected, rel=1e-4, abs=1e-6)
+    for part in ("accuracy", "reverse_kl"):
+        assert summary(two)[part] == pytest.approx(summary(one_process)[part], rel=1e-4)
+    assert summary(two)["cost"]["train_tokens"] == summary(one_process)["cost"]["train_tokens"]
+    assert losses(two) == pytest.approx(losses(one_process), rel=1e-5)
+    expected = student_of(load_any(one_process))
+    difference = largest_difference(student_of(load_any(two)), expected)
+    print(f"weights differ by at most {difference:.1e}")
+    assert difference < 1e-5
+    searches = [s["coefficient"] for s in summary(one_process)["extrapolation"]]
+    assert [s["coefficient"] for s in summary(two)["extrapolation"]] == searches
+    assert any(searches)
+
+
+@pytest.mark.parametrize("rollouts", ["part", "held_out", "fresh"])
+def test_two_processes_judge_candidates_on_the_same_completions(tmp_path, dealt, rollouts):
+    score = ["--trainer.callbacks+=callbacks.EffOPD", "--trainer.callbacks.schedule", "every 1"]
+    score += ["--trainer.callbacks.score", "opd.scores.TeacherKL"]
+    score += ["--trainer.callbacks.score.rollouts", rollouts, "--model.rollouts_per_prompt", "2"]
+    score += ["--trainer.callbacks.score.num_examples", "7"]
+    one = launch(1, tmp_path / "one", *dealt, *score, *CPU, steps=2)
+    two = launch(2, tmp_path / "two", *dealt, *score, *DDP, steps=2)
+    for ours, theirs in zip(
+        summary(two)["extrapolation"], summary(one)["extrapolation"], strict=True
+    ):
+        assert ours["tokens"] == theirs["tokens"]
+        scores = [[c["score"] for c in s["candidates"]] for s in (ours, theirs)]
+        assert scores[0] == pytest.approx(scores[1], rel=1e-4)
+    assert losses(two) == pytest.approx(losses(one), rel=1e-5)
 
 
 ACCURACY = ["opd.scores.AnswerAccuracy", "--trainer.callbacks.score.num_examples", "1"]

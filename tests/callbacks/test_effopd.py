@@ -5,9 +5,11 @@ import torch
 from conftest import assert_same, load, student_of
 from lightning.pytorch import LightningModule, Trainer
 
-from callbacks import EffOPD
+from callbacks import Accelerator, EffOPD
+from opd import weights
 from opd.errors import UserError
 from opd.extrapolation import Score
+from opd.scores import CandidateScore
 
 
 class Line(LightningModule):
@@ -32,13 +34,7 @@ class Line(LightningModule):
         return torch.utils.data.DataLoader(torch.zeros(64, 1))
 
 
-class MinusValidationLoss:
-    def before_step(self, module):
-        pass
-
-    def prepare(self, module, step, seed):
-        pass
-
+class MinusValidationLoss(CandidateScore):
     def __call__(self, module):
         return Score(-module.validation_loss(), torch.ones(1))
 
@@ -49,7 +45,7 @@ def run(callback, optimum, steps, ckpt_path=None, checkpoint=None):
         max_steps=steps,
         accelerator="cpu",
         logger=False,
-        callbacks=[callback],
+        callbacks=callback if isinstance(callback, list) else [callback],
         enable_checkpointing=False,
         enable_progress_bar=False,
         enable_model_summary=False,
@@ -114,8 +110,51 @@ def test_resume_with_other_parameters_is_refused(tmp_path):
     state = torch.load(tmp_path / "one.ckpt", weights_only=True)
     state["state_dict"]["effopd_anchor.other"] = state["state_dict"].pop("effopd_anchor.weight")
     torch.save(state, tmp_path / "other.ckpt")
-    with pytest.raises(UserError, match=r"anchor lacks weight: resume with the same"):
+    with pytest.raises(UserError, match=r"anchor of EffOPD lacks weight: resume with the same"):
         run(effopd(), optimum=60, steps=2, ckpt_path=tmp_path / "other.ckpt")
+
+
+class Average(Accelerator):
+    """Another accelerator."""
+
+    label = "average"
+
+    def __init__(self):
+        super().__init__("all", "parameters")
+
+    def due(self, t):
+        return False
+
+
+def test_two_accelerators_in_one_run_are_refused():
+    with pytest.raises(UserError, match="EffOPD and Average would both move the weights"):
+        run([effopd(), Average()], optimum=60, steps=1)
+
+
+def test_anchors_of_different_accelerators_are_different_tensors(tmp_path):
+    """A run of one goes on from a checkpoint of another: it starts from W, not from its anchor."""
+    run(effopd(), optimum=60, steps=2, checkpoint=tmp_path / "effopd.ckpt")
+    state = torch.load(tmp_path / "effopd.ckpt", weights_only=True)["state_dict"]
+    assert set(state) == {"weight", "frozen", "effopd_anchor.weight"}
+    assert (state["weight"].item(), state["effopd_anchor.weight"].item()) == (56, 12)
+
+
+@pytest.mark.parametrize("device", ["parameters", "cpu"])
+def test_anchor_and_copy_live_where_they_are_asked_to(monkeypatch, device):
+    """Here all memory is the host's; so what counts is who is asked to put tensors there."""
+    moved = []
+    monkeypatch.setattr(weights, "to_host", lambda tensor: moved.append(tensor) or tensor.clone())
+    assert run(effopd(anchor_device=device), optimum=60, steps=2) == 56
+    # the anchor at the start, and the copy of W in each of two searches
+    assert [float(t) for t in moved] == ([0, 1, 12] if device == "cpu" else [])
+
+
+def test_every_edit_of_the_weights_makes_a_new_version():
+    """Two of a search that accepts 2 and refuses 4 (there and back), as an engine has to notice."""
+    callback = effopd(coefficients=[2, 4])
+    run(callback, optimum=3, steps=1)
+    assert coefficients(callback) == [(1, 2)]
+    assert callback.weights.version == 3
 
 
 def moments_of(checkpoint):

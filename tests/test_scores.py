@@ -1,0 +1,81 @@
+"""What judges a candidate, against plain loops."""
+
+import pytest
+import torch
+from test_step import batch_of, module_of
+
+from opd.scores import TeacherKL
+from opd.step import StepRequest, take_step
+
+TEMPERATURE = 0.7
+
+
+def kl_sums(module, micro):
+    """Sum of KL(p || q) over the tokens of each completion, one unpadded row at a time."""
+    teacher = module.teachers["default"].model
+    sums = []
+    for i, prompt in enumerate(micro.prompts.prompts):
+        y = micro.completion_ids[i, : micro.lengths[i]]
+        ids, start = torch.cat([torch.tensor(prompt.token_ids), y])[None], len(prompt.token_ids) - 1
+        with torch.no_grad():
+            log_p, log_q = (
+                (model(ids).logits[0, start:-1] / TEMPERATURE).log_softmax(-1)
+                for model in (module.student.eval(), teacher)
+            )
+        sums.append((log_p.exp() * (log_p - log_q)).sum().item())
+    return sums
+
+
+@pytest.mark.parametrize(("rollouts", "completions"), [("step", 8), ("part", 2), ("held_out", 2)])
+def test_teacher_kl_is_minus_the_reverse_kl_of_each_completion(tiny, rollouts, completions):
+    """Lower KL is a higher score; a mean over tokens; its tokens are counted."""
+    module = module_of(tiny, rollouts_per_prompt=2, temperature=TEMPERATURE, micro_batch_tokens=60)
+    score = TeacherKL(rollouts, fraction=0.25)
+    output = take_step(module, batch_of(module), score.request())
+    score.prepare(module, output, seed=0)
+    found = score(module)
+    module.ledger.synchronize(lambda tensor: tensor, world_size=1)
+    judged = [reading.micro for reading in score._readings]
+    assert sum(int((micro.lengths > 0).sum()) for micro in judged) == completions
+    expected = [
+        -kl
+        for micro in judged
+        for kl, length in zip(kl_sums(module, micro), micro.lengths.tolist(), strict=True)
+        if length
+    ]
+    lengths = [length for micro in judged for length in micro.lengths.tolist() if length]
+    assert found.values.tolist() == pytest.approx(expected, rel=1e-4, abs=1e-6)
+    assert found.weights.tolist() == lengths
+    mean = found.mean(lambda tensor: tensor)
+    assert mean == pytest.approx(sum(expected) / sum(lengths), rel=1e-4)
+    assert mean < 0
+    assert module.ledger.totals["search_tokens"] == sum(lengths)
+    teacher_tokens = module.ledger.totals["teacher_tokens"]
+    assert teacher_tokens == module.ledger.totals["rollout_tokens"]  # nothing is read twice
+
+
+def test_a_student_nearer_to_its_teacher_scores_higher(tiny):
+    module = module_of(tiny, temperature=TEMPERATURE)
+    score = TeacherKL("step")
+    output = take_step(module, batch_of(module), score.request())
+    score.prepare(module, output, seed=0)
+    apart = score(module).mean(lambda tensor: tensor)
+    module.student.load_state_dict(module.teachers["default"].model.state_dict())
+    assert apart < score(module).mean(lambda tensor: tensor) == pytest.approx(0, abs=1e-6)
+
+
+def test_held_out_completions_are_others_than_those_trained_on(tiny):
+    module = module_of(tiny, rollouts_per_prompt=2)
+    output = take_step(module, batch_of(module), TeacherKL("held_out", fraction=0.5).request())
+    trained, held_out = (
+        {float(draw) for micro in part for draw in micro.columns["draw"]}
+        for part in (output.micro_batches, output.held_out)
+    )
+    assert (len(trained), len(held_out)) == (4, 4)
+    assert max(held_out) < 0.5 <= min(trained)
+
+
+def test_scores_ask_for_what_they_need():
+    assert TeacherKL("fresh").request() == StepRequest()
+    assert TeacherKL("part", fraction=0.3).request() == StepRequest(keep_opinions=True)
+    assert TeacherKL("held_out", fraction=0.3).request() == StepRequest(held_out=0.3)

@@ -1,0 +1,262 @@
+"""One step of OPD: its loss and gradient against a plain loop, and independent of the cut."""
+
+import dataclasses
+
+import pytest
+import torch
+from conftest import load
+
+from opd import sharding
+from opd.errors import NonFiniteError
+from opd.metrics import token_metrics
+from opd.module import OPDModule
+from opd.objectives import GeneralizedJSD, PolicyGradient, ReverseKL
+from opd.prompts import Prompt, PromptBatch, PromptFormat, tokenize_rows
+from opd.rollouts import Rollouts, cut_into_micro_batches
+from opd.step import (
+    StepOutput,
+    StepRequest,
+    accumulate_gradients,
+    apply_gradients,
+    draws,
+    split,
+    take_step,
+)
+from opd.weights import Weights
+from opd.world import World
+
+TEXTS = ["add 7", "what is 12 plus 30?", "9", "question: 9+9"]
+
+
+def module_of(tiny, family="llama", **options):
+    """A module without a Trainer: a step needs none."""
+    student, teacher = (str(tiny / f"{family}-{role}") for role in ("student", "teacher"))
+    module = OPDModule(student, teacher, max_new_tokens=16, **options)
+    module.configure_model()
+    return module
+
+
+def batch_of(module) -> PromptBatch:
+    rows = [{"prompt": text} for text in TEXTS]
+    prompts = tokenize_rows(rows, module.tokenizer, PromptFormat(chat_template=False))
+    return PromptBatch.collate(prompts, module.sampler.pad_token_id)
+
+
+def rollouts_of(module, seed=0) -> Rollouts:
+    return module.generate(batch_of(module), seed, copies=2)
+
+
+def gradients(module, rollouts, budget):
+    module.zero_grad()
+    module.student.eval()  # dropout off: it would differ between cuts
+    output = StepOutput(1, cut_into_micro_batches(rollouts, budget))
+    accumulate_gradients(module, output, keep_opinions=False)
+    loss = module.train_metrics.compute()["opd/loss"]
+    module.train_metrics.reset()
+    return loss, [p.grad.clone() for p in module.student.parameters()]
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2"])
+@pytest.mark.parametrize("objective", [ReverseKL(), GeneralizedJSD(0.25), PolicyGradient()])
+def test_loss_and_gradient_do_not_depend_on_the_micro_batch_size(tiny, family, objective):
+    """1 x 8 = 8 x 1, to float32 rounding, with unequal prompts and completions."""
+    module = module_of(tiny, family, objective=objective)
+    rollouts = rollouts_of(module)
+    assert len(set(rollouts.lengths.tolist())) > 1 or family == "gpt2"
+    whole, whole_grads = gradients(module, rollouts, 10**6)
+    single, single_grads = gradients(module, rollouts, 1)
+    assert single == pytest.approx(whole, rel=1e-5)
+    for a, b in zip(whole_grads, single_grads, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2"])
+def test_gradient_is_that_of_the_token_mean_written_out(tiny, family):
+    """Sum over rows and tokens of KL(p || q), each row by itself and unpadded, over the count."""
+    module = module_of(tiny, family)
+    rollouts = rollouts_of(module)
+    loss, grads = gradients(module, rollouts, 100)
+    module.zero_grad()
+    total, count = torch.zeros(()), 0
+    teacher = module.teachers["default"].model
+    for i, prompt in enumerate(rollouts.prompts.prompts):
+        tokens = rollouts.completion_ids[i, : rollouts.lengths[i]].tolist()
+        ids, start = torch.tensor([[*prompt.token_ids, *tokens]]), len(prompt.token_ids) - 1
+        log_p = module.student(ids).logits[0, start:-1].log_softmax(-1)
+        log_q = teacher(ids).logits[0, start:-1].log_softmax(-1)
+        total = total + (log_p.exp() * (log_p - log_q)).sum()
+        count += len(tokens)
+    (total / count).backward()
+    assert loss == pytest.approx((total / count).item(), rel=1e-4)
+    for ours, parameter in zip(grads, module.student.parameters(), strict=True):
+        torch.testing.assert_close(ours, parameter.grad, rtol=1e-3, atol=1e-6)
+
+
+def test_an_empty_completion_does_not_divide_by_zero(tiny):
+    """All are empty: no loss, and every gradient is there and 0."""
+    module = module_of(tiny)
+    rollouts = rollouts_of(module)
+    rollouts.lengths[:] = 0
+    module.zero_grad()
+    output = StepOutput(1, cut_into_micro_batches(rollouts, 10**6))
+    accumulate_gradients(module, output, keep_opinions=False)
+    assert [values["opd/loss"].numel() for values in output.values] == [0]
+    slopes = [p.grad for p in module.student.parameters()]
+    assert len(slopes) > 10
+    assert all(slope is not None and not slope.any() for slope in slopes)
+
+
+def test_each_prompt_is_read_by_the_teacher_it_names(tiny):
+    sources = {"one": str(tiny / "llama-teacher"), "two": str(tiny / "llama-student")}
+    module = OPDModule(str(tiny / "llama-student"), sources, max_new_tokens=4, temperature=0.7)
+    module.configure_model()
+    micro = rollouts_of(module)
+    kls = {}
+    for name in sources:
+        named = [dataclasses.replace(p, teacher=name) for p in micro.prompts.prompts]
+        part = dataclasses.replace(micro, prompts=dataclasses.replace(micro.prompts, prompts=named))
+        kls[name] = module.compare(module.read(part), None, token_metrics).values["opd/reverse_kl"]
+    assert kls["one"].min() > 1e-4
+    assert kls["two"].abs().max() < 1e-6  # the student itself
+    for name in ("three", None):
+        with pytest.raises(ValueError, match=r"prompt row 4 names teacher .*\['one', 'two'\]"):
+            module.teachers.check([Prompt(4, (5, 6), teacher=name)])
+
+
+def test_no_parameter_of_a_teacher_is_in_the_module(tiny):
+    module = module_of(tiny)
+    assert {id(p) for p in module.parameters()} == {id(p) for p in module.student.parameters()}
+    assert not any(p.requires_grad for p in module.teachers["default"].model.parameters())
+
+
+def test_a_run_logs_every_metric_of_the_contract(fit):
+    import csv
+
+    folder = fit("run", "--trainer.callbacks+=callbacks.EffOPD", steps=1)
+    with (folder / "metrics.csv").open() as file:
+        columns = set(csv.DictReader(file).fieldnames)
+    for group, names in {
+        "opd": "loss reverse_kl forward_kl student_entropy teacher_entropy entropy_gap "
+        "overlap_at_16 overlap_advantage teacher_logprob",
+        "rollout": "tokens length_mean length_max truncated_fraction accuracy engine_logprob_gap",
+        "optim": "lr grad_norm update_norm",
+        "cost": "rollout_tokens search_tokens teacher_tokens train_tokens rollout_seconds "
+        "teacher_seconds train_seconds search_seconds peak_memory_bytes",
+        "effopd": "coefficient score_before score_after candidates direction_norm seconds tokens",
+    }.items():
+        assert {f"{group}/{name}" for name in names.split()} <= columns
+
+
+def test_update_norm_is_the_norm_of_the_weights_change(fit):
+    from opd.loggers import read_metrics
+
+    before = load(fit("one", steps=1))["state_dict"]
+    folder = fit("two", steps=2)
+    after = load(folder)["state_dict"]
+    change = torch.cat([(after[n] - before[n]).flatten().double() for n in before]).norm().item()
+    rows = [row for row in read_metrics(folder / "metrics.csv") if "optim/update_norm" in row]
+    assert float(rows[-1]["optim/update_norm"]) == pytest.approx(change, rel=1e-4)
+
+
+def test_an_offloaded_teacher_has_the_same_opinion(tiny):
+    rollouts = rollouts_of(module_of(tiny))
+    module = module_of(tiny, teacher_offload=True)
+    here = module_of(tiny).read(rollouts).opinions["teacher"].hidden
+    module.teachers["default"].to(torch.device("cpu"))
+    assert torch.equal(module.read(rollouts).opinions["teacher"].hidden, here)
+    layers = sharding.transformer_layers(module.teachers["default"].model)
+    assert all(p.is_meta for layer in layers for p in layer.parameters())  # back in host memory
+
+
+def test_a_teacher_that_is_not_a_number_is_named_before_the_loss_that_follows(tiny):
+    module = module_of(tiny)
+    rollouts = rollouts_of(module)
+    with torch.no_grad():
+        module.teachers["default"].model.base_model.norm.weight.fill_(torch.nan)
+    with pytest.raises(NonFiniteError, match=r"step 1, rank 0: the teacher's log-probability of p"):
+        gradients(module, rollouts, 100)
+
+
+class Ranks(World):
+    """One of several ranks of a dealt batch, which knows what all of them have."""
+
+    def __init__(self, rank, counts):
+        super().__init__()
+        self.rank, self.size, self.total = rank, len(counts), sum(counts)
+
+    def sum(self, value):
+        return torch.tensor(float(self.total))
+
+
+@pytest.mark.parametrize("copies", [1, 3])
+@pytest.mark.parametrize("prompts", [1, 7, 8])
+def test_a_completion_has_the_same_draw_on_any_number_of_ranks(copies, prompts):
+    """Prompts are dealt in turn; a draw belongs to (prompt, copy); evenly spaced from 0 to 1."""
+    total = prompts * copies
+    whole = draws(total, copies, Ranks(0, [total]), 5, "draw").view(prompts, copies)
+    spacing = [i / max(total - 1, 1) for i in range(total)]
+    assert sorted(whole.flatten().tolist()) == pytest.approx(spacing)
+    counts = [len(range(rank, prompts, 3)) * copies for rank in range(3)]
+    for rank, count in enumerate(counts):
+        mine = draws(count, copies, Ranks(rank, counts), 5, "draw")
+        assert mine.tolist() == whole[rank::3].flatten().tolist()
+
+
+def test_split_holds_out_the_share_asked_for(tiny):
+    rollouts = rollouts_of(module_of(tiny))
+    rollouts.columns["draw"] = torch.tensor([0.0, 1.0, 2.0, 3.0, 4.0, 5.0, 6.0, 7.0])[
+        torch.tensor([3, 1, 7, 5, 0, 2, 6, 4])
+    ].div(7)
+    held_out, trained = split(rollouts, 0.25)
+    assert held_out.columns["draw"].mul(7).round().tolist() == [1, 0]
+    assert len(trained) == 6
+    assert torch.equal(
+        held_out.completion_ids[0, : held_out.lengths[0]],
+        rollouts.completion_ids[1, : rollouts.lengths[1]],
+    )
+    nothing, everything = split(rollouts, 0.0)
+    assert (len(nothing), len(everything)) == (0, 8)
+
+
+def test_requests_are_merged_whatever_their_order():
+    keep, hold = StepRequest(keep_opinions=True), StepRequest(held_out=0.25)
+    for requests in ([keep, hold, StepRequest()], [StepRequest(), hold, keep]):
+        assert StepRequest.merged(requests) == StepRequest(True, 0.25)
+    assert StepRequest.merged([]) == StepRequest(False, 0.0)
+
+
+def test_a_step_keeps_what_was_asked_for_and_nothing_else(tiny):
+    module = module_of(tiny, rollouts_per_prompt=2)
+    plain = take_step(module, batch_of(module), StepRequest())
+    assert (plain.readings, plain.held_out) == ([], [])
+    asked = take_step(module, batch_of(module), StepRequest(keep_opinions=True, held_out=0.25))
+    assert [reading.micro for reading in asked.readings] == asked.micro_batches
+    counts = [sum(len(micro) for micro in part) for part in (asked.micro_batches, asked.held_out)]
+    assert counts == [6, 2]
+
+
+def test_gradients_are_clipped_and_the_scheduler_follows_the_step():
+    """Gradient (3, 4) has norm 5; clipped to 1 it is (0.6, 0.8); SGD goes lr times that."""
+    module = torch.nn.Linear(2, 1, bias=False)
+    optimizer = torch.optim.SGD(module.parameters(), lr=0.5)
+    scheduler = torch.optim.lr_scheduler.StepLR(optimizer, 1, gamma=0.1)
+    weights, before = Weights(module), module.weight.detach().clone()
+    for t, rate in [(1, 0.5), (2, 0.05)]:
+        module.weight.grad = torch.tensor([[3.0, 4.0]])
+        options = {"max_grad_norm": 1.0, "t": t, "world": World()}
+        metrics = apply_gradients(weights, module, optimizer, scheduler, **options)
+        assert metrics["optim/lr"] == pytest.approx(rate)
+        assert metrics["optim/grad_norm"] == pytest.approx(5)
+        assert metrics["optim/update_norm"] == pytest.approx(rate, rel=1e-5)
+        assert weights.version == t
+    moved = before - 0.55 * torch.tensor([[0.6, 0.8]])
+    torch.testing.assert_close(module.weight.detach(), moved)
+    module.weight.grad = torch.tensor([[0.03, 0.04]])  # below the limit: left alone
+    options = {"max_grad_norm": 1.0, "t": 3, "world": World()}
+    assert apply_gradients(weights, module, optimizer, None, **options)[
+        "optim/update_norm"
+    ] == pytest.approx(0.005 * 0.05, rel=1e-3)
+    module.weight.grad = torch.tensor([[torch.inf, 0.0]])
+    with pytest.raises(NonFiniteError, match="step 4: the gradient's norm is inf"):
+        apply_gradients(weights, module, optimizer, None, **{**options, "t": 4})
+    assert torch.isfinite(module.weight).all()
