@@ -92,7 +92,7 @@ class EffOPD(Accelerator):
     def accelerate(
         self, trainer: Trainer, pl_module: LightningModule, output: Any
     ) -> tuple[dict[str, Any], dict[str, float]]:
-        """Search along W - anchor and leave the best weights in place."""
+        """Search along W - anchor and leave the best weights there."""
         world = World(trainer.strategy)
         self.score.prepare(pl_module, output, self.seed)
         base = self.weights.copy(self.names, self.anchor_device)
@@ -102,21 +102,21 @@ class EffOPD(Accelerator):
             anchor,
             world.sum if self.weights.sharded else lambda squares: squares,
         )
-        placed = 0.0
+        current = 0.0
 
-        def place(coefficient: float) -> None:
-            nonlocal placed
-            if coefficient != placed:
+        def move_to(coefficient: float) -> None:
+            nonlocal current
+            if coefficient != current:
                 with self.weights.edit(self.names) as weights:
                     extrapolation.set_candidate(weights, base, anchor, coefficient)
-                placed = coefficient
+                current = coefficient
 
         def score_at(coefficient: float) -> Score:
-            place(coefficient)
+            move_to(coefficient)
             return self.score(pl_module)
 
         result = extrapolation.search(self.coefficients, score_at, self.accept, world.sum)
-        place(result.coefficient)
+        move_to(result.coefficient)
         kept: list[Tensor] = base if self.anchor_kind == "raw" else self.weights.shards(self.names)
         extrapolation.copy_weights(anchor, kept)
         if result.coefficient and self.optimizer_state == "reset":

@@ -9,4 +9,4 @@ class UserError(ValueError):
 
 
 class NonFiniteError(UserError):
-    """A loss, a score or a gradient is infinite or NaN; raised on all ranks before the step."""
+    """A loss, an opinion or a gradient is infinite or NaN; raised on all ranks before the step."""

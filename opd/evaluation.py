@@ -7,11 +7,12 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+from opd import stages
 from opd.metrics import prediction, rollout_metrics, token_metrics
 from opd.prompts import PromptBatch
 from opd.randomness import derive_seed
 from opd.rollouts import rollout_records
-from opd.step import Reading
+from opd.stages import Reading
 
 if TYPE_CHECKING:
     from opd.module import OPDModule
@@ -19,11 +20,13 @@ if TYPE_CHECKING:
 
 def evaluate(module: OPDModule, batch: PromptBatch) -> None:
     """Add accuracy and teacher KL on prompts to the module's evaluation metrics."""
-    rollouts = module.generate(batch, derive_seed(module.seed, "validation"))
-    module.evaluation_metrics.update(rollout_metrics(rollouts, module.verify(rollouts)))
-    for micro in module.micro_batches(rollouts):
+    rollouts = stages.generate(module, batch, derive_seed(module.seed, "validation"))
+    module.evaluation_metrics.update(rollout_metrics(rollouts, stages.verify(module, rollouts)))
+    for micro in stages.micro_batches(module, rollouts):
         reading = Reading(micro, module.teachers.read(micro))
-        module.evaluation_metrics.update(module.compare(reading, None, token_metrics).values)
+        module.evaluation_metrics.update(
+            stages.compare(module, reading, None, token_metrics).values
+        )
 
 
 def predict(module: OPDModule, batch: PromptBatch) -> list[dict[str, Any]]:
@@ -33,11 +36,11 @@ def predict(module: OPDModule, batch: PromptBatch) -> list[dict[str, Any]]:
         One JSON record per prompt: prompt, completion, and per token the log-probabilities of
         student and teacher and their reverse KL.
     """
-    rollouts = module.generate(batch, derive_seed(module.seed, "predict"))
+    rollouts = stages.generate(module, batch, derive_seed(module.seed, "predict"))
     records: list[dict[str, Any]] = []
-    for micro in module.micro_batches(rollouts):
+    for micro in stages.micro_batches(module, rollouts):
         reading = Reading(micro, module.teachers.read(micro))
-        values = module.compare(reading, None, prediction).values
+        values = stages.compare(module, reading, None, prediction).values
         if micro.num_tokens:
             columns = {name: micro.spread(value) for name, value in values.items()}
             records += rollout_records(micro, module.tokenizer, **columns)

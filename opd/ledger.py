@@ -24,8 +24,8 @@ SECONDS = ("rollout", "teacher", "train", "search", "validation")
 class Ledger:
     """Cumulative cost of a run, the same on all ranks after :meth:`synchronize`.
 
-    Tokens are completion tokens, summed over ranks: sampled for training (rollout), scored by the
-    teacher, trained on, and used by searches, be it generated or scored (search), of which
+    Tokens are completion tokens, summed over ranks: sampled for training (rollout), read by
+    teachers, trained on, and used by searches, be it generated or judged (search), of which
     generated (search_generated). Seconds are wall-clock, averaged over ranks.
     """
 

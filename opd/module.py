@@ -13,7 +13,6 @@ from typing import Any, Literal
 import torch
 from lightning.pytorch import LightningModule
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
-from torch import Tensor
 from transformers import PreTrainedModel
 
 from opd import checkpoints, models, sharding
@@ -30,20 +29,15 @@ from opd.metrics import (
 )
 from opd.objectives import Objective, ReverseKL
 from opd.prompts import PromptBatch, PromptDataModule, pad_token_id
-from opd.randomness import derive_seed, random_state, restore_random_state
+from opd.randomness import random_state, restore_random_state
 from opd.rollouts import (
     RolloutEngine,
-    Rollouts,
     Sampler,
     TransformersEngine,
-    align_micro_batches,
-    cut_into_micro_batches,
-    judge,
 )
-from opd.step import Reading, RequestsSteps, StepRequest, apply_gradients, take_step
+from opd.step import RequestsSteps, StepRequest, apply_gradients, take_step
 from opd.strategies import load_under
 from opd.teachers import DEFAULT, Teachers, load_teachers
-from opd.tokens import Compared, Measure, compare
 from opd.weights import Weights
 from opd.world import World
 
@@ -224,20 +218,19 @@ class OPDModule(LightningModule):
         Raises:
             UserError: Completions do not fit a context, or the master weights are not float32.
         """
-        self._place_and_check()
+        self._check_run()
         models.check_master_weights(self.student)
 
     def on_validation_start(self) -> None:
-        self._place_and_check()
+        self._check_run()
 
     on_test_start = on_predict_start = on_validation_start
 
-    def _place_and_check(self) -> None:
+    def _check_run(self) -> None:
         data = getattr(self.trainer, "datamodule", None)
-        longest = 0
-        if isinstance(data, PromptDataModule):
-            longest = data.longest_prompt
-            self.teachers.check(data.prompts)
+        prompts = data.prompts if isinstance(data, PromptDataModule) else []
+        self.teachers.check(prompts)
+        longest = max((len(prompt.token_ids) for prompt in prompts), default=0)
         contexts = {"student": models.context_length(self.student)}
         contexts |= {f"teacher {name}": t.context for name, t in self.teachers.items()}
         for role, context in contexts.items():
@@ -254,54 +247,6 @@ class OPDModule(LightningModule):
         if self.scheduler is None:
             return optimizer
         return [optimizer], [self.scheduler(optimizer)]
-
-    # --- what steps, validation and scores are made of ------------------------------------------
-
-    def generate(
-        self, prompts: PromptBatch, seed: int, *, copies: int = 1, temperature: float | None = None
-    ) -> Rollouts:
-        """Sample completions with the student as it is now.
-
-        Args:
-            prompts: B prompts.
-            seed: What is drawn depends on it, the prompt's row and the number of the copy alone.
-            copies: Completions per prompt, side by side.
-            temperature: None: that of the rollouts; 0 is greedy.
-        """
-        sampler = self.sampler
-        if temperature is not None:
-            sampler = dataclasses.replace(sampler, temperature=temperature)
-        seeds = [derive_seed(seed, p.row, i) for p in prompts.prompts for i in range(copies)]
-        return self.engine(prompts.repeat(copies), sampler, seeds)
-
-    def micro_batches(self, rollouts: Rollouts) -> list[Rollouts]:
-        """Cut rollouts by the token budget and by teacher, on all ranks alike; a collective."""
-        by_teacher: dict[str, list[Rollouts]] = {name: [] for name in self.teachers}
-        for micro in cut_into_micro_batches(rollouts, self.micro_batch_tokens):
-            by_teacher[self.teachers.name_of(micro.prompts.prompts[0])].append(micro)
-        return align_micro_batches(by_teacher, rollouts, self.world)
-
-    def read(self, micro: Rollouts) -> Reading:
-        """Let the teacher of a micro-batch read it; counts its tokens."""
-        self.ledger.count("teacher_tokens", micro.num_tokens)
-        return Reading(micro, self.teachers.read(micro))
-
-    def compare(self, reading: Reading, objective: Objective | None, measure: Measure) -> Compared:
-        """Run the student over what its teachers have read; see :func:`opd.tokens.compare`."""
-        return compare(
-            self.student,
-            reading.micro,
-            reading.opinions,
-            objective,
-            measure,
-            vocabulary=self.teachers.vocabulary,
-            temperature=self.sampler.temperature,
-            tile=self.tile_tokens,
-        )
-
-    def verify(self, rollouts: Rollouts) -> Tensor:
-        """Check the answers of the prompts that have one: 1 right, 0 wrong, float64."""
-        return judge(rollouts, self.tokenizer, self.verifier)
 
     # --- training -------------------------------------------------------------------------------
 

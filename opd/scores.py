@@ -11,12 +11,14 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 
+from opd import stages
 from opd.errors import UserError
 from opd.extrapolation import Score
 from opd.metrics import reverse_kl_only
 from opd.prompts import Prompt, PromptBatch, PromptDataModule
 from opd.randomness import derive_seed
-from opd.step import DRAW, Reading, StepOutput, StepRequest
+from opd.stages import Reading
+from opd.step import DRAW, StepOutput, StepRequest
 
 if TYPE_CHECKING:
     from opd.module import OPDModule
@@ -86,12 +88,12 @@ class AnswerAccuracy(CandidateScore):
     def __call__(self, module: OPDModule) -> Score:
         mine = self._prompts[module.world.rank :: module.world.size]
         prompts = PromptBatch.collate(mine, module.sampler.pad_token_id).to(module.device)
-        rollouts = module.generate(
-            prompts, self._seed, copies=self.samples, temperature=self.temperature
+        rollouts = stages.generate(
+            module, prompts, self._seed, copies=self.samples, temperature=self.temperature
         )
         module.ledger.count("search_tokens", rollouts.num_tokens)
         module.ledger.count("search_generated_tokens", rollouts.num_tokens)
-        right = module.verify(rollouts).view(len(mine), self.samples)
+        right = stages.verify(module, rollouts).view(len(mine), self.samples)
         return Score(right.mean(dim=1), torch.ones(len(mine)))
 
 
@@ -137,7 +139,7 @@ class TeacherKL(CandidateScore):
         if self.rollouts == "fresh":
             self._readings = self._fresh(module, derive_seed(seed, output.t, "fresh"))
         elif self.rollouts == "held_out":
-            self._readings = [module.read(micro) for micro in output.held_out]
+            self._readings = [stages.read(module, micro) for micro in output.held_out]
         elif self.rollouts == "part":
             self._readings = [part_of(reading, self.fraction) for reading in output.readings]
         else:
@@ -147,9 +149,9 @@ class TeacherKL(CandidateScore):
         prompts = draw_training_prompts(module, self.num_examples, derive_seed(seed, "prompts"))
         mine = prompts[module.world.rank :: module.world.size]
         batch = PromptBatch.collate(mine, module.sampler.pad_token_id).to(module.device)
-        rollouts = module.generate(batch, seed)
+        rollouts = stages.generate(module, batch, seed)
         module.ledger.count("search_generated_tokens", rollouts.num_tokens)
-        return [module.read(micro) for micro in module.micro_batches(rollouts)]
+        return [stages.read(module, micro) for micro in stages.micro_batches(module, rollouts)]
 
     @torch.no_grad()
     def __call__(self, module: OPDModule) -> Score:
@@ -158,7 +160,9 @@ class TeacherKL(CandidateScore):
         values, weights = [torch.zeros(0)], [torch.zeros(0)]
         for reading in self._readings:
             micro = reading.micro
-            token_kl = module.compare(reading, None, reverse_kl_only).values["opd/reverse_kl"]
+            token_kl = stages.compare(module, reading, None, reverse_kl_only).values[
+                "opd/reverse_kl"
+            ]
             filled = micro.lengths > 0  # the others only keep ranks in step
             values.append(-micro.spread(token_kl).sum(dim=1)[filled].cpu())
             weights.append(micro.lengths[filled].float().cpu())

@@ -19,20 +19,20 @@ Shapes: B completions, N tokens of a micro-batch.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
 
-from opd import sharding
+from opd import sharding, stages
 from opd.errors import NonFiniteError
 from opd.metrics import rollout_metrics, token_metrics
 from opd.prompts import PromptBatch
 from opd.randomness import derive_seed, own_randomness
 from opd.rollouts import Rollouts
-from opd.teachers import Opinion
+from opd.stages import Reading
 from opd.weights import Weights
 from opd.world import World
 
@@ -74,21 +74,6 @@ class RequestsSteps(Protocol):
 
 
 @dataclass(frozen=True)
-class Reading:
-    """A micro-batch, and what its teachers think of it."""
-
-    micro: Rollouts
-    opinions: Mapping[str, Opinion]
-
-    def select(self, rows: Sequence[int]) -> Reading:
-        """Keep some completions; one without tokens if there are none, so ranks stay in step."""
-        opinions = {name: opinion.select(rows) for name, opinion in self.opinions.items()}
-        if rows:
-            return Reading(self.micro.select(rows), opinions)
-        return Reading(self.micro.placeholder(self.micro.prompts.prompts[0].teacher), opinions)
-
-
-@dataclass(frozen=True)
 class StepOutput:
     """What a step leaves behind.
 
@@ -116,11 +101,11 @@ def take_step(module: OPDModule, batch: PromptBatch, request: StepRequest) -> St
     t = module.global_step + 1
     rollouts = sample(module, batch, t)
     held_out, trained = split(rollouts, request.held_out)
-    output = StepOutput(t, module.micro_batches(trained))
+    output = StepOutput(t, stages.micro_batches(module, trained))
     with own_randomness(module.device, module.seed, t, module.global_rank, "dropout"):
         accumulate_gradients(module, output, keep_opinions=request.keep_opinions)
     if request.held_out:
-        output.held_out.extend(module.micro_batches(held_out))
+        output.held_out.extend(stages.micro_batches(module, held_out))
     return output
 
 
@@ -128,19 +113,19 @@ def sample(module: OPDModule, batch: PromptBatch, t: int) -> Rollouts:
     """Sample the step's completions, and give each its draw."""
     with module.ledger.phase("rollout"):
         seed = derive_seed(module.seed, t, "rollout")
-        rollouts = module.generate(batch, seed, copies=module.rollouts_per_prompt)
+        rollouts = stages.generate(module, batch, seed, copies=module.rollouts_per_prompt)
         module.ledger.count("rollout_tokens", rollouts.num_tokens)
     key = (module.seed, t, DRAW)
     rollouts.columns[DRAW] = draws(len(rollouts), module.rollouts_per_prompt, module.world, *key)
     rollouts.columns[DRAW] = rollouts.columns[DRAW].to(rollouts.lengths.device)
-    module.train_metrics.update(rollout_metrics(rollouts, module.verify(rollouts)))
+    module.train_metrics.update(rollout_metrics(rollouts, stages.verify(module, rollouts)))
     return rollouts
 
 
 def draws(count: int, copies: int, world: World, *key: int | str) -> Tensor:
-    """Draw places for this rank's completions among those of all ranks; a collective.
+    """Put the completions of all ranks in a random order, and return where this rank's are.
 
-    Whatever the number of ranks, a completion of the global batch has the same place.
+    A collective. Whatever the number of ranks, a completion of the global batch has the same draw.
 
     Args:
         count: Completions on this rank, ``copies`` of each prompt side by side.
@@ -175,9 +160,9 @@ def accumulate_gradients(module: OPDModule, output: StepOutput, *, keep_opinions
     total = max(world.sum(tokens).item(), 1.0)
     for i, micro in enumerate(micro_batches):
         with module.ledger.phase("teacher"):
-            reading = module.read(micro)
+            reading = stages.read(module, micro)
         with module.ledger.phase("train"):
-            compared = module.compare(reading, module.objective, token_metrics)
+            compared = stages.compare(module, reading, module.objective, token_metrics)
             sync = module.gradient_sync == "every" or i == len(micro_batches) - 1
             # Data parallel strategies average gradients over ranks; the sum is wanted
             world.backward(compared.total * (world.size / total), module.student, sync=sync)

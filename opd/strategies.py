@@ -155,7 +155,7 @@ class ShardedStrategy(ParallelStrategy):
                 raise OSError(checkpoints.first_reason(error)) from error
             if self.is_global_zero:
                 torch.save(checkpoint, partial / checkpoints.META_FILE)
-                _put_in_place(partial, path)
+                _give_name(partial, path)
 
         try:
             self._together(write)
@@ -212,7 +212,7 @@ def _check_missing(path: Path, wanted: Mapping[str, Any], found: Mapping[str, An
         raise UserError(f"{path}: lacks {len(missing)} tensors of this run, as {missing[0]}")
 
 
-def _put_in_place(partial: Path, path: Path) -> None:
+def _give_name(partial: Path, path: Path) -> None:
     """Give a whole folder its name; what has had it is there, under another, until it is done."""
     old = path.with_name(f"old-{path.name}")
     replacing = path.exists()

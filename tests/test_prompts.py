@@ -166,7 +166,6 @@ def test_overlong_prompts_are_dropped_and_counted(tmp_path, caplog):
     module = data(tmp_path, max_prompt_tokens=5)
     module.setup("fit")
     assert [len(p.token_ids) for p in module.train_prompts] == [2, 5]
-    assert module.longest_prompt == 5
     assert "1 of 3 prompts are longer than data.max_prompt_tokens=5" in caplog.text
 
 

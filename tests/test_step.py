@@ -6,7 +6,7 @@ import pytest
 import torch
 from conftest import load
 
-from opd import sharding
+from opd import sharding, stages
 from opd.errors import NonFiniteError
 from opd.metrics import token_metrics
 from opd.module import OPDModule
@@ -43,7 +43,7 @@ def batch_of(module) -> PromptBatch:
 
 
 def rollouts_of(module, seed=0) -> Rollouts:
-    return module.generate(batch_of(module), seed, copies=2)
+    return stages.generate(module, batch_of(module), seed, copies=2)
 
 
 def gradients(module, rollouts, budget):
@@ -115,7 +115,9 @@ def test_each_prompt_is_read_by_the_teacher_it_names(tiny):
     for name in sources:
         named = [dataclasses.replace(p, teacher=name) for p in micro.prompts.prompts]
         part = dataclasses.replace(micro, prompts=dataclasses.replace(micro.prompts, prompts=named))
-        kls[name] = module.compare(module.read(part), None, token_metrics).values["opd/reverse_kl"]
+        kls[name] = stages.compare(module, stages.read(module, part), None, token_metrics).values[
+            "opd/reverse_kl"
+        ]
     assert kls["one"].min() > 1e-4
     assert kls["two"].abs().max() < 1e-6  # the student itself
     for name in ("three", None):
@@ -161,9 +163,9 @@ def test_update_norm_is_the_norm_of_the_weights_change(fit):
 def test_an_offloaded_teacher_has_the_same_opinion(tiny):
     rollouts = rollouts_of(module_of(tiny))
     module = module_of(tiny, teacher_offload=True)
-    here = module_of(tiny).read(rollouts).opinions["teacher"].hidden
+    here = stages.read(module_of(tiny), rollouts).opinions["teacher"].hidden
     module.teachers["default"].to(torch.device("cpu"))
-    assert torch.equal(module.read(rollouts).opinions["teacher"].hidden, here)
+    assert torch.equal(stages.read(module, rollouts).opinions["teacher"].hidden, here)
     layers = sharding.transformer_layers(module.teachers["default"].model)
     assert all(p.is_meta for layer in layers for p in layer.parameters())  # back in host memory
 

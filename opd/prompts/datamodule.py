@@ -153,11 +153,6 @@ class PromptDataModule(LightningDataModule):
         """All prompts that are in use."""
         return [*self.train_prompts, *self.validation_prompts]
 
-    @property
-    def longest_prompt(self) -> int:
-        """Tokens of the longest prompt that is in use."""
-        return max((len(p.token_ids) for p in self.prompts), default=0)
-
     def setup(self, stage: str) -> None:
         """Read, render and tokenize what the stage needs, once.
 

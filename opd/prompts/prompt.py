@@ -21,7 +21,7 @@ class Prompt:
         row: Index of its row in the source, from 0.
         token_ids: Token ids, special tokens included.
         answer: Reference answer, if the row has one.
-        teacher: Name of the teacher that scores its completions, if the row names one.
+        teacher: Name of the teacher that reads its completions, if the row names one.
     """
 
     row: int

@@ -46,7 +46,7 @@ class LocalTeacher:
         self.vocabulary = vocabulary
         self.temperature = temperature
         self.offload = offload
-        self._placed = is_sharded(model)  # shards are where they belong
+        self._on_device = is_sharded(model)  # shards are where they belong
 
     @property
     def context(self) -> int | None:
@@ -55,9 +55,9 @@ class LocalTeacher:
 
     def to(self, device: torch.device) -> None:
         """Move the weights to the device that they run on, once."""
-        if self._placed:
+        if self._on_device:
             return
-        self._placed = True
+        self._on_device = True
         if self.offload:
             for layer in transformer_layers(self.model):
                 cpu_offload(layer, execution_device=device)

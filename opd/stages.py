@@ -1,0 +1,99 @@
+"""The stages that steps, validation and scores are made of, each for a module as it is now.
+
+prompts -> :func:`generate` -> :func:`micro_batches` -> :func:`read` -> :func:`compare`, and
+:func:`verify` beside them. Every rank goes through a stage together with all others.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from torch import Tensor
+
+from opd import tokens
+from opd.objectives import Objective
+from opd.prompts import PromptBatch
+from opd.randomness import derive_seed
+from opd.rollouts import Rollouts, align_micro_batches, cut_into_micro_batches, judge
+from opd.teachers import Opinion
+from opd.tokens import Compared, Measure
+
+if TYPE_CHECKING:
+    from opd.module import OPDModule
+
+
+@dataclass(frozen=True)
+class Reading:
+    """A micro-batch, and what its teachers think of it."""
+
+    micro: Rollouts
+    opinions: Mapping[str, Opinion]
+
+    def select(self, rows: Sequence[int]) -> Reading:
+        """Keep some completions; one without tokens if there are none, so ranks stay in step."""
+        opinions = {name: opinion.select(rows) for name, opinion in self.opinions.items()}
+        if rows:
+            return Reading(self.micro.select(rows), opinions)
+        return Reading(self.micro.placeholder(self.micro.prompts.prompts[0].teacher), opinions)
+
+
+def generate(
+    module: OPDModule,
+    prompts: PromptBatch,
+    seed: int,
+    *,
+    copies: int = 1,
+    temperature: float | None = None,
+) -> Rollouts:
+    """Sample completions with the student.
+
+    Args:
+        module: Whose student, engine and sampler.
+        prompts: B prompts.
+        seed: What is drawn depends on it, the prompt's row and the number of the copy alone.
+        copies: Completions per prompt, side by side.
+        temperature: None: that of the rollouts; 0 is greedy.
+    """
+    sampler = module.sampler
+    if temperature is not None:
+        sampler = dataclasses.replace(sampler, temperature=temperature)
+    seeds = [derive_seed(seed, p.row, i) for p in prompts.prompts for i in range(copies)]
+    return module.engine(prompts.repeat(copies), sampler, seeds)
+
+
+def micro_batches(module: OPDModule, rollouts: Rollouts) -> list[Rollouts]:
+    """Cut rollouts by the token budget and by teacher, on all ranks alike; a collective."""
+    by_teacher: dict[str, list[Rollouts]] = {name: [] for name in module.teachers}
+    for micro in cut_into_micro_batches(rollouts, module.micro_batch_tokens):
+        by_teacher[module.teachers.name_of(micro.prompts.prompts[0])].append(micro)
+    return align_micro_batches(by_teacher, rollouts, module.world)
+
+
+def read(module: OPDModule, micro: Rollouts) -> Reading:
+    """Let the teacher of a micro-batch read it; counts its tokens."""
+    module.ledger.count("teacher_tokens", micro.num_tokens)
+    return Reading(micro, module.teachers.read(micro))
+
+
+def compare(
+    module: OPDModule, reading: Reading, objective: Objective | None, measure: Measure
+) -> Compared:
+    """Run the student over what its teachers have read; see :func:`opd.tokens.compare`."""
+    return tokens.compare(
+        module.student,
+        reading.micro,
+        reading.opinions,
+        objective,
+        measure,
+        vocabulary=module.teachers.vocabulary,
+        temperature=module.sampler.temperature,
+        tile=module.tile_tokens,
+    )
+
+
+def verify(module: OPDModule, rollouts: Rollouts) -> Tensor:
+    """Check the answers of the prompts that have one: 1 right, 0 wrong, float64."""
+    return judge(rollouts, module.tokenizer, module.verifier)
