@@ -67,7 +67,7 @@ class OPDModule(LightningModule):
         micro_batch_tokens: Positions per forward and backward, padding and prompts included. Bounds
             memory; does not change the loss.
         tile_tokens: Completion tokens whose logits exist at a time. Bounds memory; does not change
-            the loss. None: as many as have 2**23 logits on a CPU, 2**26 on a GPU.
+            the loss. None: as many as have 2**22 logits on a CPU, 2**26 on a GPU.
         max_grad_norm: Gradients are clipped to this norm.
         tokenizer: Where the tokenizer comes from. None: the student.
         teacher_dtype: Dtype of the teacher's weights.

@@ -29,9 +29,9 @@ from opd.rollouts import Rollouts, Tokens
 from opd.sharding import forward_pass
 from opd.teachers.teacher import Opened, Opinion
 
-# Numbers of an [n, V] array where nobody says otherwise: 32 MiB in float32, which a CPU's memory
+# Numbers of an [n, V] array where nobody says otherwise: 16 MiB in float32, which a CPU's memory
 # allocator reuses; a GPU wants larger products.
-TILE_NUMBERS = {"cpu": 2**23, "cuda": 2**26}
+TILE_NUMBERS = {"cpu": 2**22, "cuda": 2**26}
 
 # (log_p [n, V], opinions {name: [n, V] or [n]}, tokens of n) -> {name: [n]}, without gradient
 Measure = Callable[[Tensor, Mapping[str, Tensor], Tokens], Mapping[str, Tensor]]
@@ -74,7 +74,7 @@ def compare(
         measure: What else is wanted of every token.
         vocabulary: Tokens beyond so many are left out: padding of the larger vocabulary.
         temperature: Divides the student's logits.
-        tile: Tokens per tile; None: as many as have 2**23 logits on a CPU, 2**26 on a GPU.
+        tile: Tokens per tile; None: as many as have 2**22 logits on a CPU, 2**26 on a GPU.
     """
     tile = tile or max(TILE_NUMBERS.get(micro.lengths.device.type, 2**26) // vocabulary, 1)
     with ExitStack() as stack:

@@ -40,10 +40,12 @@ class Head:
         """Take a model's head, or the part of it for the first ``vocabulary`` tokens."""
         head = model.get_output_embeddings()
         config = model.config.get_text_config()
-        rows = slice(None if vocabulary == head.weight.shape[0] else vocabulary)
+        weight, bias = head.weight.float(), None if head.bias is None else head.bias.float()
+        if vocabulary is not None and vocabulary < len(weight):  # or backward makes a copy for it
+            weight, bias = weight[:vocabulary], None if bias is None else bias[:vocabulary]
         return cls(
-            weight=head.weight.float()[rows],
-            bias=None if head.bias is None else head.bias.float()[rows],
+            weight,
+            bias,
             softcap=getattr(config, "final_logit_softcapping", None),
             scale=(getattr(config, "logit_scale", None) or 1.0)
             / (getattr(config, "logits_scaling", None) or 1.0),
