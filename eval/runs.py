@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from opd.errors import UserError
-from opd.loggers import read_metrics
+from opd.metrics_csv import read_metrics
 
 PHASES = ("rollout", "teacher", "train", "search")
 

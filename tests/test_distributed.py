@@ -29,7 +29,7 @@ from eval.memory import GATHERED, memory
 from opd.checkpoints import newest_checkpoint
 from opd.cli import main
 from opd.errors import UserError
-from opd.loggers import read_metrics
+from opd.metrics_csv import read_metrics
 from opd.models import load_model
 
 

@@ -11,7 +11,7 @@ import pytest
 from conftest import QUICKSTART, assert_same, load
 
 from opd.checkpoints import newest_checkpoint
-from opd.loggers import MetricsCSV, read_metrics
+from opd.metrics_csv import MetricsCSV, read_metrics
 
 SEARCH = [
     "--trainer.callbacks+=callbacks.EffOPD",

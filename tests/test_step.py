@@ -150,7 +150,7 @@ def test_a_run_logs_every_metric_of_the_contract(fit):
 
 
 def test_update_norm_is_the_norm_of_the_weights_change(fit):
-    from opd.loggers import read_metrics
+    from opd.metrics_csv import read_metrics
 
     before = load(fit("one", steps=1))["state_dict"]
     folder = fit("two", steps=2)

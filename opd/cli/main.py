@@ -1,8 +1,7 @@
 """``opd``: the one front door.
 
 ``fit``, ``validate``, ``test`` and ``predict`` are a LightningCLI; the other commands are functions
-whose arguments and help come from their signatures. This is the only file of ``opd/`` that knows
-the folders beside it.
+whose arguments and help come from their signatures.
 """
 
 from __future__ import annotations
@@ -14,7 +13,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from opd import launch
+from opd.cli import ranks
 from opd.errors import UserError
 
 USAGE_ERROR = 2
@@ -43,7 +42,7 @@ COMMANDS = {
     "test": Command("the same, logged as test/*"),
     "predict": Command("sample completions and write them with teacher scores as JSONL"),
     "evaluate": Command("score a model on lm-eval tasks", "eval.harness:evaluate"),
-    "export": Command("turn a checkpoint into a Hugging Face folder", "opd.export:export"),
+    "export": Command("turn a checkpoint into a Hugging Face folder", "opd.cli.export:export"),
     "report": Command("one HTML page with curves and tables", "eval.report:report", "runs"),
     "study": Command("accelerators x learning rates x seeds", "eval.study:study"),
 }
@@ -93,7 +92,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _complain(name: str, message: str) -> None:
     """Print one line; processes other than the first say who they are."""
-    place = launch.place()
+    place = ranks.place()
     print(f"opd {name}: {place + ': ' if place else ''}{message}", file=sys.stderr)
 
 
@@ -155,7 +154,7 @@ def _one_line(error: Exception) -> str:
 
 def _run_lightning(args: list[str]) -> Any:
     """Run LightningCLI as if ``args`` had been typed: launchers start other ranks from sys.argv."""
-    from opd.lightning_cli import OPDCLI
+    from opd.cli.fit import OPDCLI
 
     typed = sys.argv
     sys.argv = [typed[0], *args]
@@ -163,7 +162,3 @@ def _run_lightning(args: list[str]) -> Any:
         return OPDCLI.run()
     finally:
         sys.argv = typed
-
-
-if __name__ == "__main__":
-    sys.exit(main())

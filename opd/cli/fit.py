@@ -15,10 +15,11 @@ from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveCon
 from lightning.pytorch.loggers import TensorBoardLogger
 
 from callbacks import RunCheckpoint, RunSummary, SampleWriter
-from opd import checkpoints, launch
+from opd import checkpoints
 from opd.checkpoints import newest_checkpoint
+from opd.cli import ranks
 from opd.errors import UserError
-from opd.loggers import MetricsCSV, read_metrics
+from opd.metrics_csv import MetricsCSV, read_metrics
 from opd.module import OPDModule
 from opd.prompts import PromptDataModule
 from opd.strategies import ShardedStrategy
@@ -107,7 +108,7 @@ class OPDCLI(LightningCLI):
             UserError: The folder cannot be written, or already holds a run.
         """
         options = self._options
-        if (size := launch.torchrun_size()) is not None:  # the ranks are there: its numbers hold
+        if (size := ranks.torchrun_size()) is not None:  # the ranks are there: its numbers hold
             options.trainer.devices, options.trainer.num_nodes = size
         self.folder: Path | None = None
         if self.subcommand not in ("fit", "predict") and options.output is None:
@@ -222,7 +223,7 @@ def _run_folder(output: str | None, configs: list[str]) -> Path:
     if output is None:
         output = os.environ.get(OUTPUT_VARIABLE)
     if output is None:
-        if launch.world_size() > 1:
+        if ranks.world_size() > 1:
             raise UserError("name the run folder with --output when a launcher starts the ranks")
         recipe = Path(configs[0]).stem if configs else "opd"
         output = f"runs/{recipe}/{time.strftime('%Y-%m-%d_%H-%M-%S')}"
@@ -248,7 +249,7 @@ def _refuse_or_clear(folder: Path, *, overwrite: bool) -> None:
             f"--output {folder}: already holds a run; resume it with --ckpt_path last, choose "
             "another folder, or delete it with --overwrite true"
         )
-    for name in RUN_FILES if launch.place() is None else ():
+    for name in RUN_FILES if ranks.place() is None else ():
         for path in folder.glob(name):
             shutil.rmtree(path) if path.is_dir() else path.unlink()
 
