@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import logging
+import os
 import signal
 import threading
 from pathlib import Path
@@ -11,22 +13,38 @@ from typing import Any
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.utilities.exceptions import SIGTERMException
+from torch import Tensor
 
-from opd.checkpoints import newest_checkpoint
+from opd import checkpoints
 from opd.errors import NonFiniteError, UserError
+
+log = logging.getLogger(__name__)
+
+SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)  # of clusters ahead of the end, of users
+MEASURED_LATER = ("val/", "bench/")  # metrics that a step's weights have only after the step
 
 
 class RunCheckpoint(ModelCheckpoint):
     """Lightning's ModelCheckpoint, and a checkpoint after the last step, whatever ends the run.
 
-    SIGTERM or SIGUSR1 on any rank ends the step, saves, and stops all ranks. (Lightning's own
-    handlers do not save, or save in the middle of a step, and call collectives wherever the signal
-    has met them, which can hang a sharded run.)
+    ``monitor`` chooses which checkpoints are kept besides the newest; the newest is always saved,
+    and ``last.ckpt`` is it. A validation metric is compared once it has been measured with the
+    weights that are saved.
+
+    SIGTERM, SIGUSR1 or Ctrl-C on any rank ends the step, saves, and stops all ranks; a second
+    Ctrl-C stops at once. (Lightning's own handlers do not save, or save in the middle of a step,
+    and call collectives wherever the signal has met them, which can hang a sharded run.)
     """
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        self._told_to_stop = False
+        self._signal: int | None = None  # what has told this rank to stop
+        self._interrupted = False  # whether it was Ctrl-C, on any rank
+        self._newest_step = 0  # of what has been saved; of no step there is nothing to save
+        self._writing = ""
+        self._missing_said = False
+
+    # --- told to stop ---------------------------------------------------------------------------
 
     def on_sanity_check_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._listen()
@@ -40,16 +58,27 @@ class RunCheckpoint(ModelCheckpoint):
         self._listen()
 
     def _listen(self) -> None:
-        if threading.current_thread() is threading.main_thread():
-            for number in (signal.SIGTERM, signal.SIGUSR1):  # what clusters send ahead of the end
+        if threading.current_thread() is not threading.main_thread():
+            return
+        for number in SIGNALS:
+            if signal.getsignal(number) != signal.SIG_IGN:  # nohup, or in the background
                 signal.signal(number, self._stop)  # Lightning restores the old ones afterwards
+
+    def _stop(self, signum: int, frame: FrameType | None) -> None:
+        self._signal = signum
+        if signum == signal.SIGINT:
+            signal.signal(signal.SIGINT, signal.SIG_DFL)
+            os.write(2, b"\nCtrl-C: stops when this step is saved; once more: stops at once\n")
 
     def _is_to_stop(self, trainer: Trainer) -> bool:
         """Whether any rank has been told to; a collective."""
-        return trainer.strategy.reduce_boolean_decision(self._told_to_stop, all=False)
+        decide = trainer.strategy.reduce_boolean_decision
+        if not decide(self._signal is not None, all=False):
+            return False
+        self._interrupted = decide(self._signal == signal.SIGINT, all=False)
+        return True
 
-    def _stop(self, signum: int, frame: FrameType | None) -> None:
-        self._told_to_stop = True
+    # --- saving ---------------------------------------------------------------------------------
 
     def on_train_batch_end(
         self,
@@ -59,27 +88,69 @@ class RunCheckpoint(ModelCheckpoint):
         batch: Any,
         batch_idx: int,
     ) -> None:
-        super().on_train_batch_end(trainer, pl_module, outputs, batch, batch_idx)
+        steps = self._every_n_train_steps
+        if self.monitor is None or not self._is_measured_later(trainer):
+            super().on_train_batch_end(trainer, pl_module, outputs, batch, batch_idx)
+        elif steps > 0 and trainer.global_step % steps == 0:
+            self._save_as_last(trainer)
+            self._defer_save_until_validation = True
         if self._is_to_stop(trainer):
             self._save_now(trainer)
             trainer._signal_connector.received_sigterm = True  # stops once the step is logged
+
+    def _is_measured_later(self, trainer: Trainer) -> bool:
+        assert self.monitor is not None
+        unknown = self.monitor not in trainer.callback_metrics
+        return unknown or self.monitor.startswith(MEASURED_LATER)
+
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Let the monitor choose; a metric that nobody has logged chooses nothing."""
+        if self.monitor is not None and self.monitor not in trainer.callback_metrics:
+            if trainer.state.fn == "fit" and not trainer.sanity_checking and not self._missing_said:
+                self._missing_said = True
+                names = ", ".join(sorted(trainer.callback_metrics))
+                log.warning("checkpoint.monitor %s has not been logged; %s", self.monitor, names)
+            return
+        super().on_validation_end(trainer, pl_module)
 
     def on_exception(
         self, trainer: Trainer, pl_module: LightningModule, exception: BaseException
     ) -> None:
         if isinstance(exception, NonFiniteError):  # all ranks have it, and W is untouched
             self._save_now(trainer)
+        if isinstance(exception, SIGTERMException) and self._interrupted:
+            exception.args = (signal.SIGINT,)  # tells the command line what it was
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._save_now(trainer)
-        super().on_train_end(trainer, pl_module)
 
     def _save_now(self, trainer: Trainer) -> None:
-        """Save this step, unless it has been."""
-        if self._last_global_step_saved != trainer.global_step:
+        """Save this step, unless it has been, whatever the monitor and save_top_k say."""
+        if self.monitor is None and self._newest_step != trainer.global_step:
             candidates = self._monitor_candidates(trainer)
             self._save_topk_checkpoint(trainer, candidates)
             self._save_last_checkpoint(trainer, candidates)
+        self._save_as_last(trainer)
+
+    def _save_last_checkpoint(
+        self, trainer: Trainer, monitor_candidates: dict[str, Tensor]
+    ) -> None:
+        """Make last.ckpt of this step, never of the best one of earlier."""
+        if self._last_global_step_saved == trainer.global_step:
+            super()._save_last_checkpoint(trainer, monitor_candidates)
+        elif self.save_last:
+            self._save_as_last(trainer)
+
+    def _save_as_last(self, trainer: Trainer) -> None:
+        """Save last.ckpt itself, unless the step has been; what the monitor chooses stays open."""
+        if self._newest_step == trainer.global_step:
+            return
+        candidates = self._monitor_candidates(trainer)
+        path = self.format_checkpoint_name(candidates, self.CHECKPOINT_NAME_LAST)
+        chosen = self._last_global_step_saved, self._last_checkpoint_saved
+        self.last_model_path = path
+        self._save_checkpoint(trainer, path)
+        self._last_global_step_saved, self._last_checkpoint_saved = chosen
 
     def _save_checkpoint(self, trainer: Trainer, filepath: str) -> None:
         """Save.
@@ -87,11 +158,22 @@ class RunCheckpoint(ModelCheckpoint):
         Raises:
             UserError: The checkpoint cannot be written; earlier ones are untouched.
         """
+        assert self.dirpath is not None
+        self._writing = os.path.relpath(filepath, self.dirpath)
+        if trainer.is_global_zero and os.path.islink(filepath):
+            os.unlink(filepath)  # to write through it would replace what it points to
         try:
             super()._save_checkpoint(trainer, filepath)
         except (OSError, RuntimeError) as error:
             reason = str(error).strip().split("\n")[0]
-            left = newest_checkpoint(Path(filepath).parent) or "none"
+            left = checkpoints.newest_checkpoint(Path(self.dirpath)) or "none"
             raise UserError(
                 f"{filepath}: cannot be written ({reason}); the last whole checkpoint is {left}"
             ) from error
+        self._newest_step = trainer.global_step
+
+    def on_save_checkpoint(
+        self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]
+    ) -> None:
+        """Say in the checkpoint what it is called: by that it is known as a run's own."""
+        checkpoint[checkpoints.SAVED_AS] = self._writing

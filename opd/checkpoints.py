@@ -34,7 +34,9 @@ STUDENT_PREFIX = "student."
 STUDENT_FILES = "student_files"  # key: config and tokenizer, file by file
 STATE_DICT = "state_dict"
 META_FILE = "meta.pt"  # of a folder: all but tensors; Lightning's name
+SAVED_AS = "saved_as"  # key: the name under which a run has saved it, in its checkpoints/
 PARTIAL = ".partial"  # suffix of a folder that is being written
+REPLACED = "old-"  # prefix of one whose name a newer one is about to take
 
 
 def is_checkpoint(path: Path) -> bool:
@@ -148,16 +150,36 @@ def find_flaw(path: Path) -> str | None:
     return None
 
 
+def find_all(folder: Path) -> list[Path]:
+    """List the checkpoints in and below a folder, whole or not; neither links nor hidden ones."""
+    paths = [*folder.rglob("*.ckpt"), *folder.rglob(f"*.ckpt{PARTIAL}")]
+    return [path for path in paths if not path.is_symlink() and not path.name.startswith(".")]
+
+
+def read_step(path: Path) -> int:
+    """Read after how many steps a checkpoint was saved.
+
+    Raises:
+        UserError: It is no checkpoint to go on from.
+    """
+    checkpoint = read(path)
+    if "callbacks" not in checkpoint:
+        raise UserError(f"{path}: holds weights only, nothing to go on from")
+    return int(checkpoint["global_step"])
+
+
 def newest_checkpoint(folder: Path) -> Path | None:
-    """Find the newest whole checkpoint; one that is not whole is named and passed over."""
-    paths = [
-        path
-        for path in (*folder.glob("*.ckpt"), *folder.glob(f"*.ckpt{PARTIAL}"))
-        if not path.is_symlink()
-    ]
-    for path in sorted(paths, key=lambda path: path.stat().st_mtime_ns, reverse=True):
-        flaw = find_flaw(path)
-        if flaw is None:
-            return path
-        log.warning("%s is passed over: %s", path, flaw)
-    return None
+    """Find the whole checkpoint of the latest step, also in subfolders.
+
+    One that nothing can go on from is named and passed over. The time of a file tells nothing: a
+    copy is newer than what it was made from.
+    """
+    steps: dict[Path, tuple[int, int]] = {}
+    for path in find_all(folder):
+        try:
+            if flaw := find_flaw(path):
+                raise UserError(flaw)
+            steps[path] = (read_step(path), path.stat().st_mtime_ns)
+        except UserError as error:
+            log.warning("%s is passed over: %s", path, error)
+    return max(steps, key=lambda path: steps[path], default=None)

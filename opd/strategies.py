@@ -214,7 +214,7 @@ def _check_missing(path: Path, wanted: Mapping[str, Any], found: Mapping[str, An
 
 def _give_name(partial: Path, path: Path) -> None:
     """Give a whole folder its name; what has had it is there, under another, until it is done."""
-    old = path.with_name(f"old-{path.name}")
+    old = path.with_name(checkpoints.REPLACED + path.name)
     replacing = path.exists()
     if replacing:
         path.rename(old)

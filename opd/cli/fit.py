@@ -2,33 +2,27 @@
 
 from __future__ import annotations
 
-import logging
-import os
-import shutil
-import time
 import warnings
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+from jsonargparse import Namespace
 from lightning.pytorch import Trainer
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
 from lightning.pytorch.loggers import TensorBoardLogger
 
 from callbacks import RunCheckpoint, RunSummary, SampleWriter
 from opd import checkpoints
-from opd.checkpoints import newest_checkpoint
-from opd.cli import ranks
+from opd.cli import ranks, run_folder
 from opd.errors import UserError
-from opd.metrics_csv import MetricsCSV, read_metrics
+from opd.metrics_csv import MetricsCSV
 from opd.module import OPDModule
 from opd.prompts import PromptDataModule
 from opd.strategies import ShardedStrategy
 
-log = logging.getLogger(__name__)
-
 SUBCOMMANDS = ("fit", "validate", "test", "predict")
-OUTPUT_VARIABLE = "OPD_OUTPUT"  # tells ranks that a launcher starts which folder rank 0 has chosen
-RUN_FILES = ("checkpoints", "samples", "*.csv", "*.json", "*.yaml", "events.out.tfevents.*")
+NOT_SAVED = ("output", "overwrite", "ckpt_path", "checkpoint.dirpath", "trainer.default_root_dir")
 PARSER_OPTIONS = {"exit_on_error": False}
 
 
@@ -52,14 +46,14 @@ class OPDCLI(LightningCLI):
             PromptDataModule,
             seed_everything_default=0,
             auto_configure_optimizers=False,
-            save_config_callback=SaveFitConfig,
-            save_config_kwargs={"overwrite": True},
+            save_config_callback=RunStart,
             trainer_defaults={
                 "max_epochs": -1,
                 "num_sanity_val_steps": -1,  # validates the untrained student, all of it
                 "check_val_every_n_epoch": None,
                 "val_check_interval": 50,
                 "log_every_n_steps": 1,
+                "enable_autolog_hparams": False,  # there are none, and it opens the events early
                 "callbacks": [RunSummary()],
             },
             parser_kwargs={
@@ -80,7 +74,7 @@ class OPDCLI(LightningCLI):
             "--overwrite",
             type=bool,
             default=False,
-            help="Delete an earlier run in the folder instead of refusing to start.",
+            help="Replace an earlier run in the folder, and nothing else, instead of refusing.",
         )
         parser.add_lightning_class_args(RunCheckpoint, "checkpoint")
         parser.add_lightning_class_args(SampleWriter, "samples")
@@ -105,27 +99,39 @@ class OPDCLI(LightningCLI):
         """Choose and check the run folder, and find the checkpoint to resume.
 
         Raises:
-            UserError: The folder cannot be written, or already holds a run.
+            UserError: The folder cannot be written, or holds what must not be lost.
         """
         options = self._options
         if (size := ranks.torchrun_size()) is not None:  # the ranks are there: its numbers hold
             options.trainer.devices, options.trainer.num_nodes = size
         self.folder: Path | None = None
-        if self.subcommand not in ("fit", "predict") and options.output is None:
+        if self.subcommand in ("fit", "predict") or options.output is not None:
+            self.folder = run_folder.choose(options.output, [str(c) for c in options.config or []])
+            options.output = options.trainer.default_root_dir = str(self.folder)
+            options.checkpoint.dirpath = str(self.folder / "checkpoints")
+        if self.subcommand == "fit":
+            self._plan_fit()
             return
-        self.folder = _run_folder(options.output, [str(c) for c in options.config or []])
-        options.output = options.trainer.default_root_dir = str(self.folder)
-        options.checkpoint.dirpath = str(self.folder / "checkpoints")
-        resuming = options.ckpt_path is not None
-        if self.subcommand == "fit" and not resuming:
-            _refuse_or_clear(self.folder, overwrite=options.overwrite)
-        if options.ckpt_path == "last":
-            newest = newest_checkpoint(self.folder / "checkpoints")
-            if newest is None:
-                log.warning("--ckpt_path last: %s holds no checkpoint; starting anew", self.folder)
-            options.ckpt_path = None if newest is None else str(newest)
-        elif resuming and not Path(options.ckpt_path).exists():
-            raise UserError(f"--ckpt_path {options.ckpt_path}: there is no such checkpoint")
+        checkpoint = run_folder.find_checkpoint(self.folder, options.ckpt_path)
+        if options.ckpt_path == "last" and checkpoint is None:
+            raise UserError(f"--ckpt_path last: {self.folder} holds no checkpoint")
+        options.ckpt_path = None if checkpoint is None else str(checkpoint)
+        if self.subcommand == "predict" and self.folder is not None and not options.overwrite:
+            predictions = self.folder / "predictions.jsonl"
+            if predictions.exists():
+                raise UserError(f"{predictions} exists; replace it with --overwrite true")
+
+    def _plan_fit(self) -> None:
+        options = self._options
+        assert self.folder is not None
+        if ranks.place() is None:  # a run that was killed before its first step
+            run_folder.bring_back(self.folder)
+        start = run_folder.plan(self.folder, options.ckpt_path, overwrite=options.overwrite)
+        options.ckpt_path = None if start.checkpoint is None else str(start.checkpoint)
+        if options.trainer.fast_dev_run and run_folder.holds_a_run(self.folder):
+            raise UserError(f"--output {self.folder}: holds a run; fast_dev_run needs another one")
+        run_folder.check_unread(start, _leaves(options.as_dict()))
+        self.save_config_kwargs = {"start": start}
 
     def instantiate_classes(self) -> None:
         """Build trainer, module and data.
@@ -166,13 +172,23 @@ class OPDCLI(LightningCLI):
             kwargs["logger"] = False
             if self.folder is not None and self.subcommand == "fit":
                 kwargs["logger"] = [
-                    TensorBoardLogger(str(self.folder), name="", version=""),
+                    RunEvents(self.folder),
                     MetricsCSV(self.folder),
                 ]
         try:
             return super().instantiate_trainer(**kwargs)
         except (TypeError, ValueError) as error:
             raise UserError(str(error)) from error
+
+    def _run_subcommand(self, subcommand: str) -> None:
+        """Run it; if a fit ends before it has done a step, what it was to replace comes back."""
+        try:
+            super()._run_subcommand(subcommand)
+        except BaseException:
+            for callback in self.trainer.callbacks:  # type: ignore[attr-defined]
+                if isinstance(callback, RunStart):
+                    callback.undo()
+            raise
 
     def after_fit(self) -> None:
         """Say where the results are."""
@@ -185,18 +201,88 @@ class OPDCLI(LightningCLI):
             print(f"wrote {self.folder / 'predictions.jsonl'}")
 
 
-class SaveFitConfig(SaveConfigCallback):
-    """Writes config.yaml into the run folder; only fit makes a run."""
+class RunEvents(TensorBoardLogger):
+    """TensorBoard events of a run folder; none of a run that ends before it has logged anything.
+
+    Args:
+        folder: The run folder.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        suffix = run_folder.EVENTS_SUFFIX
+        super().__init__(str(folder), name="", version="", filename_suffix=suffix)
+
+    def finalize(self, status: str) -> None:
+        if self._experiment is not None:
+            super().finalize(status)
+
+
+class RunStart(SaveConfigCallback):
+    """Takes the run folder over at the last moment before a fit writes, and saves config.yaml.
+
+    By then models, data and options have been found good, on all ranks.
+
+    Args:
+        parser: Of the subcommand.
+        config: What has been parsed.
+        start: What goes when the run has done its first step.
+    """
+
+    def __init__(
+        self,
+        parser: LightningArgumentParser,
+        config: Namespace,
+        start: run_folder.Start | None = None,
+    ) -> None:
+        super().__init__(parser, config)
+        self.start = start
+        self.begun = self.settled = False
 
     def setup(self, trainer: Trainer, pl_module: Any, stage: str) -> None:
-        """Write the file, if all ranks have the same to write.
+        """Compare the ranks' configurations.
 
         Raises:
-            UserError: They do not: ``--ckpt_path last`` has found different checkpoints, perhaps.
+            UserError: They differ: ``--ckpt_path last`` has found different checkpoints, perhaps.
         """
         if stage == "fit":
             self._check_same_on_all_ranks(trainer)
-            super().setup(trainer, pl_module, stage)
+
+    def on_sanity_check_start(self, trainer: Trainer, pl_module: Any) -> None:
+        self._begin(trainer)
+
+    def on_train_start(self, trainer: Trainer, pl_module: Any) -> None:
+        self._begin(trainer)
+
+    def _begin(self, trainer: Trainer) -> None:
+        if self.begun or self.start is None:
+            return
+        self.begun, failure = True, None
+        if trainer.is_global_zero:
+            try:
+                run_folder.begin(self.start)
+                self._save_config(self.start.folder / "config.yaml")
+            except (OSError, UserError) as error:
+                failure = str(error)
+        if failure := trainer.strategy.broadcast(failure):
+            raise UserError(failure)
+
+    def _save_config(self, path: Path) -> None:
+        """Save what repeats the run elsewhere: not where it was, nor what it went on from."""
+        config = self.config.clone()
+        for key in NOT_SAVED:
+            config[key] = False if key == "overwrite" else None
+        self.parser.save(config, path, skip_none=False, overwrite=True, multifile=False)
+
+    def on_train_batch_end(self, trainer: Trainer, *args: Any, **kwargs: Any) -> None:
+        if self.start is not None and not self.settled:
+            self.settled = True
+            if trainer.is_global_zero:
+                run_folder.settle(self.start.folder)
+
+    def undo(self) -> None:
+        """Bring the old run back, if this one has done no step."""
+        if self.start is not None and self.begun and not self.settled and ranks.place() is None:
+            run_folder.bring_back(self.start.folder)
 
     def _check_same_on_all_ranks(self, trainer: Trainer) -> None:
         ours = {key: str(value) for key, value in vars(self.config.as_flat()).items()}
@@ -218,45 +304,10 @@ def _first(tokenizer: str | None, student: str) -> str:
     return tokenizer or student
 
 
-def _run_folder(output: str | None, configs: list[str]) -> Path:
-    """Return the run folder, made and writable."""
-    if output is None:
-        output = os.environ.get(OUTPUT_VARIABLE)
-    if output is None:
-        if ranks.world_size() > 1:
-            raise UserError("name the run folder with --output when a launcher starts the ranks")
-        recipe = Path(configs[0]).stem if configs else "opd"
-        output = f"runs/{recipe}/{time.strftime('%Y-%m-%d_%H-%M-%S')}"
-    os.environ[OUTPUT_VARIABLE] = output
-    folder = Path(output).expanduser()
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        probe = folder / f".writable-{os.getpid()}"
-        probe.touch()
-        probe.unlink()
-    except OSError as error:
-        raise UserError(f"--output {output}: cannot be written ({error.strerror})") from error
-    return folder
-
-
-def _refuse_or_clear(folder: Path, *, overwrite: bool) -> None:
-    """Never mix two runs in one folder, and never lose one by accident.
-
-    All ranks refuse, since none waits for another yet; rank 0 alone clears.
-    """
-    if holds_a_run(folder) and not overwrite:
-        raise UserError(
-            f"--output {folder}: already holds a run; resume it with --ckpt_path last, choose "
-            "another folder, or delete it with --overwrite true"
-        )
-    for name in RUN_FILES if ranks.place() is None else ():
-        for path in folder.glob(name):
-            shutil.rmtree(path) if path.is_dir() else path.unlink()
-
-
-def holds_a_run(folder: Path) -> bool:
-    """Whether a folder holds at least one step of a run."""
-    if any((folder / "checkpoints").glob("*.ckpt")):
-        return True
-    metrics = folder / "metrics.csv"
-    return metrics.is_file() and any(row["step"] != "0" for row in read_metrics(metrics))
+def _leaves(options: Any) -> Iterable[object]:
+    """Walk through the values of nested options."""
+    if isinstance(options, dict | list | tuple):
+        for value in options.values() if isinstance(options, dict) else options:
+            yield from _leaves(value)
+    else:
+        yield options

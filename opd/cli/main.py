@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import importlib
 import re
+import signal
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -18,7 +19,8 @@ from opd.errors import UserError
 
 USAGE_ERROR = 2
 LOST_CONTACT = 1
-TERMINATED = 128 + 15  # what a shell reports of a program that SIGTERM has ended
+TERMINATED = 128 + signal.SIGTERM  # what a shell reports of a program that a signal has ended
+INTERRUPTED = 128 + signal.SIGINT
 
 
 @dataclass(frozen=True)
@@ -53,7 +55,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     Returns:
         0; 2 where the user can put right what went wrong, and one line on stderr says what; 143
-        after SIGTERM; 1 if another rank is gone.
+        after SIGTERM, 130 after Ctrl-C; 1 if another rank is gone.
     """
     args = list(sys.argv[1:] if argv is None else argv)
     if not args or args[0] in ("-h", "--help"):
@@ -75,9 +77,19 @@ def main(argv: Sequence[str] | None = None) -> int:
     except OSError as error:  # of a disk that is full or gone; what was saved before is whole
         _complain(name, f"error: {error}")
         return USAGE_ERROR
-    except SIGTERMException:
-        _complain(name, "stopped by SIGTERM; go on with --ckpt_path last")
-        return TERMINATED
+    except SIGTERMException as stopped:
+        by_user = signal.SIGINT in stopped.args
+        by = "Ctrl-C" if by_user else "SIGTERM"
+        _complain(name, f"stopped by {by}; go on with --ckpt_path last")
+        return INTERRUPTED if by_user else TERMINATED
+    except KeyboardInterrupt:  # where there is nothing to save
+        _complain(name, "stopped by Ctrl-C")
+        return INTERRUPTED
+    except SystemExit as ended:
+        if not isinstance(ended.__context__, KeyboardInterrupt):  # which Lightning turns into this
+            raise
+        _complain(name, "stopped by Ctrl-C")
+        return INTERRUPTED
     except RuntimeError as error:
         if not _is_lost_contact(error):
             raise
