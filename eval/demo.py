@@ -49,7 +49,7 @@ def main() -> None:
 
 def evaluate(model: str, folder: Path) -> None:
     """Score one model on the embedded task."""
-    options = ["--tasks", "arithmetic", "--output", str(folder)]
+    options = ["--tasks", "arithmetic", "--output", str(folder), "--overwrite", "true"]
     opd("evaluate", "--model", model, *options)
 
 

@@ -20,6 +20,7 @@ from opd.errors import UserError
 from opd.models import Dtype, context_length, load_model, load_tokenizer
 
 TASKS = Path(__file__).parent.parent / "tasks"
+RESULTS = ("results.json", "results.md")
 
 
 def evaluate(
@@ -34,6 +35,7 @@ def evaluate(
     device: str | None = None,
     seed: int = 0,
     trust_remote_code: bool = False,
+    overwrite: bool = False,
 ) -> None:
     """Score a model on lm-eval tasks.
 
@@ -49,6 +51,10 @@ def evaluate(
         device: Device to run on. None: the GPU where there is one.
         seed: Seed of the sampling.
         trust_remote_code: Let a hub model run its own code.
+        overwrite: Replace results that are in the folder, instead of refusing.
+
+    Raises:
+        UserError: An option is out of range, or the folder cannot be written or holds results.
     """
     names = [name for name in tasks.split(",") if name]
     if not names:
@@ -56,7 +62,7 @@ def evaluate(
     for option, value in [("samples", samples), ("limit", limit), ("batch_size", batch_size)]:
         if value is not None and value < 1:
             raise UserError(f"--{option} {value} must be at least 1")
-    folder = _output_folder(output)
+    folder = _output_folder(output, overwrite=overwrite)
     start = time.perf_counter()
     loaded = load_model(model, dtype=dtype, trust_remote_code=trust_remote_code)
     torch.nn.Module.to(loaded, device or ("cuda" if torch.cuda.is_available() else "cpu"))
@@ -93,9 +99,11 @@ def evaluate(
     print(table, end="")
 
 
-def _output_folder(output: str | None) -> Path | None:
+def _output_folder(output: str | None, *, overwrite: bool) -> Path | None:
     if output is None:
         return None
+    if not output.strip():
+        raise UserError(f"--output {output!r}: names no folder")
     folder = Path(output).expanduser()
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -103,6 +111,10 @@ def _output_folder(output: str | None) -> Path | None:
         (folder / ".writable").unlink()
     except OSError as error:
         raise UserError(f"--output {output}: cannot be written ({error.strerror})") from error
+    earlier = [path for path in map(folder.joinpath, RESULTS) if path.exists()]
+    earlier += sorted(folder.glob("samples_*.jsonl"))
+    if earlier and not overwrite:
+        raise UserError(f"{earlier[0]} exists; name another folder or add --overwrite true")
     return folder
 
 

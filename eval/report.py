@@ -11,6 +11,7 @@ from eval.figures import curves, png
 from eval.runs import PHASES, Run, read_run
 from opd.errors import UserError
 
+TITLE = "<title>On-policy distillation</title>"  # by which a page is known as ours
 STYLE = """
 body { font: 15px/1.5 system-ui, sans-serif; max-width: 70rem; margin: 2rem auto; padding: 0 1rem;
        color: #222 }
@@ -28,14 +29,17 @@ def report(runs: list[str], output: str, target: float = 0.95) -> None:
         runs: Run folders; a folder with only an lm-eval results.json adds a row of scores.
         output: HTML file to write; the curves are also written beside it as PNG.
         target: Accuracy for the columns "to target".
+
+    Raises:
+        UserError: A run cannot be read, or the page would replace something else.
     """
-    path = Path(output).expanduser()
     records = [read_run(Path(run).expanduser()) for run in runs]
+    path = _page(output)
     picture = png(curves([run for run in records if run.points]))
     page = "\n".join(
         [
             "<!doctype html><html lang=en><meta charset=utf-8>",
-            "<title>On-policy distillation</title>",
+            TITLE,
             f"<style>{STYLE}</style><h1>On-policy distillation</h1>",
             _runs_section(records, picture, target),
             _benchmarks_section(records),
@@ -51,6 +55,18 @@ def report(runs: list[str], output: str, target: float = 0.95) -> None:
     except OSError as error:
         raise UserError(f"--output {output}: cannot be written ({error.strerror})") from error
     print(f"wrote {output}")
+
+
+def _page(output: str) -> Path:
+    """Return where the page goes; only an earlier page, and its picture, may be there."""
+    path = Path(output).expanduser()
+    if path.suffix not in (".html", ".htm"):
+        raise UserError(f"--output {output}: name a file that ends in .html")
+    ours = path.is_file() and TITLE in path.read_text(encoding="utf-8", errors="replace")
+    for taken in (path, path.with_suffix(".png")):
+        if taken.exists() and not ours:
+            raise UserError(f"--output {output}: would replace {taken}, which is of no report")
+    return path
 
 
 def run_table(runs: Sequence[Run], target: float) -> tuple[list[str], list[list[str]]]:

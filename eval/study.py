@@ -131,21 +131,25 @@ def _set_threads(threads: int) -> None:
 
 
 def _run(command: Sequence[str], folder: Path) -> None:
-    """Run one trial in this process, its output in run.log; skip it if it has finished before."""
+    """Run one trial in this process; skip it if it has finished before.
+
+    Its output goes beside the run folder, which is the run's alone.
+    """
     from opd.cli import main
 
     done = folder / "finished"
     if done.is_file():
         return
-    folder.mkdir(parents=True, exist_ok=True)
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    output = folder.with_name(f"{folder.name}.log")
     with (
-        (folder / "run.log").open("w", encoding="utf-8") as log,
+        output.open("w", encoding="utf-8") as log,
         contextlib.redirect_stdout(log),
         contextlib.redirect_stderr(log),
     ):
         code = main(command)
     if code:
-        raise UserError(f"{folder.name} failed; see {folder / 'run.log'}")
+        raise UserError(f"{folder.name} failed; see {output}")
     done.touch()
 
 

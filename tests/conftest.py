@@ -9,6 +9,7 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
+import lightning.pytorch  # noqa: F401 - now: its log must not go to one test's stderr
 import pytest
 import torch
 from tokenizers import Tokenizer, decoders, pre_tokenizers, processors, trainers

@@ -30,6 +30,7 @@ from conftest import (
 
 STEPS = 8
 OPTIONS = [*FSDP2, *LINE_SEARCH, "--checkpoint.every_n_train_steps", "2"]
+GO_ON = ["--ckpt_path", "last", "--overwrite", "true"]  # anew, if it died before it had saved
 PATIENCE = 120  # seconds until a run that does not end counts as hanging
 
 
@@ -65,7 +66,7 @@ def workers(launcher: int) -> list[int]:
 def start(folder: Path) -> subprocess.Popen:
     """Start a run in the background."""
     return subprocess.Popen(
-        opd_command(2, folder, *OPTIONS, "--ckpt_path", "last", steps=STEPS),
+        opd_command(2, folder, *OPTIONS, *GO_ON, steps=STEPS),
         stdout=subprocess.DEVNULL,
         stderr=subprocess.DEVNULL,
         env=launch_environment(),
@@ -128,7 +129,7 @@ def check(rounds: int, first_seed: int, folder: Path, undisturbed: Path, deaths:
             while (what := start_and_kill(run, dice, (max(times) - begun) / deaths)) is None:
                 shutil.rmtree(run)  # too late: once more, from the beginning
             print(f"seed {seed}: killed {what}", flush=True)
-        launch(2, run, *OPTIONS, "--ckpt_path", "last", steps=STEPS)
+        launch(2, run, *OPTIONS, *GO_ON, steps=STEPS)
         assert_same(final_state(run), expected, f"seed {seed}")
         shutil.rmtree(run)
 

@@ -1,0 +1,386 @@
+"""Nothing of a user's may be lost: what a new run may delete, when, and what `last` goes on from."""
+
+import hashlib
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import QUICKSTART, launch_environment, load, opd_command
+
+from opd.checkpoints import newest_checkpoint, read_step
+from opd.cli import main, run_folder
+from opd.metrics_csv import read_metrics
+
+SHRUNK = ["--data.validation_limit", "8", "--data.batch_size", "4"]
+QUIET = ["--trainer.enable_progress_bar", "false", "--trainer.max_steps", "1"]
+OVERWRITE = ["--overwrite", "true"]
+MINE = {
+    "mine.yaml": "x: 1",
+    "labels.json": "{}",
+    "table.csv": "a,b",
+    "checkpoints/my-model/model.safetensors": "weights",
+    "checkpoints/pretrained.ckpt": "of another program",
+    "samples/a.wav": "wav",
+    "events.out.tfevents.1.host": "of another program",
+}
+
+
+def command(folder, *arguments):
+    return ["fit", "--config", QUICKSTART, *SHRUNK, *QUIET, "--output", str(folder), *arguments]
+
+
+def refusal(capsys, arguments):
+    """Run a command that must be refused; returns its line."""
+    capsys.readouterr()
+    assert main(arguments) == 2
+    (line,) = [line for line in capsys.readouterr().err.splitlines() if "error:" in line]
+    return line
+
+
+def contents(folder: Path) -> dict[str, str]:
+    """Every file of a folder with a digest, links with where they point."""
+    return {
+        str(path.relative_to(folder)): (
+            os.readlink(path)
+            if path.is_symlink()
+            else hashlib.sha256(path.read_bytes()).hexdigest()
+        )
+        for path in folder.rglob("*")
+        if path.is_symlink() or path.is_file()
+    }
+
+
+def put_mine(folder: Path) -> None:
+    for name, text in MINE.items():
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_text(text)
+
+
+def steps_of(folder: Path) -> list[int]:
+    return [int(row["step"]) for row in read_metrics(folder / "metrics.csv") if "opd/loss" in row]
+
+
+# --- what may be deleted --------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("arguments", [[], OVERWRITE, ["--ckpt_path", "last"]])
+@pytest.mark.parametrize("name", [*MINE, "config.yaml", "metrics.csv", "notes/deep.txt"])
+def test_a_folder_of_somebody_else_is_refused_and_left_alone(tmp_path, capsys, name, arguments):
+    (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+    (tmp_path / name).write_text("step,a\n1,2\n")
+    before = contents(tmp_path)
+    line = refusal(capsys, command(tmp_path, *arguments))
+    assert "holds no run of opd" in line
+    assert contents(tmp_path) == before
+
+
+@pytest.mark.parametrize("name", ["", "  "])
+def test_an_output_without_a_name_is_refused(tmp_path, capsys, monkeypatch, name):
+    monkeypatch.chdir(tmp_path)
+    assert "names no folder" in refusal(capsys, command(name, *OVERWRITE))
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("name", [".", "..", "link"])
+def test_the_working_directory_its_parent_and_links_are_no_exceptions(
+    tmp_path, capsys, monkeypatch, name
+):
+    work = tmp_path / "project" / "work"
+    put_mine(work)
+    (work / "link").symlink_to(work.parent, target_is_directory=True)
+    before = contents(tmp_path)
+    monkeypatch.chdir(work)
+    assert "holds no run of opd" in refusal(capsys, command(name, *OVERWRITE))
+    assert contents(tmp_path) == before
+
+
+@pytest.mark.parametrize("marked", [True, False])
+def test_overwrite_replaces_the_run_and_keeps_what_is_beside_it(fit, marked):
+    folder = fit("run", "--samples.every_n_steps", "1", steps=2)
+    put_mine(folder)
+    kept = "checkpoints/copy-that-i-keep.ckpt"
+    shutil.copy(folder / "checkpoints" / "step=000002.ckpt", folder / kept)
+    (folder / "checkpoints" / "best.ckpt").symlink_to(kept.partition("/")[2])
+    if not marked:
+        (folder / run_folder.MARKER).unlink()
+    before = contents(folder)
+    fit("run", *OVERWRITE, "--samples.every_n_steps", "10", steps=1)
+    after = contents(folder)
+    mine = {*MINE, kept, "checkpoints/best.ckpt"}
+    assert {name: after[name] for name in mine} == {name: before[name] for name in mine}
+    assert steps_of(folder) == [1]
+    assert not {"samples/step_000002.jsonl", "checkpoints/step=000002.ckpt"} & set(after)
+    assert len(list(folder.glob("events.out.tfevents.*.opd"))) == 1
+
+
+BAD = {
+    "model": ["--model.teacher", "embedded:techer"],
+    "no such student": ["--model.student", "/no/such/model"],
+    "data": ["--data.train", "/no/such/file.jsonl"],
+    "option": ["--model.studnt", "x"],
+    "value": ["--data.batch_size", "many"],
+    "context": ["--model.max_new_tokens", "500"],
+    "precision": ["--trainer.precision", "bf16-true"],
+    "trainer": ["--trainer.accelerator", "abacus"],
+    "monitor mode": ["--checkpoint.mode", "sideways"],
+    "schedule": ["--trainer.callbacks+=callbacks.EffOPD", "--trainer.callbacks.schedule", "x"],
+    "parameters": ["--trainer.callbacks+=callbacks.EffOPD", "--trainer.callbacks.parameters", "x"],
+}
+
+
+@pytest.fixture(scope="module")
+def old_run(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("old") / "run"
+    samples = ["--samples.every_n_steps", "1"]
+    assert main(command(folder, *samples)) == 0
+    return folder
+
+
+@pytest.mark.parametrize("bad", BAD.values(), ids=BAD)
+def test_a_run_that_cannot_start_leaves_the_old_one_byte_for_byte(old_run, capsys, bad):
+    before = contents(old_run)
+    refusal(capsys, command(old_run, *OVERWRITE, *bad))
+    assert contents(old_run) == before
+
+
+def test_a_run_that_fails_in_its_first_step_brings_the_old_one_back(old_run, capsys, tmp_path):
+    """EffOPD without answers is only found out by the first search."""
+    prompts = tmp_path / "p.jsonl"
+    prompts.write_text('{"prompt": "123+456="}\n' * 4)
+    search = ["--trainer.callbacks+=callbacks.EffOPD", "--data.train", str(prompts)]
+    before = contents(old_run)
+    assert "label_free" in refusal(capsys, command(old_run, *OVERWRITE, *search))
+    assert contents(old_run) == before
+
+
+def test_a_run_that_is_killed_in_its_first_step_brings_the_old_one_back(fit, tmp_path):
+    folder = fit("run", steps=1)
+    before = contents(folder)
+    run_folder.begin(run_folder.plan(folder, None, overwrite=True))
+    assert not (folder / "metrics.csv").exists()
+    (folder / "metrics.csv").write_text("step,a\n0,1\n")  # and here it dies
+    run_folder.bring_back(folder)
+    assert contents(folder) == before
+
+
+def test_overwrite_does_not_delete_what_the_new_run_reads(old_run, capsys):
+    before = contents(old_run)
+    student = ["--model.student", str(old_run / "checkpoints" / "last.ckpt")]
+    assert "which this run reads" in refusal(capsys, command(old_run, *OVERWRITE, *student))
+    assert contents(old_run) == before
+
+
+def test_the_saved_configuration_names_no_folder(old_run, tmp_path, monkeypatch):
+    """Else to repeat a run from its configuration would replace it."""
+    text = (old_run / "config.yaml").read_text()
+    assert str(old_run) not in text
+    assert "overwrite: false" in text
+    assert "ckpt_path: null" in text
+
+
+def test_predict_evaluate_and_report_replace_nothing_unasked(old_run, capsys, tmp_path):
+    predict = ["predict", "--config", QUICKSTART, *SHRUNK, "--output", str(tmp_path)]
+    (tmp_path / "predictions.jsonl").write_text("mine")
+    assert "predictions.jsonl exists" in refusal(capsys, predict)
+    assert main([*predict, *OVERWRITE]) == 0
+    evaluate = ["evaluate", "--model", "embedded:base", "--tasks", "arithmetic", "--limit", "2"]
+    (tmp_path / "results.json").write_text("mine")
+    assert "results.json exists" in refusal(capsys, [*evaluate, "--output", str(tmp_path)])
+    (tmp_path / "plot.png").write_text("mine")
+    for name in ("plot.png", "plot.html", "results.json"):
+        refusal(capsys, ["report", str(old_run), "--output", str(tmp_path / name)])
+    assert (tmp_path / "plot.png").read_text() == "mine"
+    page = ["report", str(old_run), "--output", str(tmp_path / "page.html")]
+    assert main(page) == main(page) == 0
+
+
+# --- what is saved --------------------------------------------------------------------------------
+
+MONITOR = ["--checkpoint.monitor", "val/accuracy", "--checkpoint.mode", "max"]
+NEVER = ["--checkpoint.monitor", "val/no_such_metric"]
+
+
+@pytest.mark.parametrize("save_last", ["link", "true", "false"])
+@pytest.mark.parametrize(
+    "options",
+    [MONITOR, NEVER, [*MONITOR, "--checkpoint.save_top_k", "2"], []]
+    + [["--checkpoint.save_top_k", k] for k in ("0", "-1")],
+    ids=["best", "never comes", "best 2", "newest", "none", "all"],
+)
+def test_the_last_step_is_saved_whatever_is_configured(fit, options, save_last):
+    every = ["--checkpoint.every_n_train_steps", "2", "--trainer.val_check_interval", "2"]
+    folder = fit("run", *every, *options, "--checkpoint.save_last", save_last, steps=3)
+    newest = newest_checkpoint(folder / "checkpoints")
+    assert newest is not None
+    assert read_step(newest) == 3
+    if save_last != "false":
+        assert load(folder)["global_step"] == 3
+    fit("run", *every, *options, "--ckpt_path", "last", steps=4)
+    assert steps_of(folder) == [1, 2, 3, 4]
+
+
+def test_the_best_checkpoint_is_the_one_that_was_measured_best(fit):
+    """It is kept beside the newest, under the metric of its own weights."""
+    name = ["--checkpoint.filename", "{step}-{val/reverse_kl:.5f}"]
+    monitor = ["--checkpoint.monitor", "val/reverse_kl", "--checkpoint.every_n_train_steps", "2"]
+    rate = ["--model.optimizer.lr", "1e-3", "--trainer.val_check_interval", "2"]
+    folder = fit("run", *name, *monitor, *rate, steps=6)
+    rows = read_metrics(folder / "metrics.csv")
+    measured = {int(r["step"]): float(r["val/reverse_kl"]) for r in rows if "val/reverse_kl" in r}
+    del measured[0]
+    best = min(measured, key=lambda step: measured[step])
+    (path,) = [p for p in (folder / "checkpoints").rglob("*.ckpt") if p.name != "last.ckpt"]
+    assert read_step(path) == best
+    assert f"{measured[best]:.5f}" in path.name
+    assert load(folder)["global_step"] == 6
+
+
+def test_a_loss_that_is_not_finite_saves_the_step_before_it(fit, capsys, tmp_path):
+    """Also under a monitor; `probes.BrokenTeacher` is not needed: the learning rate does it."""
+    folder = tmp_path / "run"
+    broken = ["--model.optimizer.lr", "1e30", "--trainer.max_steps", "9"]
+    never = ["--trainer.val_check_interval", "100", "--checkpoint.every_n_train_steps", "100"]
+    assert main([*command(folder, *MONITOR, *never), *broken]) == 2
+    newest = newest_checkpoint(folder / "checkpoints")
+    assert newest is not None
+    assert read_step(newest) == steps_of(folder)[-1]
+
+
+# --- what `last` and others go on from ------------------------------------------------------------
+
+
+def test_last_finds_names_with_a_slash(fit):
+    name = ["--checkpoint.filename", "{step}-{val/accuracy:.3f}"]
+    folder = fit("run", *name, steps=2)
+    fit("run", *name, "--ckpt_path", "last", steps=3)
+    assert steps_of(folder) == [1, 2, 3]
+
+
+def test_last_goes_by_the_step_not_by_the_time_of_the_file(fit):
+    folder = fit("run", "--checkpoint.every_n_train_steps", "1", *["--checkpoint.save_top_k", "-1"])
+    (folder / "checkpoints" / "step=000001.ckpt").touch()
+    assert newest_checkpoint(folder / "checkpoints") == folder / "checkpoints" / "step=000002.ckpt"
+
+
+def test_last_does_not_start_anew_over_a_run(fit, capsys):
+    folder = fit("run")
+    for path in (folder / "checkpoints").glob("step*.ckpt"):
+        path.write_bytes(path.read_bytes()[:-1000])
+    before = contents(folder)
+    assert "no checkpoint to go on from" in refusal(capsys, command(folder, "--ckpt_path", "last"))
+    shutil.rmtree(folder / "checkpoints")
+    assert "no checkpoint to go on from" in refusal(capsys, command(folder, "--ckpt_path", "last"))
+    assert (folder / "metrics.csv").read_bytes()
+    assert contents(folder).items() <= before.items()
+    fit("run", "--ckpt_path", "last", *OVERWRITE, steps=1)
+    assert steps_of(folder) == [1]
+
+
+def test_a_checkpoint_of_another_run_does_not_mix_with_the_one_in_the_folder(fit, capsys):
+    x, y = fit("x", steps=1), fit("y", "--seed_everything", "5", steps=2)
+    before = contents(y)
+    other = ["--ckpt_path", str(x / "checkpoints" / "last.ckpt")]
+    assert "is not of the run in it" in refusal(capsys, command(y, *other))
+    assert contents(y) == before
+    z = fit("z", *other, steps=2)
+    assert steps_of(z) == [2]
+
+
+def test_an_earlier_checkpoint_of_the_run_is_not_mixed_with_later_ones(fit, capsys):
+    every = ["--checkpoint.every_n_train_steps", "1", "--checkpoint.save_top_k", "-1"]
+    folder = fit("run", *every, steps=3)
+    earlier = ["--ckpt_path", str(folder / "checkpoints" / "step=000001.ckpt")]
+    assert "has gone further" in refusal(capsys, command(folder, *earlier))
+    fit("run", *every, *earlier, *OVERWRITE, steps=2)
+    assert steps_of(folder) == [1, 2]
+    newest = newest_checkpoint(folder / "checkpoints")
+    assert newest is not None
+    assert newest.name == "step=000002.ckpt"
+
+
+@pytest.mark.parametrize("subcommand", ["validate", "test", "predict"])
+def test_last_that_finds_nothing_scores_nothing(tmp_path, capsys, subcommand):
+    arguments = [subcommand, "--config", QUICKSTART, "--ckpt_path", "last"]
+    assert "--ckpt_path last" in refusal(capsys, [*arguments, "--output", str(tmp_path)])
+
+
+# --- Ctrl-C ---------------------------------------------------------------------------------------
+
+
+def start(folder, *arguments, processes=1):
+    """Start a run without end, which listens to Ctrl-C as one in the foreground does."""
+    if processes > 1:
+        run = opd_command(processes, folder, *arguments, steps=100_000)
+    else:
+        endless = ["--trainer.max_steps", "100000", "--trainer.val_check_interval", "100000"]
+        run = [sys.executable, "-m", "opd.cli", *command(folder), *endless, *arguments]
+    return subprocess.Popen(
+        run,
+        stderr=subprocess.PIPE,
+        stdout=subprocess.DEVNULL,
+        text=True,
+        env=launch_environment(),
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
+    )
+
+
+def wait_for(condition, process):
+    deadline = time.monotonic() + 120
+    while not condition():
+        assert process.poll() is None
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+
+
+def rows(folder):
+    path = folder / "metrics.csv"
+    return path.read_text().count("\n") - 1 if path.exists() else 0
+
+
+@pytest.mark.parametrize("options", [[], MONITOR], ids=["newest", "monitor"])
+def test_ctrl_c_ends_the_step_and_saves_it(tmp_path, options):
+    process = start(tmp_path / "run", *options)
+    wait_for(lambda: rows(tmp_path / "run") > 4, process)
+    process.send_signal(signal.SIGINT)
+    errors = process.communicate(timeout=60)[1].splitlines()
+    assert process.returncode == 130
+    assert errors[-1] == "opd fit: stopped by Ctrl-C; go on with --ckpt_path last"
+    assert load(tmp_path / "run")["global_step"] == steps_of(tmp_path / "run")[-1]
+
+
+def test_ctrl_c_before_there_is_anything_to_save(tmp_path):
+    process = start(tmp_path / "run")
+    wait_for(lambda: (tmp_path / "run").exists(), process)
+    process.send_signal(signal.SIGINT)
+    errors = process.communicate(timeout=60)[1].splitlines()
+    assert process.returncode == 130
+    assert "stopped by Ctrl-C" in errors[-1]
+    assert "Traceback" not in "\n".join(errors)
+
+
+def test_a_second_ctrl_c_stops_at_once(tmp_path):
+    """The first one waits for a validation that takes for ever."""
+    process = start(
+        tmp_path / "run", "--data.validation_limit", "1000", "--trainer.precision", "64"
+    )
+    wait_for(lambda: (tmp_path / "run" / "config.yaml").exists(), process)
+    process.send_signal(signal.SIGINT)
+    time.sleep(0.3)
+    process.send_signal(signal.SIGINT)
+    assert process.wait(timeout=5) == -signal.SIGINT
+
+
+def test_ctrl_c_under_torchrun(tmp_path):
+    process = start(tmp_path / "run", processes=2)
+    wait_for(lambda: rows(tmp_path / "run") > 3, process)
+    process.send_signal(signal.SIGINT)
+    errors = process.communicate(timeout=90)[1]
+    assert errors.count("stopped by Ctrl-C; go on with --ckpt_path last") == 2
+    assert load(tmp_path / "run")["global_step"] == steps_of(tmp_path / "run")[-1]
