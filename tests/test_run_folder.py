@@ -1,7 +1,6 @@
-"""Nothing of a user's may be lost: what a new run may delete, when, and what `last` goes on from."""
+"""Nothing of a user's may be lost: what a run deletes and when, what it saves and goes on from."""
 
 import hashlib
-import json
 import os
 import shutil
 import signal
@@ -11,7 +10,6 @@ import time
 from pathlib import Path
 
 import pytest
-import torch
 from conftest import QUICKSTART, launch_environment, load, opd_command
 
 from opd.checkpoints import newest_checkpoint, read_step
@@ -177,7 +175,7 @@ def test_overwrite_does_not_delete_what_the_new_run_reads(old_run, capsys):
     assert contents(old_run) == before
 
 
-def test_the_saved_configuration_names_no_folder(old_run, tmp_path, monkeypatch):
+def test_the_saved_configuration_names_no_folder(old_run):
     """Else to repeat a run from its configuration would replace it."""
     text = (old_run / "config.yaml").read_text()
     assert str(old_run) not in text
@@ -242,8 +240,7 @@ def test_the_best_checkpoint_is_the_one_that_was_measured_best(fit):
     assert load(folder)["global_step"] == 6
 
 
-def test_a_loss_that_is_not_finite_saves_the_step_before_it(fit, capsys, tmp_path):
-    """Also under a monitor; `probes.BrokenTeacher` is not needed: the learning rate does it."""
+def test_a_loss_that_is_not_finite_saves_the_step_before_it(tmp_path):
     folder = tmp_path / "run"
     broken = ["--model.optimizer.lr", "1e30", "--trainer.max_steps", "9"]
     never = ["--trainer.val_check_interval", "100", "--checkpoint.every_n_train_steps", "100"]
@@ -367,9 +364,7 @@ def test_ctrl_c_before_there_is_anything_to_save(tmp_path):
 
 def test_a_second_ctrl_c_stops_at_once(tmp_path):
     """The first one waits for a validation that takes for ever."""
-    process = start(
-        tmp_path / "run", "--data.validation_limit", "1000", "--trainer.precision", "64"
-    )
+    process = start(tmp_path / "run", "--data.validation_limit", "1000")
     wait_for(lambda: (tmp_path / "run" / "config.yaml").exists(), process)
     process.send_signal(signal.SIGINT)
     time.sleep(0.3)

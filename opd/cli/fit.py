@@ -202,15 +202,24 @@ class OPDCLI(LightningCLI):
 
 
 class RunEvents(TensorBoardLogger):
-    """TensorBoard events of a run folder; none of a run that ends before it has logged anything.
+    """TensorBoard events of a run folder; none of a run that has not begun.
 
     Args:
         folder: The run folder.
     """
 
+    begun = False
+
     def __init__(self, folder: Path) -> None:
         suffix = run_folder.EVENTS_SUFFIX
         super().__init__(str(folder), name="", version="", filename_suffix=suffix)
+
+    @property
+    def experiment(self) -> Any:
+        """The writer; to the Trainer, which asks before models are loaded, there is none yet."""
+        if not self.begun:
+            raise AttributeError("experiment: the run has not begun")
+        return super().experiment
 
     def finalize(self, status: str) -> None:
         if self._experiment is not None:
@@ -265,6 +274,9 @@ class RunStart(SaveConfigCallback):
                 failure = str(error)
         if failure := trainer.strategy.broadcast(failure):
             raise UserError(failure)
+        for logger in trainer.loggers:
+            if isinstance(logger, RunEvents):
+                logger.begun = True
 
     def _save_config(self, path: Path) -> None:
         """Save what repeats the run elsewhere: not where it was, nor what it went on from."""
