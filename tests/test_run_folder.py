@@ -10,7 +10,10 @@ import time
 from pathlib import Path
 
 import pytest
+import torch
 from conftest import QUICKSTART, launch_environment, load, opd_command
+from torch.distributed.checkpoint import FileSystemWriter
+from torch.distributed.checkpoint.metadata import Metadata
 
 from opd.checkpoints import newest_checkpoint, read_step
 from opd.cli import main, run_folder
@@ -166,6 +169,20 @@ def test_a_run_that_is_killed_in_its_first_step_brings_the_old_one_back(fit, tmp
     (folder / "metrics.csv").write_text("step,a\n0,1\n")  # and here it dies
     run_folder.bring_back(folder)
     assert contents(folder) == before
+
+
+def test_a_file_of_the_user_in_a_sharded_checkpoint_is_kept(fit):
+    folder = fit("run", steps=1)
+    checkpoint = folder / "checkpoints" / "old-step=000009.ckpt"
+    checkpoint.mkdir()
+    meta = {"student_files": {}, "saved_as": "step=000009.ckpt"}
+    torch.save(meta, checkpoint / "meta.pt")
+    FileSystemWriter(checkpoint).finish(Metadata({}), [])
+    assert checkpoint in run_folder.files(folder)
+    (checkpoint / "notes.txt").write_text("mine")
+    fit("run", *OVERWRITE, steps=1)
+    assert [p.name for p in folder.rglob("*kept/*")] == ["notes.txt"]
+    assert not checkpoint.exists()
 
 
 def test_overwrite_does_not_delete_what_the_new_run_reads(old_run, capsys):

@@ -11,6 +11,7 @@ first step. If the new one ends before, whatever the reason, the old one comes b
 from __future__ import annotations
 
 import contextlib
+import itertools
 import logging
 import os
 import re
@@ -265,8 +266,10 @@ def _delete(path: Path) -> None:
             file.unlink()
     if not any(path.iterdir()):
         path.rmdir()
-    elif path.name.startswith(ASIDE):  # something of the user's is in it
-        path.rename(path.with_name(path.name.removeprefix(ASIDE)))
+    else:  # something of the user's is in it; the next checkpoint of that name would take its place
+        name = path.name.removeprefix(ASIDE).removesuffix(".ckpt")
+        kept = (path.with_name(f"{name}-kept{i or ''}") for i in itertools.count())
+        path.rename(next(place for place in kept if not place.exists()))
 
 
 def check_unread(start: Start, values: Iterable[object]) -> None:
