@@ -251,9 +251,16 @@ def test_a_sharded_checkpoint_is_a_model_like_its_export(tmp_path, sharded_run):
     assert_same(prefixed, student_of(load_any(sharded_run)))
     answers = []
     for model in (checkpoint, exported):
-        out = ["--output", str(tmp_path / "scores"), "--limit", "32", "--seed", "1"]
+        out = [
+            "--output",
+            str(tmp_path / f"scores of {model.name}"),
+            "--limit",
+            "32",
+            "--seed",
+            "1",
+        ]
         assert main(["evaluate", "--model", str(model), "--tasks", "arithmetic", *out]) == 0
-        samples = (tmp_path / "scores" / "samples_arithmetic.jsonl").read_text()
+        samples = (tmp_path / f"scores of {model.name}" / "samples_arithmetic.jsonl").read_text()
         answers.append([json.loads(line)["resps"] for line in samples.splitlines()])
     assert answers[0] == answers[1]
 

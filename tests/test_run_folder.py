@@ -277,6 +277,16 @@ def test_last_finds_names_with_a_slash(fit):
     assert steps_of(folder) == [1, 2, 3]
 
 
+def test_checkpoints_may_be_on_another_disk(fit, tmp_path):
+    folder = fit("run", steps=1)
+    (folder / "checkpoints").rename(tmp_path / "disk")
+    (folder / "checkpoints").symlink_to(tmp_path / "disk")
+    fit("run", "--ckpt_path", "last", steps=2)
+    assert steps_of(folder) == [1, 2]
+    fit("run", *OVERWRITE, steps=1)
+    assert {p.name for p in (tmp_path / "disk").iterdir()} == {"step=000001.ckpt", "last.ckpt"}
+
+
 def test_last_goes_by_the_step_not_by_the_time_of_the_file(fit):
     folder = fit("run", "--checkpoint.every_n_train_steps", "1", *["--checkpoint.save_top_k", "-1"])
     (folder / "checkpoints" / "step=000001.ckpt").touch()
@@ -302,6 +312,7 @@ def test_a_checkpoint_of_another_run_does_not_mix_with_the_one_in_the_folder(fit
     before = contents(y)
     other = ["--ckpt_path", str(x / "checkpoints" / "last.ckpt")]
     assert "is not of the run in it" in refusal(capsys, command(y, *other))
+    assert "is not of the run in it" in refusal(capsys, command(y, "--ckpt_path", QUICKSTART))
     assert contents(y) == before
     z = fit("z", *other, steps=2)
     assert steps_of(z) == [2]

@@ -121,6 +121,9 @@ class OPDCLI(LightningCLI):
             if predictions.exists():
                 raise UserError(f"{predictions} exists; replace it with --overwrite true")
 
+    def _parse_ckpt_path(self) -> None:
+        """Nothing: Lightning looks for options in it, of which ours hold none, and checks nothing."""
+
     def _plan_fit(self) -> None:
         options = self._options
         assert self.folder is not None

@@ -104,7 +104,7 @@ def plan(folder: Path, wanted: str | None, *, overwrite: bool) -> Start:
             "new folder, or one inside it"
         )
     checkpoint = find_checkpoint(folder, wanted)
-    if checkpoint is not None and checkpoint.resolve().is_relative_to(folder.resolve()):
+    if checkpoint is not None and _is_within(checkpoint, folder):
         later = [] if wanted == "last" else _later(folder, checkpoint)
         if later and not overwrite:
             raise UserError(
@@ -144,6 +144,12 @@ def find_checkpoint(folder: Path | None, wanted: str | None) -> Path | None:
     if folder is None:
         raise UserError("--ckpt_path last: name the run folder with --output")
     return checkpoints.newest_checkpoint(folder / "checkpoints")
+
+
+def _is_within(checkpoint: Path, folder: Path) -> bool:
+    """Whether a checkpoint is of the run in a folder, whose checkpoints/ may be a link elsewhere."""
+    places = (folder.resolve(), (folder / "checkpoints").resolve())
+    return any(checkpoint.resolve().is_relative_to(place) for place in places)
 
 
 def _later(folder: Path, checkpoint: Path) -> list[Path]:
