@@ -260,7 +260,7 @@ def test_a_sharded_checkpoint_is_a_model_like_its_export(tmp_path, sharded_run):
             "1",
         ]
         assert main(["evaluate", "--model", str(model), "--tasks", "arithmetic", *out]) == 0
-        samples = (tmp_path / f"scores of {model.name}" / "samples_arithmetic.jsonl").read_text()
+        samples = (scores / "samples_arithmetic.jsonl").read_text()
         answers.append([json.loads(line)["resps"] for line in samples.splitlines()])
     assert answers[0] == answers[1]
 

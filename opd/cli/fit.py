@@ -122,7 +122,7 @@ class OPDCLI(LightningCLI):
                 raise UserError(f"{predictions} exists; replace it with --overwrite true")
 
     def _parse_ckpt_path(self) -> None:
-        """Nothing: Lightning looks for options in it, of which ours hold none, and checks nothing."""
+        """Nothing: Lightning looks for options in it, before it is checked; ours hold none."""
 
     def _plan_fit(self) -> None:
         options = self._options

@@ -147,7 +147,7 @@ def find_checkpoint(folder: Path | None, wanted: str | None) -> Path | None:
 
 
 def _is_within(checkpoint: Path, folder: Path) -> bool:
-    """Whether a checkpoint is of the run in a folder, whose checkpoints/ may be a link elsewhere."""
+    """Whether a checkpoint is of the run in a folder; its checkpoints/ may be a link elsewhere."""
     places = (folder.resolve(), (folder / "checkpoints").resolve())
     return any(checkpoint.resolve().is_relative_to(place) for place in places)
 
