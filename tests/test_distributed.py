@@ -251,14 +251,8 @@ def test_a_sharded_checkpoint_is_a_model_like_its_export(tmp_path, sharded_run):
     assert_same(prefixed, student_of(load_any(sharded_run)))
     answers = []
     for model in (checkpoint, exported):
-        out = [
-            "--output",
-            str(tmp_path / f"scores of {model.name}"),
-            "--limit",
-            "32",
-            "--seed",
-            "1",
-        ]
+        scores = tmp_path / f"scores of {model.name}"
+        out = ["--output", str(scores), "--limit", "32", "--seed", "1"]
         assert main(["evaluate", "--model", str(model), "--tasks", "arithmetic", *out]) == 0
         samples = (scores / "samples_arithmetic.jsonl").read_text()
         answers.append([json.loads(line)["resps"] for line in samples.splitlines()])
