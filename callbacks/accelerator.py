@@ -18,6 +18,7 @@ from typing import Any, ClassVar
 from lightning.pytorch import Callback, LightningModule, Trainer
 from torch.nn.parallel import DistributedDataParallel
 
+from callbacks.log_once import log_once
 from opd import extrapolation
 from opd.errors import UserError
 from opd.ledger import Ledger
@@ -153,7 +154,8 @@ class Accelerator(Callback):
         cost = {"seconds": seconds, "tokens": int(tokens)}
         self.history.append({"step": trainer.global_step, **record, **cost})
         logged = {**metrics, "seconds": seconds, "tokens": tokens}
-        pl_module.log_dict({f"{self.label}/{name}": value for name, value in logged.items()})
+        named = {f"{self.label}/{name}": value for name, value in logged.items()}
+        log_once(trainer, pl_module, named)
 
     # --- checkpoints ----------------------------------------------------------------------------
 

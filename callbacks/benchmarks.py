@@ -6,6 +6,7 @@ from typing import Any
 
 from lightning.pytorch import Callback, LightningModule, Trainer
 
+from callbacks.log_once import log_once
 from opd.errors import UserError
 from opd.module import OPDModule
 from opd.sharding import gathered
@@ -69,4 +70,5 @@ class Benchmarks(Callback):
                 batch_size=self.batch_size,
                 seed=pl_module.seed,
             )
-        pl_module.log_dict({f"bench/{name}": value for name, value in metrics_of(results).items()})
+        scores = {f"bench/{name}": value for name, value in metrics_of(results).items()}
+        log_once(trainer, pl_module, scores)
