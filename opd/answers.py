@@ -77,7 +77,7 @@ def _warn_once(what: str, example: str) -> None:
 
 
 def _normalise(text: str) -> str:
-    return re.sub(r"\s+", "", text.strip().strip("$").rstrip("."))
+    return re.sub(r"\s+", "", text).lstrip("$").rstrip("$.")
 
 
 def _as_decimal(text: str) -> tuple[str, str, int] | None:
