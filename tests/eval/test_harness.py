@@ -1,0 +1,98 @@
+"""lm-eval scores: recounted from the completions that were judged."""
+
+import json
+
+import pytest
+
+from eval.harness import markdown_table, metrics_of
+from opd.cli import main
+from opd.loggers import read_metrics
+from tasks.arithmetic.arithmetic import load, process_results
+
+
+@pytest.mark.parametrize(
+    ("completions", "share"),
+    [
+        (["1c0=0578", "=0579", "2=579", "=0579c"], 2 / 4),  # the first is wrong
+        (["=0579", "=0578", "0579"], 1 / 3),  # only the first is right
+        (["=57", "=5790", ""], 0.0),
+        (["=0579"], 1.0),
+    ],
+)
+def test_avg_at_k_is_the_share_of_right_completions(completions, share):
+    doc = {"prompt": "123+456=", "answer": "0579"}
+    assert process_results(doc, [completions]) == {"accuracy": pytest.approx(share)}
+
+
+def test_the_task_asks_the_test_problems():
+    rows = list(load()["test"])
+    assert len(rows) == 512
+    for row in rows:
+        left, right = map(int, row["prompt"].removesuffix("=").split("+"))
+        assert row["answer"] == f"{left + right:04d}"
+
+
+def test_metrics_of_keeps_scores_and_drops_the_rest():
+    results = {
+        "one": {"alias": "one", "accuracy,samples": 0.25, "accuracy_stderr,samples": 0.1},
+        "two": {"exact,none": 1, "f1,none": 0.5, "f1_stderr,none": "N/A", "sample_len": 7},
+    }
+    expected = {"one/accuracy": 0.25, "two/exact": 1.0, "two/f1": 0.5}
+    assert metrics_of({"results": results}) == expected
+
+
+def test_markdown_table_names_the_model_the_samples_and_the_scores():
+    lines = markdown_table("m", {"a/x": 0.12345, "b/y": 1.0}, 4).splitlines()
+    assert lines == ["| m (avg@4) | score |", "|---|---|", "| a/x | 0.1235 |", "| b/y | 1.0000 |"]
+
+
+def right(completion: str, answer: str) -> bool:
+    said = completion.rpartition("=")[2]
+    return "=" in completion and said.isdigit() and int(said) == int(answer)
+
+
+def evaluate(folder, model: str, *options: str) -> dict:
+    tasks = ["--tasks", "arithmetic", "--output", str(folder)]
+    assert main(["evaluate", "--model", model, *tasks, *options]) == 0
+    return json.loads((folder / "results.json").read_text())
+
+
+def test_evaluate_is_a_mean_over_problems_and_completions(tmp_path):
+    options = ["--samples", "3", "--limit", "12", "--batch_size", "7", "--seed", "5"]
+    results = evaluate(tmp_path / "scores", "embedded:base", *options)
+    text = (tmp_path / "scores" / "samples_arithmetic.jsonl").read_text()
+    records = [json.loads(line) for line in text.splitlines()]
+    shares, firsts = [], []
+    for record, row in zip(records, load()["test"], strict=False):
+        assert record["doc"] == row
+        (completions,) = record["resps"]
+        verdicts = [right(completion, row["answer"]) for completion in completions]
+        assert len(verdicts) == 3
+        shares.append(sum(verdicts) / 3)
+        firsts.append(verdicts[0])
+    assert len(shares) == 12
+    accuracy = sum(shares) / 12
+    assert 0 < accuracy != pytest.approx(sum(firsts) / 12)
+    assert results["results"] == {"arithmetic/accuracy": pytest.approx(accuracy)}
+    assert results["problems"] == {"arithmetic": 12}
+    assert (results["samples"], results["limit"], results["seed"]) == (3, 12, 5)
+    assert results["seconds"] > 0
+    table = (tmp_path / "scores" / "results.md").read_text()
+    assert table.splitlines()[2:] == [f"| arithmetic/accuracy | {accuracy:.4f} |"]
+
+
+def test_benchmarks_of_a_run_are_those_of_its_checkpoints(fit, tmp_path):
+    """At steps 2 and 3, the last one, and at no other."""
+    callback = ["--trainer.callbacks+=callbacks.Benchmarks", "--trainer.callbacks.every_n_steps=2"]
+    callback += ["--trainer.callbacks.tasks=[arithmetic]", "--trainer.callbacks.limit=24"]
+    save = ["--checkpoint.every_n_train_steps=1", "--checkpoint.save_top_k=-1"]
+    save += ["--trainer.limit_val_batches=0", "--model.optimizer.lr=0.001"]
+    run = fit("run", *callback, *save, steps=3)
+    name = "bench/arithmetic/accuracy"
+    logged = [(r["step"], float(r[name])) for r in read_metrics(run / "metrics.csv") if name in r]
+    assert [step for step, _ in logged] == ["2", "3"]
+    for step, value in logged:
+        checkpoint = str(run / "checkpoints" / f"step={int(step):06d}.ckpt")
+        scores = evaluate(tmp_path / step, checkpoint, "--limit", "24")
+        assert scores["results"]["arithmetic/accuracy"] == pytest.approx(value)
+    assert logged[0][1] != logged[1][1]

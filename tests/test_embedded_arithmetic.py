@@ -1,0 +1,66 @@
+"""The built-in task, with chains worked out by hand."""
+
+import itertools
+import random
+
+import pytest
+
+from opd.embedded.arithmetic import PROMPTS, Problem, problems, rows
+
+
+@pytest.mark.parametrize(
+    ("numbers", "chain", "answer"),
+    [
+        ((123, 456), "369c0;257c0;145c0=0579", "0579"),
+        ((999, 999), "998c1;999c1;999c1=1998", "1998"),
+        ((105, 917), "572c1;012c0;190c1=1022", "1022"),
+        # 999 + 100 = 1099, + 202: 9+2 = 11, 9+0+1 = 10, 0+2+1 = 3, 1+0 = 1
+        ((999, 100, 202), "909c0;909c0;910c1=1099+202;921c1;900c1;023c0;101c0=1301", "1301"),
+    ],
+)
+def test_chain_by_hand(numbers, chain, answer):
+    problem = Problem(numbers)
+    assert problem.prompt == "+".join(str(number) for number in numbers) + "="
+    assert problem.chain() == chain
+    assert problem.answer == answer
+
+
+def test_a_slip_is_a_wrong_digit_that_the_adder_goes_on_with():
+    always = Problem((123, 456)).chain(1.0, random.Random(1))
+    right = Problem((123, 456)).chain()
+    assert len(always) == len(right)
+    for i in (2, 8, 14):  # sum digits
+        assert always[i] != right[i]
+    digits = always[14] + always[8] + always[2]
+    assert always.endswith(f"=0{digits}")
+    generator = random.Random(0)
+    wrong = sum(Problem((123, 456)).chain(0.2, generator) != right for _ in range(500))
+    assert wrong / 500 == pytest.approx(1 - 0.8**3, abs=0.07)
+
+
+@pytest.mark.parametrize(("name", "count", "numbers"), [("train", 16384, 2), ("test-long", 512, 8)])
+def test_rows_hold_prompts_and_sums(name, count, numbers):
+    found = rows(name)
+    assert len(found) == count
+    for row in found[:200]:
+        parts = [int(part) for part in row["prompt"].removesuffix("=").split("+")]
+        assert len(parts) == numbers
+        assert all(100 <= part <= 999 for part in parts)
+        assert row["answer"] == str(sum(parts)).zfill(4)
+    assert PROMPTS[name][2] == count
+
+
+def test_train_and_test_never_overlap_and_a_tenth_is_for_testing():
+    train, test = ({row["prompt"] for row in rows(name)} for name in ("train", "test"))
+    assert not train & test
+    pairs = itertools.product(range(100, 1000, 7), repeat=2)
+    splits = [Problem(pair).split for pair in pairs]
+    assert splits.count("test") / len(splits) == pytest.approx(10 / 97, abs=0.01)
+
+
+def test_a_seed_fixes_the_order():
+    def first(seed: int) -> list[Problem]:
+        return list(itertools.islice(problems("train", seed=seed), 5))
+
+    assert first(1) == first(1) != first(2)
+    assert all(problem.split == "train" for problem in first(3))
