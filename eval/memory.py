@@ -5,6 +5,9 @@
 Bytes per parameter are those of float32 master weights with AdamW and ``bf16-mixed``: P parameters
 of the student, T of the teacher, n devices. What depends on the length of completions comes on top:
 activations, the KV cache, and some five arrays of float32 logits [tokens of a micro-batch, V].
+
+Tests measure all four moments of an FSDP2 run of two processes; the columns of DDP and of other
+numbers of devices are computed only.
 """
 
 from __future__ import annotations

@@ -1,7 +1,12 @@
-"""The memory table with small numbers, worked out by hand; test_distributed.py measures parts."""
+"""The memory table: small numbers worked out by hand, and two moments of a real run.
+
+Rollout and search are measured in tests/test_distributed.py.
+"""
+
+import json
 
 import pytest
-from conftest import ROOT
+from conftest import FSDP2, ROOT, launch
 
 from eval.memory import Memory, memory, table
 
@@ -30,3 +35,19 @@ def test_memory_by_hand(devices, strategy, options, expected):
 def test_the_readme_has_this_table():
     readme = (ROOT / "README.md").read_text()
     assert all(line in readme for line in table().splitlines())
+
+
+@pytest.mark.parametrize("gradient_sync", ["last", "every"])
+def test_backward_and_step_of_a_real_run(tmp_path, gradient_sync):
+    """Two processes that share out the built-in pair; tokens and prompts hardly count beside it."""
+    options = [*FSDP2, "--trainer.precision", "bf16-mixed", "--model.teacher_dtype", "bfloat16"]
+    options += ["--trainer.callbacks+=callbacks.EffOPD", "--trainer.callbacks.schedule", "9"]
+    options += ["--trainer.callbacks+=memory_probe.HeldMemory", "--trainer.limit_val_batches", "0"]
+    options += ["--model.micro_batch_tokens", "64", "--model.gradient_sync", gradient_sync]
+    run = launch(2, tmp_path / "run", *options, steps=2)
+    for rank in (0, 1):
+        held = json.loads((run / f"held_{rank}.json").read_text())
+        size = held["parameters"]
+        expected = memory(size, size, 2, "fsdp2", gradient_sync=gradient_sync)
+        assert held["backward"] == pytest.approx(expected.backward, rel=0.04)
+        assert held["step"] == pytest.approx(expected.step, rel=0.04)
