@@ -3,7 +3,6 @@
 import time
 
 import pytest
-import torch
 
 from opd.ledger import SECONDS, TOKENS, Ledger, peak_memory_bytes
 
@@ -51,9 +50,4 @@ def test_metrics_are_the_totals_and_the_peak_of_memory():
     metrics = ledger.metrics()
     assert metrics.keys() == names | {"cost/peak_memory_bytes"}
     assert metrics["cost/search_tokens"] == 11.0
-    before = peak_memory_bytes()
-    ballast = torch.ones(50_000_000)  # 200 MB
-    held = peak_memory_bytes() if torch.cuda.is_available() else before
-    del ballast
-    assert metrics["cost/peak_memory_bytes"] <= before <= held
-    assert 5e7 < before < 1e11
+    assert 5e7 < metrics["cost/peak_memory_bytes"] <= peak_memory_bytes() < 1e11
