@@ -13,6 +13,7 @@ import dataclasses
 import itertools
 import json
 import math
+import re
 from collections import defaultdict
 from collections.abc import Sequence
 from pathlib import Path
@@ -609,6 +610,25 @@ def test_validation_is_a_mean_over_all_tokens_and_answers(tmp_path):
     costs = run.metrics()[1]
     for kind in ("rollout", "teacher", "train"):  # validation costs none of these
         assert costs[f"cost/{kind}_tokens"] == costs["rollout/tokens"]
+
+
+@pytest.mark.parametrize(("command", "prefix"), [("validate", "val"), ("test", "test")])
+def test_validate_and_test_print_what_a_fit_logs_of_the_same_student(
+    command, prefix, tmp_path, capsys
+):
+    rows = [{"prompt": p} | ({"answer": a} if a else {}) for p, a in SUMS]
+    prompts = write_prompts(tmp_path / "sums.jsonl", rows)
+    config = config_of("embedded:base", "embedded:teacher", prompts, 8, max_new_tokens=24)
+    config["data"]["validation"] = prompts
+    config["trainer"]["max_steps"] = 1
+    logged = Run(opd("fit", tmp_path / "run", config), EMBEDDED / "base").metrics()[0]
+    capsys.readouterr()
+    config = {key: config[key] for key in ("seed_everything", "model", "data", "trainer")}
+    opd(command, tmp_path / command, config)
+    printed = capsys.readouterr().out
+    for name in ("accuracy", "reverse_kl", "length_mean"):
+        value = re.search(rf"{prefix}/{name}\s+(\S+)", printed.replace("│", " "))[1]
+        assert float(value) == close(logged[f"val/{name}"])
 
 
 def test_predictions_hold_the_logprobs_of_student_and_teacher(babblers, loud, tmp_path):
