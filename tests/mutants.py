@@ -76,13 +76,14 @@ HELD_OUT = f"{NUMBERS}::test_held_out_completions_are_scored_but_not_trained_on"
 FRESH = f"{NUMBERS}::test_fresh_completions_are_generated_and_scored"
 DROPOUT = f"{NUMBERS}::test_dropout_depends_on_the_seed_and_on_nothing_else"
 SAMPLES = f"{NUMBERS}::test_samples_are_what_the_student_was_asked_and_said"
+ENGINE = f"{NUMBERS}::test_engine_logprob_is_that_of_the_truncated_distribution"
 BENCHMARKS = f"{HARNESS}::test_benchmarks_of_a_run_are_those_of_its_checkpoints"
 
 answers = of("opd/answers.py", ANSWERS)
 runs = of("eval/runs.py", HAND_MADE)
-report = of("eval/report.py", HAND_MADE)
+report = of("eval/report.py", f"{HAND_MADE}::test_report_says_what_the_runs_cost_and_reached")
 figures = of("eval/figures.py", HAND_MADE)
-study = of("eval/study.py", HAND_MADE)
+study = of("eval/study.py", f"{HAND_MADE}::test_study_compares_finished_trials")
 harness = of("eval/harness.py", HARNESS)
 memory = of("eval/memory.py", "tests/eval/test_memory.py")
 ledger = of("opd/ledger.py", "tests/test_ledger.py")
@@ -97,6 +98,8 @@ effopd = of("callbacks/effopd.py", SEARCHES)
 module = of("opd/module.py", TOKENS)
 scores = of("opd/scores.py", SEARCHES)
 records = of("opd/rollouts/records.py", SAMPLES)
+engine = of("opd/rollouts/transformers.py", ENGINE)
+rollouts = of("opd/rollouts/rollouts.py", TOKENS)
 teacher = of("opd/teachers/local.py", TOKENS)
 step_rollouts = of("opd/step_rollouts.py", PART)
 divergences = of("opd/objectives/divergences.py", TOKENS)
@@ -384,6 +387,15 @@ MUTANTS = [
     ),
     step_rollouts("if position in keep", "if True"),
     step_rollouts("order[:count]", "order[: count + 1]", HELD_OUT),
+    # rollouts
+    engine("scores / self.sampler.temperature", "scores / 1.0"),
+    engine("if sampler.top_k > 0:", "if sampler.top_k > 99:"),
+    engine("self.logprobs.append(logprobs.", "self.logprobs.append(race."),
+    engine("        model.eval()\n", "", DROPOUT),
+    rollouts(
+        "self.prompts.ids.shape[1] - 1 : -1] = self.mask",
+        "self.prompts.ids.shape[1] :] = self.mask",
+    ),
     # a step
     teacher("/ temperature", "/ 1.0"),
     module("logits / self.sampler.temperature", "logits"),
