@@ -538,8 +538,8 @@ def test_seconds_add_up(run):
         spent = [logged[step][f"cost/{phase}_seconds"] for step in (1, 2, 3)]
         assert 0 < spent[0] < spent[1] < spent[2] < 60
     searching = [logged[step]["cost/search_seconds"] for step in (1, 2, 3)]
-    assert searching[0] == searching[1] < searching[2]
-    assert searching[2] == pytest.approx(sum(s["seconds"] for s in searches), rel=0.05)
+    assert searching[0] == searching[1]
+    assert 0 < searching[0] < searching[2] <= sum(search["seconds"] for search in searches)
 
 
 def test_summary_says_what_metrics_csv_says(run):
