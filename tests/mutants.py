@@ -424,7 +424,7 @@ MUTANTS = [
         ACCURACY,
     ),
     module("if prompt.answer is not None:", "if True:", ACCURACY),
-    module("(self.trainer.world_size / total)", "(1 / len(micro_batches))", WEIGHTS),
+    module("(self.trainer.world_size / total)", "(1 / len(micro_batches))"),
     module('"opd/loss": loss.detach()', '"opd/loss": diagnosis["opd/reverse_kl"]'),
     module("(~rollouts.finished)", "rollouts.finished"),
     module('"rollout/tokens": lengths', '"rollout/tokens": torch.ones_like(lengths)'),
