@@ -290,7 +290,7 @@ MUTANTS = [
     ),
     memory("(COPY if effopd else 0))\n", "COPY)\n"),
     memory("(student if whole_gradients else share)", "share"),
-    memory('strategy == "ddp" or gradient_sync', "gradient_sync"),
+    memory('strategy == "ddp" or gradient_sync', "gradient_sync", why="DDP's share is the whole"),
     memory("0 if teacher_offload else", "0 if not teacher_offload else"),
     memory("share * (GRADIENT + COPY)", "share * GRADIENT"),
     memory("(share * COPY if effopd else 0) + gathered", "gathered"),
