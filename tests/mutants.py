@@ -103,7 +103,7 @@ rollouts = of("opd/rollouts/rollouts.py", TOKENS)
 teacher = of("opd/teachers/local.py", TOKENS)
 step_rollouts = of("opd/step_rollouts.py", PART)
 divergences = of("opd/objectives/divergences.py", TOKENS)
-loggers = of("opd/loggers.py", FILES)
+loggers = of("opd/metrics_csv.py", FILES)
 
 MUTANTS = [
     # answers

@@ -6,7 +6,7 @@ import pytest
 
 from eval.harness import markdown_table, metrics_of
 from opd.cli import main
-from opd.loggers import read_metrics
+from opd.metrics_csv import read_metrics
 from tasks.arithmetic.arithmetic import load, process_results
 
 
