@@ -127,7 +127,7 @@ class OPDCLI(LightningCLI):
     def _plan_fit(self) -> None:
         options = self._options
         assert self.folder is not None
-        if ranks.place() is None:  # a run that was killed before its first step
+        if ranks.name() is None:  # a run that was killed before its first step
             run_folder.bring_back(self.folder)
         start = run_folder.plan(self.folder, options.ckpt_path, overwrite=options.overwrite)
         options.ckpt_path = None if start.checkpoint is None else str(start.checkpoint)
@@ -180,7 +180,7 @@ class OPDCLI(LightningCLI):
                 ]
         try:
             return super().instantiate_trainer(**kwargs)
-        except (TypeError, ValueError) as error:
+        except (TypeError, ValueError, RuntimeError) as error:  # the last: two callbacks of a kind
             raise UserError(str(error)) from error
 
     def _run_subcommand(self, subcommand: str) -> None:
@@ -296,7 +296,7 @@ class RunStart(SaveConfigCallback):
 
     def undo(self) -> None:
         """Bring the old run back, if this one has done no step."""
-        if self.start is not None and self.begun and not self.settled and ranks.place() is None:
+        if self.start is not None and self.begun and not self.settled and ranks.name() is None:
             run_folder.bring_back(self.start.folder)
 
     def _check_same_on_all_ranks(self, trainer: Trainer) -> None:

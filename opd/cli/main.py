@@ -104,8 +104,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _complain(name: str, message: str) -> None:
     """Print one line; processes other than the first say who they are."""
-    place = ranks.place()
-    print(f"opd {name}: {place + ': ' if place else ''}{message}", file=sys.stderr)
+    rank = ranks.name()
+    print(f"opd {name}: {rank + ': ' if rank else ''}{message}", file=sys.stderr)
 
 
 def _is_lost_contact(error: RuntimeError) -> bool:

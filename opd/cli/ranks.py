@@ -7,16 +7,16 @@ import os
 INTERACTIVE = ("bash", "interactive")  # names of SLURM jobs in which Lightning starts the ranks
 
 
-def place() -> str | None:
+def name() -> str | None:
     """Say which of several processes this is; None for the first of them, or the only one."""
     if "RANK" in os.environ:
-        place = f"rank {os.environ['RANK']}"
+        found = f"rank {os.environ['RANK']}"
     elif "LOCAL_RANK" in os.environ or "NODE_RANK" in os.environ:
         node, local = os.environ.get("NODE_RANK", "0"), os.environ.get("LOCAL_RANK", "0")
-        place = f"rank {local}" if node == "0" else f"node {node}, rank {local} there"
+        found = f"rank {local}" if node == "0" else f"node {node}, rank {local} there"
     else:
-        place = f"rank {os.environ.get('SLURM_PROCID', '0')}"
-    return None if place == "rank 0" else place
+        found = f"rank {os.environ.get('SLURM_PROCID', '0')}"
+    return None if found == "rank 0" else found
 
 
 def world_size() -> int:

@@ -65,7 +65,7 @@ def choose(output: str | None, configs: Sequence[str]) -> Path:
     Raises:
         UserError: It cannot be written, or ranks that a launcher has started cannot know it.
     """
-    if output is None and ranks.place() is not None:
+    if output is None and ranks.name() is not None:
         output = os.environ.get(OUTPUT_VARIABLE)
     if output is None:
         if ranks.world_size() > 1:
