@@ -111,6 +111,11 @@ def test_wrong_effopd_option(capsys, tmp_path):
     assert "EffOPD.schedule 'sometimes' must be" in fit_error(capsys, tmp_path, *search)
 
 
+def test_two_searches_in_one_run(capsys, tmp_path):
+    search = ["--trainer.callbacks+=callbacks.EffOPD", "--trainer.callbacks+=callbacks.EffOPD"]
+    assert "EffOPD is there twice; keep one" in fit_error(capsys, tmp_path, *search)
+
+
 def test_other_commands(capsys, tmp_path):
     nope = str(tmp_path / "nope")
     evaluate = ["evaluate", "--model", "embedded:base", "--tasks"]

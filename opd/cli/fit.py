@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import warnings
 from collections.abc import Iterable
 from pathlib import Path
@@ -180,8 +181,14 @@ class OPDCLI(LightningCLI):
                 ]
         try:
             return super().instantiate_trainer(**kwargs)
-        except (TypeError, ValueError, RuntimeError) as error:  # the last: two callbacks of a kind
+        except (TypeError, ValueError) as error:
             raise UserError(str(error)) from error
+        except RuntimeError as error:
+            if twice := re.search(r"more than one stateful callback of type `(\w+)`", str(error)):
+                raise UserError(
+                    f"trainer.callbacks: {twice[1]} is there twice; keep one"
+                ) from error
+            raise
 
     def _run_subcommand(self, subcommand: str) -> None:
         """Run it; if a fit ends before it has done a step, what it was to replace comes back."""
