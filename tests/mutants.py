@@ -179,7 +179,7 @@ MUTANTS = [
     extrapolation("self.values.double() - best.values", "best.values.double() - self.values"),
     extrapolation("/ max(n - 1, 1)", "/ n"),
     extrapolation("(n * variance) ** 0.5 / units", "variance ** 0.5 / units"),
-    extrapolation("total / units, (n", "total / n, (n", SEARCHES, why="the sign is the same"),
+    extrapolation("total / units, (n", "total / n, (n"),
     extrapolation(
         "best, result.score_after, result.coefficient = score, value,",
         "result.score_after, result.coefficient = value,",

@@ -113,6 +113,15 @@ def test_margin_is_in_standard_errors_of_the_paired_difference():
     assert not parse_accept("better 1.1")(comparison)
 
 
+def test_difference_and_standard_error_are_per_token():
+    """Changes 1, 0, 0 have the variance 1/3; of 2 + 3 + 5 tokens: (3 x 1/3) ** 0.5 / 10."""
+    lengths = torch.tensor([2.0, 3.0, 5.0])
+    best = Score(torch.tensor([-4.0, -6.0, -5.0]), lengths)
+    comparison = Score(torch.tensor([-3.0, -6.0, -5.0]), lengths).compare(best, lambda x: x)
+    assert comparison.difference == pytest.approx(0.1)
+    assert comparison.standard_error == pytest.approx(0.1)
+
+
 def test_score_is_a_mean_over_tokens_not_over_completions():
     score = Score(torch.tensor([-2.0, -9.0]), torch.tensor([1.0, 3.0]))
     assert score.mean(lambda tensor: tensor) == pytest.approx(-11 / 4)

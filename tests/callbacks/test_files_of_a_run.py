@@ -26,17 +26,20 @@ def test_samples_and_validations_of_a_run(fit):
     assert summary["steps"] == 3
 
 
-def test_a_resumed_run_keeps_its_first_validation(fit):
-    rows_of = {}
-    for name, steps in [("straight", (2,)), ("resumed", (1, 2))]:
-        for step in steps:
-            resume = ["--ckpt_path", "last"] if step > steps[0] else []
-            folder = fit(name, "--trainer.val_check_interval", "1", *resume, steps=step)
-        summary = json.loads((folder / "summary.json").read_text())
+def test_a_run_resumed_from_an_earlier_step_writes_each_step_once(fit):
+    """Step 2 is done again: its rows are replaced, and the first validation is kept."""
+
+    def files_of(folder):
         rows = read_metrics(folder / "metrics.csv")
-        kept = ("val/", "opd/", "rollout/")
-        rows_of[name] = [
-            {n: v for n, v in row.items() if n == "step" or n.startswith(kept)} for row in rows
+        kept = ("step", "val/", "opd/", "rollout/")
+        summary = json.loads((folder / "summary.json").read_text())
+        return [
+            *({n: v for n, v in row.items() if n.startswith(kept)} for row in rows),
+            *(summary[name] for name in ("steps", "accuracy", "reverse_kl")),
         ]
-        rows_of[name] += [summary["accuracy"], summary["reverse_kl"], summary["steps"]]
-    assert rows_of["resumed"] == rows_of["straight"]
+
+    often = ["--trainer.val_check_interval", "1", "--checkpoint.every_n_train_steps", "1"]
+    folder = fit("run", *often, "--checkpoint.save_top_k", "-1", steps=2)
+    straight = files_of(folder)
+    fit("run", *often, "--ckpt_path", str(folder / "checkpoints" / "step=000001.ckpt"), steps=2)
+    assert files_of(folder) == straight
