@@ -332,7 +332,7 @@ MUTANTS = [
     benchmarks("trainer.global_step != trainer.max_steps", "True"),
     benchmarks("step=trainer.global_step", "step=trainer.global_step - 1"),
     benchmarks("limit=self.limit", "limit=1"),
-    loggers("< int(row", "<= int(row", why="the first row of a resumed run is of a new step"),
+    loggers("< int(row", "<= int(row"),
     loggers("if first:", "if not first:"),
     loggers(":.8g", ":.2g"),
     records('"stop" if finished[i]', '"length" if finished[i]'),
