@@ -1,0 +1,608 @@
+"""The changes that tests/mutants.py makes, by file, each with the tests that should notice it."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Mutant:
+    """A change to one file, and the tests that should notice."""
+
+    file: str
+    text: str
+    replacement: str
+    tests: str  # as pytest takes them
+    why: str = ""  # no test can notice it
+
+    @property
+    def name(self) -> str:
+        return f"{self.file}: {self.text!r} -> {self.replacement!r}"
+
+
+def of(file: str, tests: str) -> Callable[..., Mutant]:
+    """Mutants of one file with the tests that most of them need."""
+
+    def mutant(text: str, replacement: str, tests: str = tests, why: str = "") -> Mutant:
+        return Mutant(file, text, replacement, tests, why)
+
+    return mutant
+
+
+HAND_MADE = "tests/eval/test_hand_made_runs.py"
+HARNESS = "tests/eval/test_harness.py"
+ANSWERS = "tests/test_answer_table.py"
+EXTRAPOLATION = "tests/test_extrapolation.py"
+FILES = "tests/callbacks/test_files_of_a_run.py"
+NUMBERS = "tests/test_numbers.py"
+TOKENS = f"{NUMBERS}::test_metrics_of_tokens_and_rollouts"
+WEIGHTS = f"{NUMBERS}::test_weights_move_by_the_rate_times_the_clipped_gradient"
+SEARCHES = f"{NUMBERS}::test_searches_by_hand"
+ACCURACY = f"{NUMBERS}::test_accuracy_is_the_share_of_right_answers_among_those_asked_for"
+COMPLETIONS = f"{NUMBERS}::test_each_prompt_has_its_completions_and_they_differ"
+COUNTS = f"{NUMBERS}::test_tokens_are_counted"
+SUMMARY = f"{NUMBERS}::test_summary_says_what_metrics_csv_says"
+VALIDATION = f"{NUMBERS}::test_validation_is_a_mean_over_all_tokens_and_answers"
+PREDICTIONS = f"{NUMBERS}::test_predictions_hold_the_logprobs_of_student_and_teacher"
+PART = f"{NUMBERS}::test_part_judges_on_that_share_of_the_completions"
+HELD_OUT = f"{NUMBERS}::test_held_out_completions_are_scored_but_not_trained_on"
+FRESH = f"{NUMBERS}::test_fresh_completions_are_generated_and_scored"
+DROPOUT = f"{NUMBERS}::test_dropout_depends_on_the_seed_and_on_nothing_else"
+SAMPLES = f"{NUMBERS}::test_samples_are_what_the_student_was_asked_and_said"
+ENGINE = f"{NUMBERS}::test_engine_logprob_is_that_of_the_truncated_distribution"
+BENCHMARKS = f"{HARNESS}::test_benchmarks_of_a_run_are_those_of_its_checkpoints"
+
+STEP = "tests/test_step.py"
+TILES = "tests/test_tokens.py"
+SCORES = "tests/test_scores.py"
+UNIT_METRICS = "tests/test_metrics.py"
+RANDOM = "tests/test_randomness.py"
+ROLLOUTS = "tests/rollouts"
+EFFOPD = " ".join(
+    f"tests/callbacks/test_effopd.py::{name}"
+    for name in (
+        "test_accept_rules_on_a_quadratic",
+        "test_anchors_on_a_quadratic",
+        "test_two_sided_goes_back_toward_the_anchor",
+        "test_resume_keeps_the_anchor",
+        "test_two_accelerators_in_one_run_are_refused",
+        "test_anchors_of_different_accelerators_are_different_tensors",
+        "test_anchor_and_copy_live_where_they_are_asked_to",
+        "test_every_edit_of_the_weights_makes_a_new_version",
+    )
+)
+
+answers = of("opd/answers.py", ANSWERS)
+runs = of("eval/runs.py", HAND_MADE)
+report = of("eval/report.py", f"{HAND_MADE}::test_report_says_what_the_runs_cost_and_reached")
+figures = of("eval/figures.py", HAND_MADE)
+study = of("eval/study.py", f"{HAND_MADE}::test_study_compares_finished_trials")
+harness = of("eval/harness.py", HARNESS)
+memory = of("eval/memory.py", "tests/eval/test_memory.py")
+ledger = of("opd/ledger.py", "tests/test_ledger.py")
+metrics = of("opd/metrics.py", TOKENS)
+extrapolation = of("opd/extrapolation.py", EXTRAPOLATION)
+arithmetic = of("opd/embedded/arithmetic.py", "tests/test_embedded_arithmetic.py")
+task = of("tasks/arithmetic/arithmetic.py", HARNESS)
+samples = of("callbacks/samples.py", FILES)
+summary = of("callbacks/summary.py", FILES)
+benchmarks = of("callbacks/benchmarks.py", BENCHMARKS)
+effopd = of("callbacks/effopd.py", SEARCHES)
+module = of("opd/module.py", TOKENS)
+step = of("opd/step.py", STEP)
+stages = of("opd/stages.py", STEP)
+tokens = of("opd/tokens.py", TILES)
+passes = of("opd/models/passes.py", TILES)
+objective = of("opd/objectives/objective.py", "tests/objectives")
+gradient = of("opd/objectives/policy_gradient.py", "tests/objectives")
+teachers = of("opd/teachers/teachers.py", STEP)
+weights = of("opd/weights.py", "tests/test_weights.py")
+accelerator = of("callbacks/accelerator.py", EFFOPD)
+log_once = of("callbacks/log_once.py", EFFOPD)
+randomness = of("opd/randomness.py", RANDOM)
+micro = of("opd/rollouts/micro_batches.py", ROLLOUTS)
+scores = of("opd/scores.py", SEARCHES)
+records = of("opd/rollouts/records.py", SAMPLES)
+engine = of("opd/rollouts/transformers.py", ENGINE)
+rollouts = of("opd/rollouts/rollouts.py", TOKENS)
+teacher = of("opd/teachers/local.py", TOKENS)
+divergences = of("opd/objectives/divergences.py", TOKENS)
+loggers = of("opd/metrics_csv.py", FILES)
+
+MUTANTS = [
+    # answers
+    answers("    if left == right:\n        return True\n", ""),
+    answers("return found[-1] if found", "return found[0] if found"),
+    answers("found[-1].group(1)", "found[0].group(1)"),
+    answers('.lstrip("$").rstrip("$.")', '.lstrip("$").rstrip("$")'),
+    answers('.lstrip("$").rstrip("$.")', '.strip("$.")', why="no number starts with a full stop"),
+    answers('re.sub(r"\\s+", "", text)', "text"),
+    answers(
+        "        if answer is None:\n            return False", "        answer = answer or ''"
+    ),
+    answers("        if same_number_or_text(answer, reference):\n            return True\n", ""),
+    answers('return self.equivalence == "math" and same', "return same", "tests/test_answers.py"),
+    # the ledger
+    ledger("self._new[name] += tokens", "self._new[name] = tokens"),
+    ledger("+= _now() - start", "= _now() - start"),
+    ledger("+= _now() - start", "+= start"),
+    ledger("self.totals[name] += value", "self.totals[name] = value"),
+    ledger("        self._new.clear()\n", ""),
+    ledger('if name.endswith("seconds")', 'if name.endswith("tokens")'),
+    ledger("(world_size if", "(1 if"),
+    ledger("reduce_sum(new).tolist()", "new.tolist()"),
+    ledger("ru_maxrss * 1024", "ru_maxrss"),
+    ledger(
+        "        try:\n            yield\n        finally:\n", "        yield\n        if True:\n"
+    ),
+    # metrics of tokens
+    metrics("(teacher_entropy - student_entropy).abs()", "teacher_entropy - student_entropy"),
+    metrics("OVERLAP_K = 16", "OVERLAP_K = 15"),
+    metrics("(teacher - student)", "(student - teacher)"),
+    metrics("(student.exp() * (", "(teacher.exp() * ("),
+    metrics("log_q.gather(1, ids_p).masked_fill(~shared, lowest)", "log_q.gather(1, ids_p)"),
+    metrics("ids_q = log_q.topk", "ids_q = log_p.topk"),
+    metrics("self.counts[i] += value.numel()", "self.counts[i] += 1"),
+    metrics("self.totals[i] += value.sum(", "self.totals[i] += value.mean("),
+    metrics("total / count if name in self.means else total", "total / count"),
+    metrics("torch.maximum(self.highest[i], value.max())", "value.max()", "tests/test_metrics.py"),
+    metrics("torch.maximum(self.highest[i]", "torch.minimum(self.highest[i]"),
+    divergences("(log_p.exp() * (log_p - log_q))", "(log_q.exp() * (log_p - log_q))"),
+    divergences("return kl(log_p, log_q)", "return kl(log_q, log_p)"),
+    divergences("return -(log_p.exp()", "return (log_p.exp()"),
+    divergences("log_q + math.log(beta)", "log_p + math.log(beta)"),
+    divergences(
+        "return beta * kl(log_q, log_m) + (1 - beta)", "return (1 - beta) * kl(log_q, log_m) + beta"
+    ),
+    # extrapolation
+    extrapolation("step > 0 and step & (step - 1) == 0", "step > 0 and step % 2 == 0"),
+    extrapolation("step > 0 and step % every == 0", "step > 0 and step % every == 1"),
+    extrapolation("any(due(step) for", "all(due(step) for"),
+    extrapolation("coefficient <= limit and (yield", "coefficient < limit and (yield"),
+    extrapolation("coefficient *= 2\n\n\ndef two_sided", "coefficient += 2\n\n\ndef two_sided"),
+    extrapolation("if coefficient == 1.0:", "if coefficient <= 2.0:"),
+    extrapolation("comparison.difference >= 0", "comparison.difference > 0"),
+    extrapolation("difference > margin *", "difference >= margin *"),
+    extrapolation("margin = number or 0.0", "margin = 0.0"),
+    extrapolation("return total / weight if", "return total / self.values.numel() if"),
+    extrapolation("self.values.double() - best.values", "best.values.double() - self.values"),
+    extrapolation("/ max(n - 1, 1)", "/ n"),
+    extrapolation("(n * variance) ** 0.5 / units", "variance ** 0.5 / units"),
+    extrapolation("total / units, (n", "total / n, (n"),
+    extrapolation(
+        "best, result.score_after, result.coefficient = score, value,",
+        "result.score_after, result.coefficient = value,",
+    ),
+    extrapolation(
+        "    if coefficient == 0.0:\n        return\n", "", why="W + 0 D is W but for -0"
+    ),
+    extrapolation(
+        "torch._foreach_sub_(targets, _beside(targets, anchor))",
+        "torch._foreach_add_(targets, _beside(targets, anchor))",
+    ),
+    extrapolation("_foreach_mul_(targets, coefficient)", "_foreach_mul_(targets, 2 * coefficient)"),
+    extrapolation("    copy_weights(weights, base)\n", ""),
+    extrapolation(".double()).square().sum()", ".double()).abs().sum()"),
+    extrapolation("torch.stack(squares).sum()", "torch.stack(squares).max()"),
+    extrapolation("if any(word in name for word", "if all(word in name for word"),
+    # the built-in task
+    arithmetic("int(a) + int(b) + carry", "int(a) + int(b)"),
+    arithmetic('f"{a}{b}{digit}c{carry}"', 'f"{b}{a}{digit}c{carry}"'),
+    arithmetic('digits = f"{digit}{digits}"', 'digits = f"{digits}{digit}"'),
+    arithmetic("if generator.random() < slip", "if generator.random() > slip"),
+    arithmetic("randint(1, 9)", "randint(0, 9)"),
+    arithmetic('return "test" if key', 'return "train" if key'),
+    arithmetic("< _TEST_RESIDUES", "<= _TEST_RESIDUES"),
+    arithmetic("sum(self.numbers)", "sum(self.numbers[:2])"),
+    arithmetic("{DIGITS + 1}d", "{DIGITS}d"),
+    arithmetic(
+        "        if problem.split == split:\n            yield",
+        "        if problem:\n            yield",
+    ),
+    arithmetic('f"{split}:{seed}:{DIGITS}"', 'f"{split}:{DIGITS}"'),
+    task("sum(right) / len(right)", "float(right[0])"),
+    task("sum(right) / len(right)", "float(any(right))"),
+    task("for completion in completions]", "for completion in completions[:1]]"),
+    task("VERIFIER(completion, doc", "not VERIFIER(completion, doc"),
+    task('rows("test")', 'rows("train")'),
+    # eval: runs
+    runs(
+        "return next((p for p in self.points if (p.accuracy or 0.0) >= accuracy), None)",
+        "return self.points[-1]",
+    ),
+    runs("for p in self.points if", "for p in reversed(self.points) if"),
+    runs("(p.accuracy or 0.0) >= accuracy", "(p.accuracy or 0.0) > accuracy"),
+    runs(
+        'PHASES = ("rollout", "teacher", "train", "search")',
+        'PHASES = ("rollout", "teacher", "train")',
+    ),
+    runs('"search")', '"search", "validation")'),
+    runs(' + float(row["cost/search_generated_tokens"])', ""),
+    runs("cost/search_generated_tokens", "cost/search_tokens"),
+    runs('accuracy=float(row["val/accuracy"])', 'accuracy=1 - float(row["val/accuracy"])'),
+    runs("(0.0, 0.0))[1]", "(0.0, 0.0))[0]"),
+    runs('folder / "evaluation" / "results.json"', 'folder / "results.json"'),
+    # eval: report
+    report("cost['rollout_tokens'] + cost['search_generated_tokens']", "cost['rollout_tokens']"),
+    report("cost['search_generated_tokens']", "cost['search_tokens']"),
+    report("cost['search_seconds'] / seconds", "cost['train_seconds'] / seconds"),
+    report("for phase in PHASES)", "for phase in PHASES[:3])"),
+    report('(pair["initial"], pair["final"])', '(pair["final"], pair["initial"])'),
+    report('run.summary["accuracy"]', 'run.summary["reverse_kl"]'),
+    report("str(reached.step) if", "str(run.points[-1].step) if"),
+    report("reached.seconds:.1f", "seconds:.1f"),
+    report("run.benchmarks[n]:.3f", "run.benchmarks[n]:.1f"),
+    report("c['score']:.3f", "c['coefficient']:.3f"),
+    report("{search['coefficient']:g}", "{search['seconds']:g}"),
+    report('accepted = sum(bool(search["coefficient"])', 'accepted = sum(bool(search["step"])'),
+    # eval: figures
+    figures('(axes[1, 0], "seconds"', '(axes[1, 0], "tokens"'),
+    figures('(axes[0, 1], "step", "reverse_kl"', '(axes[0, 1], "step", "accuracy"'),
+    figures('marker="^" if accepted', 'marker="^" if not accepted'),
+    figures("share * (getattr(right, y)", "(1 - share) * (getattr(right, y)"),
+    figures("(step - left.step) / (right.step", "(right.step - step) / (right.step"),
+    figures("sorted(s)[len(s) // 2]", "max(s)"),
+    figures("sorted(s)[len(s) // 2]", "s[len(s) // 2]"),
+    figures("above if s is None else s", "0 if s is None else s"),
+    figures("[min(s) for s in steps]", "[max(s) for s in steps]"),
+    # eval: study
+    study("steps=reached.step if", "steps=last.step if"),
+    study("tokens=reached.tokens if", "tokens=last.tokens if"),
+    study("seconds=reached.seconds if", "seconds=reached.tokens if"),
+    study('["search_seconds"] / last', '["train_seconds"] / last'),
+    study("final_accuracy=last.accuracy", "final_accuracy=run.points[0].accuracy"),
+    study("if len(known) == len(values)", "if known"),
+    study("statistics.median(known)", "statistics.mean(known)"),
+    study("statistics.median(o.search_share", "max(o.search_share"),
+    study("if o.steps is not None]", "if o.final_accuracy]"),
+    study('f">{max_steps}" if', 'f"{max_steps}" if'),
+    study("key=lambda item: item[0][1]", "key=lambda item: -item[0][1]"),
+    study("[o.tokens for o in group]", "[o.seconds for o in group]"),
+    # eval: harness and memory
+    harness('if is_score and not metric.endswith("_stderr")', "if is_score"),
+    harness('and metric != "sample_len"', ""),
+    harness('"take_first_k", "k": samples', '"take_first_k", "k": 1'),
+    harness('"repeats": samples', '"repeats": 1'),
+    harness(
+        "limit=limit,\n                task_manager", "limit=None,\n                task_manager"
+    ),
+    harness(
+        "torch.manual_seed(seed)",
+        "torch.manual_seed(seed + len(loaded))",
+        why="another seed, as good",
+    ),
+    harness("torch.manual_seed(seed)", "torch.seed()", BENCHMARKS),
+    harness('counts["effective"]', 'counts["original"]'),
+    harness("value:.4f", "value:.1f"),
+    memory(
+        "MASTER, GRADIENT, ADAM, COPY = 4, 4, 8, 4", "MASTER, GRADIENT, ADAM, COPY = 4, 4, 4, 4"
+    ),
+    memory("(COPY if effopd else 0))\n", "COPY)\n"),
+    memory("(student if whole_gradients else share)", "share"),
+    memory('strategy == "ddp" or gradient_sync', "gradient_sync", why="DDP's share is the whole"),
+    memory("0 if teacher_offload else", "0 if not teacher_offload else"),
+    memory("share * (GRADIENT + COPY)", "share * GRADIENT"),
+    memory("(share * COPY if effopd else 0) + gathered", "gathered"),
+    memory("return max(self.rollout", "return min(self.rollout"),
+    # files of a run
+    samples("step % self.every_n_steps:", "step % self.every_n_steps == 0:"),
+    samples("write_jsonl(path, records[: self.rollouts])", "write_jsonl(path, records)"),
+    samples(
+        "reverse_kl=token_kl",
+        "reverse_kl=-token_kl",
+        f"{NUMBERS}::test_samples_hold_the_kl_of_every_token",
+    ),
+    samples(
+        "                break\n", "                continue\n", why="the rest is cut off anyway"
+    ),
+    samples(
+        'file.writelines(json.dumps(record) + "\\n" for record in outputs)',
+        "file.write(json.dumps(outputs[0]))",
+        PREDICTIONS,
+    ),
+    summary("self.final = results", "self.final = self.final or results"),
+    summary("self.initial = results", "self.final = results"),
+    summary(
+        '{"initial": self.initial.get(name), "final": self.final.get(name)}',
+        '{"initial": self.final.get(name), "final": self.initial.get(name)}',
+    ),
+    summary(
+        "self.validated_step != trainer.global_step", "self.validated_step == trainer.global_step"
+    ),
+    summary('self._change("accuracy")', 'self._change("reverse_kl")'),
+    summary('"steps": trainer.global_step', '"steps": self.validated_step', SUMMARY),
+    summary('"seed": getattr(pl_module, "seed", None)', '"seed": 0', SUMMARY),
+    summary("for search in history]", "for search in history[:1]]", SEARCHES),
+    summary("trainer.fit_loop.epoch_loop.val_loop.run()", "pass"),
+    summary(
+        'state_dict["initial"], state_dict["final"]', 'state_dict["final"], state_dict["final"]'
+    ),
+    benchmarks("% self.every_n_steps and", "% self.every_n_steps or"),
+    benchmarks("trainer.global_step != trainer.max_steps", "True"),
+    benchmarks("limit=self.limit", "limit=1"),
+    loggers("< int(row", "<= int(row"),
+    loggers("if first:", "if not first:"),
+    loggers(":.8g", ":.2g"),
+    records('"stop" if finished[i]', '"length" if finished[i]'),
+    records(
+        "value_rows[i][: lengths[i]]",
+        "value_rows[0][: lengths[i]]",
+        f"{NUMBERS}::test_samples_hold_the_kl_of_every_token",
+    ),
+    # EffOPD
+    effopd('base if self.anchor_kind == "raw"', 'base if self.anchor_kind != "raw"'),
+    effopd("float(len(result.tried))", "float(len(result.tried)) + 1"),
+    scores("return Score(right.mean(dim=1)", "return Score(1 - right.mean(dim=1)"),
+    scores(
+        'module.ledger.count("search_generated_tokens", rollouts.num_tokens)\n        return',
+        "return",
+        FRESH,
+    ),
+    # rollouts
+    engine("scores / self.sampler.temperature", "scores / 1.0"),
+    engine("if sampler.top_k > 0:", "if sampler.top_k > 99:"),
+    engine("self.logprobs.append(logprobs.", "self.logprobs.append(race."),
+    engine("        model.eval()\n", "", DROPOUT),
+    rollouts(
+        "self.prompts.ids.shape[1] - 1 : -1] = self.mask",
+        "self.prompts.ids.shape[1] :] = self.mask",
+    ),
+    # a step
+    module("self.evaluation_metrics.reset()", "pass", VALIDATION),
+    # answers, as they are judged in time
+    answers("return bool(verdict)", "return not bool(verdict)", "tests/test_answers.py"),
+    answers("a is not None and a == _as_decimal(right)", "a == _as_decimal(right)"),
+    answers("a is not None and a == _as_decimal(right)", "a is not None"),
+    answers("ratio is not None and ratio == _as_ratio(right)", "ratio is not None"),
+    answers("if boxed and begin > start:", "if boxed and start < 0:"),
+    answers("if boxed and begin > start:", "if begin > start:"),
+    answers('t.replace(",", "") if _GROUPED.fullmatch(t)', 't.replace(",", "") if t'),
+    answers("shift + int(match[4] or 0)", "shift"),
+    answers('whole, fraction = match[2], match[3] or ""', 'whole, fraction = match[2], ""'),
+    answers('_NUMBER = re.compile(rf"[-+]?', '_NUMBER = re.compile(rf"'),
+    # metrics of tokens, and of what searches and predictions look at
+    metrics(
+        '"opd/reverse_kl": kl(log_p, log_q),', '"opd/reverse_kl": kl(log_q, log_p),', UNIT_METRICS
+    ),
+    metrics(
+        '"opd/forward_kl": kl(log_q, log_p)', '"opd/forward_kl": kl(log_p, log_q)', UNIT_METRICS
+    ),
+    metrics(
+        '"opd/reverse_kl": kl(log_p, log_q),\n            "opd/forward_kl": kl(log_q, log_p)',
+        '"opd/reverse_kl": kl(log_q, log_p),\n            "opd/forward_kl": kl(log_p, log_q)',
+    ),
+    metrics("student_entropy = entropy(log_p)", 'student_entropy = entropy(opinions["teacher"])'),
+    metrics("teacher_entropy = entropy(log_q)", "teacher_entropy = entropy(log_p)"),
+    metrics(
+        '"opd/teacher_logprob": as_needed(opinions, {TEACHER: "sampled"}, tokens.y)[TEACHER]',
+        '"opd/teacher_logprob": of_sampled(log_p, tokens.y)',
+    ),
+    metrics("- tokens.logmu_y).abs()", "- tokens.logmu_y)", UNIT_METRICS),
+    metrics('"opd/overlap_at_16": overlap,', '"opd/overlap_at_16": advantage,'),
+    metrics(
+        'return {"opd/reverse_kl": kl(log_p, opinions[TEACHER])}',
+        'return {"opd/reverse_kl": kl(opinions[TEACHER], log_p)}',
+        SCORES,
+    ),
+    metrics(
+        '"student_logprob": of_sampled(log_p, tokens.y)',
+        '"student_logprob": of_sampled(opinions[TEACHER], tokens.y)',
+        PREDICTIONS,
+    ),
+    metrics(
+        '"teacher_logprob": of_sampled(opinions[TEACHER], tokens.y)',
+        '"teacher_logprob": of_sampled(log_p, tokens.y)',
+        PREDICTIONS,
+    ),
+    metrics(
+        '"reverse_kl": kl(log_p, opinions[TEACHER]),',
+        '"reverse_kl": kl(opinions[TEACHER], log_p),',
+        PREDICTIONS,
+    ),
+    metrics("(~rollouts.finished)", "rollouts.finished"),
+    metrics('"rollout/tokens": lengths', '"rollout/tokens": torch.ones_like(lengths)'),
+    # comparing, tile by tile
+    tokens("head.finish(product) / self.temperature", "head.finish(product)"),
+    tokens("head.finish(product) / self.temperature", "product / self.temperature"),
+    tokens("loss = loss * tokens.weight", "loss = loss / tokens.weight"),
+    tokens("loss = loss * tokens.weight", "loss = loss * tokens.weight.mean()"),
+    tokens(
+        "for_weight.addmm_(gradient.T, hidden[rows])", "for_weight.copy_(gradient.T @ hidden[rows])"
+    ),
+    tokens("for_bias += gradient.sum(dim=0)", "for_bias += gradient.mean(dim=0)"),
+    tokens("torch.mm(gradient, weight, out=for_hidden[rows])", "pass"),
+    tokens("gradient.mul_(factor)", "gradient"),
+    tokens("total += loss.detach()", "total = loss.detach()"),
+    tokens("min(start + tile, length)", "min(start + tile, length - 1)"),
+    tokens("range(0, max(length, 1), tile)", "range(0, length, tile)"),
+    tokens(
+        'self._note({"opd/loss": loss.detach()})', 'self._note({"opd/loss": loss.detach().exp()})'
+    ),
+    tokens("tokens = self.tokens[rows]", "tokens = self.tokens[slice(0, rows.stop - rows.start)]"),
+    tokens("if tensor is not None and needed else None", "if tensor is not None else None"),
+    passes(
+        "self.softcap * torch.tanh(product / self.softcap)",
+        "torch.tanh(product / self.softcap)",
+        TILES,
+    ),
+    passes("product * self.scale", "product", TILES),
+    passes("weight[:vocabulary]", "weight[-vocabulary:]", TILES),
+    passes("(mask.long().cumsum(dim=1) - 1)", "mask.long().cumsum(dim=1)", "tests/test_models.py"),
+    objective("self.beta)", "1 - self.beta)", "tests/objectives"),
+    objective(
+        "forward_kl(log_p, opinions[TEACHER])",
+        "reverse_kl(log_p, opinions[TEACHER])",
+        "tests/objectives",
+    ),
+    objective(
+        "return reverse_kl(log_p, opinions[TEACHER])",
+        "return forward_kl(log_p, opinions[TEACHER])",
+        "tests/objectives",
+    ),
+    objective(
+        "tokens.logmu_y, self.importance_cap) * loss",
+        "tokens.logmu_y, 1e9) * loss",
+        "tests/objectives",
+    ),
+    objective(
+        "opd_advantage(logp_y, opinions[TEACHER])",
+        "-opd_advantage(logp_y, opinions[TEACHER])",
+        "tests/objectives",
+    ),
+    gradient("(logq_y - logp_y).detach()", "(logq_y - logp_y)", "tests/objectives"),
+    gradient("clamp(-20, 20)", "clamp(-2, 2)", "tests/objectives"),
+    gradient("dual_clip * advantage)", "advantage)", "tests/objectives"),
+    gradient("torch.where(advantage < 0", "torch.where(advantage > 0", "tests/objectives"),
+    # a step
+    step(
+        'derive_seed(module.seed, t, "rollout")',
+        'derive_seed(module.seed, "rollout")',
+        COMPLETIONS,
+    ),
+    step("copies=module.rollouts_per_prompt)", "copies=1)", COMPLETIONS),
+    step(
+        'module.ledger.count("rollout_tokens", rollouts.num_tokens)',
+        'module.ledger.count("rollout_tokens", len(rollouts))',
+        COUNTS,
+    ),
+    step('module.ledger.count("train_tokens", micro.num_tokens)', "pass", COUNTS),
+    stages('module.ledger.count("teacher_tokens", micro.num_tokens)', "pass", COUNTS),
+    step(
+        'own_randomness(module.device, module.seed, t, module.global_rank, "dropout")',
+        "torch.enable_grad()",
+        DROPOUT,
+    ),
+    step(
+        "own_randomness(module.device, module.seed, t",
+        "own_randomness(module.device, 0, t",
+        DROPOUT,
+    ),
+    step("(world.size / total)", "(1 / len(micro_batches))"),
+    step(
+        "world.sum(tokens).item()",
+        "tokens.item()",
+        "tests/test_distributed.py::test_two_processes_draw_the_same_rollouts_and_end_at_the_same_weights[ddp]",
+    ),
+    step(
+        "sharding.clip_gradients(student, max_grad_norm)", "sharding.clip_gradients(student, 1e9)"
+    ),
+    step("        scheduler.step()\n", "        pass\n"),
+    step("        scheduler.step()\n", "        pass\n", WEIGHTS),
+    step("optimizer.zero_grad()", "pass", WEIGHTS),
+    step('"optim/lr": learning_rate', '"optim/lr": optimizer.param_groups[0]["lr"]'),
+    step('"optim/grad_norm": grad_norm', '"optim/grad_norm": min(grad_norm, max_grad_norm)'),
+    step("float(squares.sqrt())", "float(squares)"),
+    step("    weights.changed()\n", ""),
+    step("if not math.isfinite(grad_norm):", "if math.isnan(grad_norm):"),
+    step("held_out=max(", "held_out=min("),
+    step("keep_opinions=any(", "keep_opinions=all("),
+    step("rollouts.columns[DRAW] < held_out", "rollouts.columns[DRAW] <= held_out"),
+    step("if keep_opinions:", "if not keep_opinions:"),
+    step("if request.held_out:", "if not request.held_out:"),
+    step("stages.micro_batches(module, held_out)", "stages.micro_batches(module, trained)"),
+    step(
+        "(local // copies * world.size + world.rank) * copies",
+        "(local // copies + world.rank) * copies",
+    ),
+    step("/ max(total - 1, 1)", "/ total"),
+    step(
+        "(~values[name].isfinite()).sum()",
+        "values[name].isnan().sum()",
+        why="an infinite one makes its sum not finite as well; covered by NaN",
+    ),
+    stages("derive_seed(seed, p.row, i)", "derive_seed(seed, p.row)", COMPLETIONS),
+    stages("derive_seed(seed, p.row, i)", "derive_seed(seed, i)", COMPLETIONS),
+    stages("temperature=temperature)", "temperature=1.0)", SEARCHES),
+    records(
+        "float(verifier(text, prompt.answer))", "float(not verifier(text, prompt.answer))", ACCURACY
+    ),
+    records("if prompt.answer is not None:", "if True:", ACCURACY),
+    teachers(
+        "self[self.name_of(micro.prompts.prompts[0])].read", "next(iter(self.values())).read", STEP
+    ),
+    teacher("/ teacher.temperature", "/ 1.0", TILES),
+    teacher("[parts[i] for i in completions]", "parts[: len(completions)]", TILES),
+    module("        model.train(trained)\n", "", DROPOUT),
+    module("self.evaluation_metrics.reset()", "pass", VALIDATION),
+    # scores
+    scores("return Score(right.mean(dim=1)", "return Score(1 - right.mean(dim=1)"),
+    scores("values.append(-micro.spread(", "values.append(micro.spread(", SCORES),
+    scores(
+        "weights.append(micro.lengths[filled].float().cpu())",
+        "weights.append(torch.ones(int(filled.sum())))",
+        SCORES,
+    ),
+    scores('module.ledger.count("search_tokens", micro.num_tokens)', "pass", SCORES),
+    scores("columns[DRAW] >= 1 - fraction", "columns[DRAW] >= 0", SCORES),
+    scores("held_out=self.fraction if", "held_out=0.0 if", SCORES),
+    scores('self.rollouts in ("step", "part")', 'self.rollouts in ("step",)', SCORES),
+    scores("copies=self.samples, temperature=self.temperature", "copies=self.samples", SEARCHES),
+    # weights and accelerators
+    weights("        self.changed()\n", "        pass\n", EFFOPD),
+    weights("shard.clone(), shard, device", "shard, shard, device", "tests/test_weights.py"),
+    weights(
+        'if device == "parameters" else to_host(tensor)',
+        'if device == "cpu" else to_host(tensor)',
+        EFFOPD,
+    ),
+    weights(
+        "local_shards([parameters[name] for name in names or parameters])",
+        "local_shards([parameters[name] for name in parameters])",
+        "tests/test_weights.py",
+    ),
+    accelerator(
+        'ledger.totals["search_tokens"] - tokens_before', 'ledger.totals["search_tokens"]', SEARCHES
+    ),
+    accelerator(
+        "if not self.due(trainer.global_step):", "if not self.due(trainer.global_step + 1):", EFFOPD
+    ),
+    accelerator(
+        'with ledger.phase("search"):',
+        'with ledger.phase("train"):',
+        f"{NUMBERS}::test_seconds_add_up",
+    ),
+    accelerator("if len(names) > 1:", "if len(names) > 2:", EFFOPD),
+    accelerator(
+        "if trainer.ckpt_path is not None and not self._resumed:",
+        "if trainer.ckpt_path is not None:",
+        EFFOPD,
+    ),
+    log_once(
+        "step=trainer.global_step",
+        "step=trainer.global_step - 1",
+        f"{NUMBERS}::test_effopd_logs_only_when_it_searches",
+    ),
+    effopd("        move_to(result.coefficient)\n", "", EFFOPD),
+    effopd(
+        "self.score.request() if self.due(t)", "self.score.request() if self.due(t + 1)", SEARCHES
+    ),
+    effopd('"score_before": result.score_before', '"score_before": result.score_after'),
+    effopd(
+        "self.weights.copy(self.names, self.anchor_device)",
+        'self.weights.copy(self.names, "parameters")',
+        EFFOPD,
+    ),
+    accelerator(
+        "                    self.anchor_device,\n", '                    "parameters",\n', EFFOPD
+    ),
+    # draws
+    randomness("(position + 1)", "position", RANDOM),
+    randomness("_shift_right(bits, 11)", "_shift_right(bits, 12)", RANDOM),
+    randomness("((1 << (64 - bits)) - 1)", "-1", RANDOM),
+    engine("right=True", "right=False", ROLLOUTS),
+    engine(
+        "numbers[:, None] * cumulated[:, -1:]",
+        "numbers[:, None]",
+        why="the sum of probabilities is 1 but for rounding",
+    ),
+    engine("sampler, seeds[cut]", "sampler, seeds[: cut.stop - cut.start]", ROLLOUTS),
+    rollouts("column[index, :width]", "column[:, :width]", "tests/rollouts"),
+    rollouts(
+        "column[:, None].expand_as(mask)", "column[:, None].expand_as(mask) * 0", "tests/rollouts"
+    ),
+    micro("width * len(group) <= max_tokens", "width <= max_tokens", "tests/rollouts"),
+    micro(
+        "missing = count - len(micro_batches)",
+        "missing = 0",
+        "tests/test_distributed.py::test_unequal_completions_and_a_rank_without_prompts_do_not_deadlock[fsdp2-held_out]",
+    ),
+]
