@@ -4,7 +4,7 @@
 
 Bytes per parameter are those of float32 master weights with AdamW and ``bf16-mixed``: P parameters
 of the student, T of the teacher, n devices. What depends on the length of completions comes on top:
-activations, the KV cache, and some five arrays of float32 logits [tokens of a micro-batch, V].
+activations, the KV cache, and some eight arrays of float32 logits [tokens of a tile, V].
 
 Tests measure all four moments of an FSDP2 run of two processes; the columns of DDP and of other
 numbers of devices are computed only.

@@ -41,5 +41,6 @@ def test_a_run_resumed_from_an_earlier_step_writes_each_step_once(fit):
     often = ["--trainer.val_check_interval", "1", "--checkpoint.every_n_train_steps", "1"]
     folder = fit("run", *often, "--checkpoint.save_top_k", "-1", steps=2)
     straight = files_of(folder)
-    fit("run", *often, "--ckpt_path", str(folder / "checkpoints" / "step=000001.ckpt"), steps=2)
+    back = ["--ckpt_path", str(folder / "checkpoints" / "step=000001.ckpt"), "--overwrite", "true"]
+    fit("run", *often, *back, steps=2)
     assert files_of(folder) == straight
