@@ -5,20 +5,17 @@ The same random numbers every time, so that two validations differ by the weight
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from opd import stages
 from opd.metrics import prediction, rollout_metrics, token_metrics
 from opd.prompts import PromptBatch
 from opd.randomness import derive_seed
 from opd.rollouts import rollout_records
-from opd.stages import Reading
-
-if TYPE_CHECKING:
-    from opd.module import OPDModule
+from opd.stages import Distillation, Reading
 
 
-def evaluate(module: OPDModule, batch: PromptBatch) -> None:
+def evaluate(module: Distillation, batch: PromptBatch) -> None:
     """Add accuracy and teacher KL on prompts to the module's evaluation metrics."""
     rollouts = stages.generate(module, batch, derive_seed(module.seed, "validation"))
     module.evaluation_metrics.update(rollout_metrics(rollouts, stages.verify(module, rollouts)))
@@ -29,7 +26,7 @@ def evaluate(module: OPDModule, batch: PromptBatch) -> None:
         )
 
 
-def predict(module: OPDModule, batch: PromptBatch) -> list[dict[str, Any]]:
+def predict(module: Distillation, batch: PromptBatch) -> list[dict[str, Any]]:
     """Sample completions and compare them with the teacher.
 
     Returns:

@@ -9,20 +9,65 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import Literal, Protocol
 
+import torch
 from torch import Tensor
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from opd import tokens
+from opd.answers import AnswerVerifier
+from opd.ledger import Ledger
+from opd.metrics import StepMetrics
 from opd.objectives import Objective
 from opd.prompts import PromptBatch
 from opd.randomness import derive_seed
-from opd.rollouts import Rollouts, align_micro_batches, cut_into_micro_batches, judge
-from opd.teachers import Opinion
+from opd.rollouts import (
+    RolloutEngine,
+    Rollouts,
+    Sampler,
+    align_micro_batches,
+    cut_into_micro_batches,
+    judge,
+)
+from opd.teachers import Opinion, Teachers
 from opd.tokens import Compared, Measure
+from opd.world import World
 
-if TYPE_CHECKING:
-    from opd.module import OPDModule
+
+class Distillation(Protocol):
+    """What stages and steps need of a module; :class:`opd.module.OPDModule` explains each."""
+
+    student: PreTrainedModel
+    teachers: Teachers
+    tokenizer: PreTrainedTokenizerBase
+    objective: Objective
+    engine: RolloutEngine
+    sampler: Sampler
+    verifier: AnswerVerifier
+    rollouts_per_prompt: int
+    micro_batch_tokens: int
+    tile_tokens: int | None
+    gradient_sync: Literal["last", "every"]
+    seed: int
+    ledger: Ledger
+    train_metrics: StepMetrics
+    evaluation_metrics: StepMetrics
+
+    @property
+    def world(self) -> World:
+        """The ranks of the run."""
+        ...
+
+    @property
+    def device(self) -> torch.device:
+        """Of this rank."""
+        ...
+
+    @property
+    def global_step(self) -> int:
+        """Optimizer steps taken so far: t."""
+        ...
 
 
 @dataclass(frozen=True)
@@ -41,7 +86,7 @@ class Reading:
 
 
 def generate(
-    module: OPDModule,
+    module: Distillation,
     prompts: PromptBatch,
     seed: int,
     *,
@@ -64,7 +109,7 @@ def generate(
     return module.engine(prompts.repeat(copies), sampler, seeds)
 
 
-def micro_batches(module: OPDModule, rollouts: Rollouts) -> list[Rollouts]:
+def micro_batches(module: Distillation, rollouts: Rollouts) -> list[Rollouts]:
     """Cut rollouts by the token budget and by teacher, on all ranks alike; a collective."""
     by_teacher: dict[str, list[Rollouts]] = {name: [] for name in module.teachers}
     for micro in cut_into_micro_batches(rollouts, module.micro_batch_tokens):
@@ -72,14 +117,14 @@ def micro_batches(module: OPDModule, rollouts: Rollouts) -> list[Rollouts]:
     return align_micro_batches(by_teacher, rollouts, module.world)
 
 
-def read(module: OPDModule, micro: Rollouts) -> Reading:
+def read(module: Distillation, micro: Rollouts) -> Reading:
     """Let the teacher of a micro-batch read it; counts its tokens."""
     module.ledger.count("teacher_tokens", micro.num_tokens)
     return Reading(micro, module.teachers.read(micro))
 
 
 def compare(
-    module: OPDModule, reading: Reading, objective: Objective | None, measure: Measure
+    module: Distillation, reading: Reading, objective: Objective | None, measure: Measure
 ) -> Compared:
     """Run the student over what its teachers have read; see :func:`opd.tokens.compare`."""
     return tokens.compare(
@@ -94,6 +139,6 @@ def compare(
     )
 
 
-def verify(module: OPDModule, rollouts: Rollouts) -> Tensor:
+def verify(module: Distillation, rollouts: Rollouts) -> Tensor:
     """Check the answers of the prompts that have one: 1 right, 0 wrong, float64."""
     return judge(rollouts, module.tokenizer, module.verifier)

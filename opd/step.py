@@ -21,7 +21,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -32,12 +32,9 @@ from opd.metrics import rollout_metrics, token_metrics
 from opd.prompts import PromptBatch
 from opd.randomness import derive_seed, own_randomness
 from opd.rollouts import Rollouts
-from opd.stages import Reading
+from opd.stages import Distillation, Reading
 from opd.weights import Weights
 from opd.world import World
-
-if TYPE_CHECKING:
-    from opd.module import OPDModule
 
 DRAW = "draw"  # column: a number in [0, 1] per completion, evenly spaced over the global batch
 
@@ -92,7 +89,7 @@ class StepOutput:
     held_out: list[Rollouts] = field(default_factory=list)
 
 
-def take_step(module: OPDModule, batch: PromptBatch, request: StepRequest) -> StepOutput:
+def take_step(module: Distillation, batch: PromptBatch, request: StepRequest) -> StepOutput:
     """Sample, let the teachers read, and add up the gradient; the weights stay as they are.
 
     Raises:
@@ -102,14 +99,14 @@ def take_step(module: OPDModule, batch: PromptBatch, request: StepRequest) -> St
     rollouts = sample(module, batch, t)
     held_out, trained = split(rollouts, request.held_out)
     output = StepOutput(t, stages.micro_batches(module, trained))
-    with own_randomness(module.device, module.seed, t, module.global_rank, "dropout"):
+    with own_randomness(module.device, module.seed, t, module.world.rank, "dropout"):
         accumulate_gradients(module, output, keep_opinions=request.keep_opinions)
     if request.held_out:
         output.held_out.extend(stages.micro_batches(module, held_out))
     return output
 
 
-def sample(module: OPDModule, batch: PromptBatch, t: int) -> Rollouts:
+def sample(module: Distillation, batch: PromptBatch, t: int) -> Rollouts:
     """Sample the step's completions, and give each its draw."""
     with module.ledger.phase("rollout"):
         seed = derive_seed(module.seed, t, "rollout")
@@ -149,7 +146,7 @@ def split(rollouts: Rollouts, held_out: float) -> tuple[Rollouts, Rollouts]:
     return tuple(rollouts.select(rows.nonzero().flatten().tolist()) for rows in (out, ~out))  # type: ignore[return-value]  # two of them
 
 
-def accumulate_gradients(module: OPDModule, output: StepOutput, *, keep_opinions: bool) -> None:
+def accumulate_gradients(module: Distillation, output: StepOutput, *, keep_opinions: bool) -> None:
     """Take the gradient of all micro-batches of a step, and note their values.
 
     Raises:

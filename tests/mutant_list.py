@@ -467,7 +467,7 @@ MUTANTS = [
     step('module.ledger.count("train_tokens", micro.num_tokens)', "pass", COUNTS),
     stages('module.ledger.count("teacher_tokens", micro.num_tokens)', "pass", COUNTS),
     step(
-        'own_randomness(module.device, module.seed, t, module.global_rank, "dropout")',
+        'own_randomness(module.device, module.seed, t, module.world.rank, "dropout")',
         "torch.enable_grad()",
         DROPOUT,
     ),
