@@ -6,7 +6,7 @@ import contextlib
 import json
 import multiprocessing
 import statistics
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -65,6 +65,8 @@ def study(
     arguments: list[str] = [],  # noqa: B006 - never changed
     workers: int = 1,
     threads: int = 1,
+    *,
+    opd: Callable[[Sequence[str]], int],
 ) -> None:
     """Run a grid until a target accuracy and compare.
 
@@ -82,6 +84,7 @@ def study(
         arguments: Further arguments of opd fit, for every run.
         workers: Runs at a time.
         threads: Threads per run.
+        opd: Runs a command of the front door and returns its exit code; it can be pickled.
     """
     folder = Path(output).expanduser()
     for path in [recipe, *(a for a in accelerators.values() if a)]:
@@ -114,7 +117,7 @@ def study(
     context = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(workers, context, _set_threads, (threads,)) as pool:
         futures = {
-            trial: pool.submit(_run, command, folder / trial.name)
+            trial: pool.submit(_run, opd, command, folder / trial.name)
             for trial, command in commands.items()
         }
         for i, (trial, future) in enumerate(futures.items(), start=1):
@@ -130,13 +133,11 @@ def _set_threads(threads: int) -> None:
     torch.set_num_threads(threads)
 
 
-def _run(command: Sequence[str], folder: Path) -> None:
+def _run(opd: Callable[[Sequence[str]], int], command: Sequence[str], folder: Path) -> None:
     """Run one trial in this process; skip it if it has finished before.
 
     Its output goes beside the run folder, which is the run's alone.
     """
-    from opd.cli import main
-
     done = folder / "finished"
     if done.is_file():
         return
@@ -147,7 +148,7 @@ def _run(command: Sequence[str], folder: Path) -> None:
         contextlib.redirect_stdout(log),
         contextlib.redirect_stderr(log),
     ):
-        code = main(command)
+        code = opd(command)
     if code:
         raise UserError(f"{folder.name} failed; see {output}")
     done.touch()

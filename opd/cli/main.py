@@ -31,11 +31,13 @@ class Command:
         help: One line for ``opd --help``.
         function: ``module:function`` that runs it; None: LightningCLI does.
         positional: Name of the argument that is given without an option, if any.
+        runs_others: Whether it runs further commands, as a YAML file says.
     """
 
     help: str
     function: str | None = None
     positional: str | None = None
+    runs_others: bool = False
 
 
 COMMANDS = {
@@ -46,7 +48,7 @@ COMMANDS = {
     "evaluate": Command("score a model on lm-eval tasks", "eval.harness:evaluate"),
     "export": Command("turn a checkpoint into a Hugging Face folder", "opd.cli.export:export"),
     "report": Command("one HTML page with curves and tables", "eval.report:report", "runs"),
-    "study": Command("accelerators x learning rates x seeds", "eval.study:study"),
+    "study": Command("accelerators x learning rates x seeds", "eval.study:study", runs_others=True),
 }
 
 
@@ -139,12 +141,13 @@ def run_command(name: str, args: list[str]) -> Any:
     if command.positional:
         parser.add_argument(command.positional, nargs="+", type=str)
     skip: set[str | int] = {command.positional} if command.positional else set()
-    if name == "study":
+    if command.runs_others:
         parser.add_argument("--config", action="config", help="YAML file with these options")
+        skip.add("opd")
     parser.add_function_arguments(function, skip=skip)
     options = parser.parse_args(args).as_dict()
     options.pop("config", None)
-    return function(**options)
+    return function(**options, **({"opd": main} if command.runs_others else {}))
 
 
 def _one_line(error: Exception) -> str:
