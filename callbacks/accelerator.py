@@ -23,7 +23,7 @@ from opd import extrapolation
 from opd.errors import UserError
 from opd.ledger import Ledger
 from opd.step import StepRequest
-from opd.weights import Companion, Device, Weights, put_beside
+from opd.weights import Companion, Device, Weights, copy_of
 from opd.world import World
 
 
@@ -113,8 +113,8 @@ class Accelerator(Callback):
             )
         self.anchor.replace(
             {
-                name: put_beside(
-                    restored.get(name, parameters[name]).detach().clone(),
+                name: copy_of(
+                    restored.get(name, parameters[name]).detach(),
                     parameters[name],
                     self.anchor_device,
                 )

@@ -45,8 +45,9 @@ class SampleWriter(Callback):
             if len(records) >= self.rollouts:
                 break
             if micro.num_tokens:
-                token_kl = micro.spread(values["opd/reverse_kl"])
-                records += rollout_records(micro, pl_module.tokenizer, reverse_kl=token_kl)
+                token_kl = values.get("opd/reverse_kl")  # a teacher of sampled tokens has none
+                columns = {} if token_kl is None else {"reverse_kl": micro.spread(token_kl)}
+                records += rollout_records(micro, pl_module.tokenizer, **columns)
         path = Path(trainer.default_root_dir) / "samples" / f"step_{step:06d}.jsonl"
         write_jsonl(path, records[: self.rollouts])
 

@@ -73,16 +73,18 @@ def reverse_kl_only(
     log_p: Tensor, opinions: Mapping[str, Tensor], tokens: Tokens
 ) -> dict[str, Tensor]:
     """Measure what judges a candidate, and nothing else: KL(p || q), [n]."""
-    return {"opd/reverse_kl": kl(log_p, opinions[TEACHER])}
+    log_q = as_needed(opinions, {TEACHER: "full"}, tokens.y)[TEACHER]
+    return {"opd/reverse_kl": kl(log_p, log_q)}
 
 
 def prediction(log_p: Tensor, opinions: Mapping[str, Tensor], tokens: Tokens) -> dict[str, Tensor]:
     """Measure what predictions.jsonl holds of every token, [n] each."""
-    return {
+    log_q = opinions[TEACHER]
+    values = {
         "student_logprob": of_sampled(log_p, tokens.y),
-        "teacher_logprob": of_sampled(opinions[TEACHER], tokens.y),
-        "reverse_kl": kl(log_p, opinions[TEACHER]),
+        "teacher_logprob": as_needed(opinions, {TEACHER: "sampled"}, tokens.y)[TEACHER],
     }
+    return values | ({"reverse_kl": kl(log_p, log_q)} if log_q.ndim == 2 else {})
 
 
 def overlap_at_k(log_p: Tensor, log_q: Tensor, k: int) -> tuple[Tensor, Tensor]:

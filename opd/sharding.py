@@ -292,7 +292,7 @@ def local_shards(tensors: Sequence[Tensor]) -> list[Tensor]:
 
 def to_host(tensor: Tensor) -> Tensor:
     """Copy a tensor, or this rank's shard of it, to host memory; pinned if it was on a GPU."""
-    host = tensor.cpu()
+    host = tensor.to("cpu", copy=True)
     if tensor.device.type == "cuda":
         if isinstance(host, DTensor):  # which cannot be pinned, as FSDP2 itself knows
             host._local_tensor = host._local_tensor.pin_memory()

@@ -112,9 +112,8 @@ def sample(module: Distillation, batch: PromptBatch, t: int) -> Rollouts:
         seed = derive_seed(module.seed, t, "rollout")
         rollouts = stages.generate(module, batch, seed, copies=module.rollouts_per_prompt)
         module.ledger.count("rollout_tokens", rollouts.num_tokens)
-    key = (module.seed, t, DRAW)
-    rollouts.columns[DRAW] = draws(len(rollouts), module.rollouts_per_prompt, module.world, *key)
-    rollouts.columns[DRAW] = rollouts.columns[DRAW].to(rollouts.lengths.device)
+    order = draws(len(rollouts), module.rollouts_per_prompt, module.world, module.seed, t, DRAW)
+    rollouts.columns[DRAW] = order.to(rollouts.lengths.device)
     module.train_metrics.update(rollout_metrics(rollouts, stages.verify(module, rollouts)))
     return rollouts
 
@@ -142,8 +141,11 @@ def draws(count: int, copies: int, world: World, *key: int | str) -> Tensor:
 
 def split(rollouts: Rollouts, held_out: float) -> tuple[Rollouts, Rollouts]:
     """Split completions into a share that is held out and the rest, by their draws."""
+    if not held_out:
+        return rollouts.select([]), rollouts
     out = rollouts.columns[DRAW] < held_out
-    return tuple(rollouts.select(rows.nonzero().flatten().tolist()) for rows in (out, ~out))  # type: ignore[return-value]  # two of them
+    rows, others = (part.nonzero().flatten().tolist() for part in (out, ~out))
+    return rollouts.select(rows), rollouts.select(others)
 
 
 def accumulate_gradients(module: Distillation, output: StepOutput, *, keep_opinions: bool) -> None:

@@ -92,12 +92,12 @@ class Weights:
             names: Of the parameters.
             device: Beside them, or in host memory, pinned where there is a GPU.
         """
-        return [put_beside(shard.clone(), shard, device) for shard in self.shards(names)]
+        return [copy_of(shard, shard, device) for shard in self.shards(names)]
 
 
-def put_beside(tensor: Tensor, weight: Tensor, device: Device) -> Tensor:
-    """Put a tensor where its weight is, or into host memory, pinned where there is a GPU."""
-    return tensor.to(weight.device) if device == "parameters" else to_host(tensor)
+def copy_of(tensor: Tensor, weight: Tensor, device: Device) -> Tensor:
+    """Copy a tensor to where its weight is, or into host memory, pinned where there is a GPU."""
+    return tensor.to(weight.device, copy=True) if device == "parameters" else to_host(tensor)
 
 
 class Companion(nn.Module):

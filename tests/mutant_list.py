@@ -287,8 +287,8 @@ MUTANTS = [
     samples("step % self.every_n_steps:", "step % self.every_n_steps == 0:"),
     samples("write_jsonl(path, records[: self.rollouts])", "write_jsonl(path, records)"),
     samples(
-        "reverse_kl=token_kl",
-        "reverse_kl=-token_kl",
+        "micro.spread(token_kl)",
+        "micro.spread(-token_kl)",
         f"{NUMBERS}::test_samples_hold_the_kl_of_every_token",
     ),
     samples(
@@ -379,25 +379,17 @@ MUTANTS = [
     metrics("- tokens.logmu_y).abs()", "- tokens.logmu_y)", UNIT_METRICS),
     metrics('"opd/overlap_at_16": overlap,', '"opd/overlap_at_16": advantage,'),
     metrics(
-        'return {"opd/reverse_kl": kl(log_p, opinions[TEACHER])}',
-        'return {"opd/reverse_kl": kl(opinions[TEACHER], log_p)}',
+        'return {"opd/reverse_kl": kl(log_p, log_q)}',
+        'return {"opd/reverse_kl": kl(log_q, log_p)}',
         SCORES,
     ),
     metrics(
         '"student_logprob": of_sampled(log_p, tokens.y)',
-        '"student_logprob": of_sampled(opinions[TEACHER], tokens.y)',
+        '"student_logprob": of_sampled(log_q, tokens.y)',
         PREDICTIONS,
     ),
-    metrics(
-        '"teacher_logprob": of_sampled(opinions[TEACHER], tokens.y)',
-        '"teacher_logprob": of_sampled(log_p, tokens.y)',
-        PREDICTIONS,
-    ),
-    metrics(
-        '"reverse_kl": kl(log_p, opinions[TEACHER]),',
-        '"reverse_kl": kl(opinions[TEACHER], log_p),',
-        PREDICTIONS,
-    ),
+    metrics('"teacher_logprob": as_needed(', '"teacher_logprob": -as_needed(', PREDICTIONS),
+    metrics('({"reverse_kl": kl(log_p, log_q)}', '({"reverse_kl": kl(log_q, log_p)}', PREDICTIONS),
     metrics("(~rollouts.finished)", "rollouts.finished"),
     metrics('"rollout/tokens": lengths', '"rollout/tokens": torch.ones_like(lengths)'),
     # comparing, tile by tile
@@ -538,7 +530,9 @@ MUTANTS = [
     scores("copies=self.samples, temperature=self.temperature", "copies=self.samples", SEARCHES),
     # weights and accelerators
     weights("        self.changed()\n", "        pass\n", EFFOPD),
-    weights("shard.clone(), shard, device", "shard, shard, device", "tests/test_weights.py"),
+    weights(
+        "tensor.to(weight.device, copy=True)", "tensor.to(weight.device)", "tests/test_weights.py"
+    ),
     weights(
         'if device == "parameters" else to_host(tensor)',
         'if device == "cpu" else to_host(tensor)',
