@@ -5,13 +5,14 @@ has tensors of its own beside the weights (an anchor, an average), which are par
 that every strategy's checkpoint holds them; and a history, which becomes ``extrapolation`` in
 summary.json. It works on any LightningModule whose parameters require gradients.
 
-To write one: derive from :class:`Accelerator`, say when (``due``), and move the weights
-(``accelerate``) inside of ``self.weights.edit(self.names)``.
+To write one: derive from :class:`Accelerator`, name it (``label``), say when (``due``), and move
+the weights (``accelerate``) inside of ``self.weights.edit(self.names)``.
 """
 
 from __future__ import annotations
 
 import time
+from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from typing import Any, ClassVar
 
@@ -27,7 +28,7 @@ from opd.weights import Companion, Device, Weights, copy_of
 from opd.world import World
 
 
-class Accelerator(Callback):
+class Accelerator(Callback, ABC):
     """Moves the weights between steps.
 
     Args:
@@ -43,7 +44,9 @@ class Accelerator(Callback):
 
     label: ClassVar[str]
 
-    def __init__(self, parameters: str | list[str], anchor_device: Device) -> None:
+    def __init__(
+        self, parameters: str | list[str] = "all", anchor_device: Device = "parameters"
+    ) -> None:
         self.parameters = parameters
         self.anchor_device: Device = anchor_device
         self.history: list[dict[str, Any]] = []
@@ -54,10 +57,11 @@ class Accelerator(Callback):
 
     # --- what an accelerator says ---------------------------------------------------------------
 
+    @abstractmethod
     def due(self, t: int) -> bool:
         """Whether to act after step t."""
-        raise NotImplementedError
 
+    @abstractmethod
     def accelerate(
         self, trainer: Trainer, pl_module: LightningModule, output: Any
     ) -> tuple[dict[str, Any], dict[str, float]]:
@@ -71,7 +75,6 @@ class Accelerator(Callback):
         Returns:
             What to remember in ``history``, and metrics to log.
         """
-        raise NotImplementedError
 
     def step_request(self, t: int) -> StepRequest:
         """Say what is needed of step t, before it is taken."""
@@ -146,7 +149,8 @@ class Accelerator(Callback):
         ledger: Ledger = getattr(pl_module, "ledger", Ledger())
         tokens_before = ledger.totals["search_tokens"]
         output = outputs["step"] if isinstance(outputs, Mapping) and "step" in outputs else outputs
-        with ledger.phase("search"):
+        # Lightning opens the context of the precision for training_step alone
+        with ledger.phase("search"), trainer.precision_plugin.train_step_context():
             record, metrics = self.accelerate(trainer, pl_module, output)
         ledger.synchronize(world.sum, world.size)
         seconds = time.perf_counter() - start

@@ -16,7 +16,8 @@ from opd.strategies import FSDP1
 class Benchmarks(Callback):
     """Scores the student with lm-eval every so many steps and at the end.
 
-    Every rank scores all problems, so that none waits for another.
+    Every rank scores all problems, so that none waits for another. Callbacks act in their order:
+    put it after EffOPD to score the weights that a search has kept.
 
     Args:
         tasks: Names of lm-eval tasks, built in or from the folder tasks/.
@@ -60,7 +61,7 @@ class Benchmarks(Callback):
         if trainer.global_step % self.every_n_steps and trainer.global_step != trainer.max_steps:
             return
         assert isinstance(pl_module, OPDModule)
-        with gathered(pl_module.student):
+        with gathered(pl_module.student), trainer.precision_plugin.train_step_context():
             results = evaluate_model(
                 pl_module.student,
                 pl_module.tokenizer,

@@ -115,7 +115,13 @@ class EffOPD(Accelerator):
             move_to(coefficient)
             return self.score(pl_module)
 
-        result = extrapolation.search(self.coefficients, score_at, self.accept, world.sum)
+        try:
+            result = extrapolation.search(self.coefficients, score_at, self.accept, world.sum)
+        except BaseException:
+            move_to(0.0)
+            raise
+        finally:
+            self.score.release()
         move_to(result.coefficient)
         kept: list[Tensor] = base if self.anchor_kind == "raw" else self.weights.shards(self.names)
         extrapolation.copy_weights(anchor, kept)

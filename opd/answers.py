@@ -26,7 +26,8 @@ LONGEST_RATIO = 200  # digits that are calculated with; longer fractions are com
 LONGEST_MATHEMATICS = 1000  # characters that math_verify is given
 
 _DIGITS = r"(?:\d{1,3}(?:,\d{3})+(?!\d)|\d+)"  # a comma separates groups of three, or numbers
-_NUMBER = re.compile(rf"[-+]?{_DIGITS}(?:\.\d+)?(?:/\d+)?")
+_SIGN = r"(?:(?<![\d)])[-+])?"  # after a number or a bracket it is an operator
+_NUMBER = re.compile(rf"{_SIGN}{_DIGITS}(?:\.\d+)?(?:/\d+)?")
 _DECIMAL = re.compile(r"([-+]?)(\d*)(?:\.(\d*))?(?:[eE]([-+]?\d{1,18}))?", re.ASCII)
 _GROUPED = re.compile(r"[-+]?\d{1,3}(?:,\d{3})+(?:\.\d+)?(?:/\d+)?", re.ASCII)
 _BRACES = re.compile(r"\\boxed\s*\{|[{}]")

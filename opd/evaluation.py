@@ -12,7 +12,7 @@ from opd.metrics import prediction, rollout_metrics, token_metrics
 from opd.prompts import PromptBatch
 from opd.randomness import derive_seed
 from opd.rollouts import rollout_records
-from opd.stages import Distillation, Reading
+from opd.stages import Distillation
 
 
 def evaluate(module: Distillation, batch: PromptBatch) -> None:
@@ -20,7 +20,7 @@ def evaluate(module: Distillation, batch: PromptBatch) -> None:
     rollouts = stages.generate(module, batch, derive_seed(module.seed, "validation"))
     module.evaluation_metrics.update(rollout_metrics(rollouts, stages.verify(module, rollouts)))
     for micro in stages.micro_batches(module, rollouts):
-        reading = Reading(micro, module.teachers.read(micro))
+        reading = stages.read(module, micro)
         module.evaluation_metrics.update(
             stages.compare(module, reading, None, token_metrics).values
         )
@@ -36,7 +36,7 @@ def predict(module: Distillation, batch: PromptBatch) -> list[dict[str, Any]]:
     rollouts = stages.generate(module, batch, derive_seed(module.seed, "predict"))
     records: list[dict[str, Any]] = []
     for micro in stages.micro_batches(module, rollouts):
-        reading = Reading(micro, module.teachers.read(micro))
+        reading = stages.read(module, micro)
         values = stages.compare(module, reading, None, prediction).values
         if micro.num_tokens:
             columns = {name: micro.spread(value) for name, value in values.items()}

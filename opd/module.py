@@ -35,7 +35,7 @@ from opd.rollouts import (
     Sampler,
     TransformersEngine,
 )
-from opd.step import RequestsSteps, StepRequest, apply_gradients, take_step
+from opd.step import RequestsSteps, StepRequest, take_step
 from opd.strategies import load_under
 from opd.teachers import DEFAULT, Teachers, load_teachers
 from opd.weights import Weights
@@ -220,6 +220,7 @@ class OPDModule(LightningModule):
         """
         self._check_run()
         models.check_master_weights(self.student)
+        models.check_precision(str(self.trainer.precision))
 
     def on_validation_start(self) -> None:
         self._check_run()
@@ -256,22 +257,14 @@ class OPDModule(LightningModule):
         Returns:
             ``step``, the :class:`opd.step.StepOutput`.
         """
-        t = self.global_step + 1
         callbacks = self.trainer.callbacks  # type: ignore[attr-defined]  # set by a connector
-        asking = [c.step_request(t) for c in callbacks if isinstance(c, RequestsSteps)]
-        output = take_step(self, batch, StepRequest.merged(asking))
-        with self.ledger.phase("train"):
-            update = apply_gradients(
-                self.weights,
-                self.student,
-                self.optimizers(),
-                self.lr_schedulers(),
-                max_grad_norm=self.max_grad_norm,
-                t=t,
-                world=self.world,
-            )
+        t = self.global_step + 1
+        asked = StepRequest.merged(
+            c.step_request(t) for c in callbacks if isinstance(c, RequestsSteps)
+        )
+        output = take_step(self, batch, asked, self.optimizers(), self.lr_schedulers())
         self.ledger.synchronize(self.world.sum, self.world.size)
-        self.log_dict({**self.train_metrics.compute(), **update, "step": float(t)})
+        self.log_dict({**self.train_metrics.compute(), **output.update, "step": float(output.t)})
         self.train_metrics.reset()
         return {"step": output}
 
@@ -289,6 +282,7 @@ class OPDModule(LightningModule):
         evaluate(self, batch)
 
     def on_validation_epoch_end(self) -> None:
+        self.ledger.synchronize(self.world.sum, self.world.size)
         self.log_dict({**self._evaluation_results("val"), "step": float(self.global_step)})
 
     def on_test_epoch_end(self) -> None:

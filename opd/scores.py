@@ -17,8 +17,9 @@ from opd.extrapolation import Score
 from opd.metrics import reverse_kl_only
 from opd.prompts import Prompt, PromptBatch, PromptDataModule
 from opd.randomness import derive_seed
+from opd.rollouts import Rollouts
 from opd.stages import Reading
-from opd.step import DRAW, StepOutput, StepRequest
+from opd.step import LOT, StepOutput, StepRequest
 
 if TYPE_CHECKING:
     from opd.module import OPDModule
@@ -46,7 +47,13 @@ class CandidateScore(ABC):
 
     @abstractmethod
     def __call__(self, module: Any) -> Score:
-        """Score the weights that the module holds, on this rank's examples."""
+        """Score the weights that the module holds, on this rank's examples.
+
+        All ranks call it together; under FSDP it makes equally many passes on each.
+        """
+
+    def release(self) -> None:  # noqa: B027 - some hold nothing
+        """Called after a search: let go of what :meth:`prepare` has taken."""
 
 
 class AnswerAccuracy(CandidateScore):
@@ -104,9 +111,9 @@ class TeacherKL(CandidateScore):
 
     Args:
         rollouts: Completions to judge on. ``step``: those the step has just trained on. ``part``: a
-            share of them, drawn at random. ``held_out``: a share of the step's rollouts that is
-            kept out of the gradient, against over-stepping. ``fresh``: new ones from W for fixed
-            training prompts.
+            share of them, drawn by lot. ``held_out``: a share of the step's rollouts that is
+            kept out of the gradient, against over-stepping. ``fresh``: new ones from W for training
+            prompts that are drawn anew.
         fraction: Of the step's rollouts, for ``part`` and ``held_out``.
         num_examples: Prompts, for ``fresh``.
     """
@@ -139,7 +146,7 @@ class TeacherKL(CandidateScore):
         if self.rollouts == "fresh":
             self._readings = self._fresh(module, derive_seed(seed, output.t, "fresh"))
         elif self.rollouts == "held_out":
-            self._readings = [stages.read(module, micro) for micro in output.held_out]
+            self._readings = [_read(module, micro) for micro in output.held_out]
         elif self.rollouts == "part":
             self._readings = [part_of(reading, self.fraction) for reading in output.readings]
         else:
@@ -151,29 +158,43 @@ class TeacherKL(CandidateScore):
         batch = PromptBatch.collate(mine, module.sampler.pad_token_id).to(module.device)
         rollouts = stages.generate(module, batch, seed)
         module.ledger.count("search_generated_tokens", rollouts.num_tokens)
-        return [stages.read(module, micro) for micro in stages.micro_batches(module, rollouts)]
+        return [_read(module, micro) for micro in stages.micro_batches(module, rollouts)]
 
     @torch.no_grad()
     def __call__(self, module: OPDModule) -> Score:
         training = module.student.training
         module.student.eval()
+        try:
+            return self._score(module)
+        finally:
+            module.student.train(training)
+
+    def _score(self, module: OPDModule) -> Score:
         values, weights = [torch.zeros(0)], [torch.zeros(0)]
         for reading in self._readings:
             micro = reading.micro
-            token_kl = stages.compare(module, reading, None, reverse_kl_only).values[
-                "opd/reverse_kl"
-            ]
+            compared = stages.compare(module, reading, None, reverse_kl_only)
+            token_kl = compared.values["opd/reverse_kl"]
             filled = micro.lengths > 0  # the others only keep ranks in step
             values.append(-micro.spread(token_kl).sum(dim=1)[filled].cpu())
             weights.append(micro.lengths[filled].float().cpu())
             module.ledger.count("search_tokens", micro.num_tokens)
-        module.student.train(training)
         return Score(torch.cat(values), torch.cat(weights))
+
+    def release(self) -> None:
+        """Let go of the teacher's hidden states."""
+        self._readings = []
+
+
+def _read(module: OPDModule, micro: Rollouts) -> Reading:
+    """Let the teacher read what it has not read yet, at its price."""
+    module.ledger.count("teacher_tokens", micro.num_tokens)
+    return stages.read(module, micro)
 
 
 def part_of(reading: Reading, fraction: float) -> Reading:
-    """Keep a share of the step's completions, by their draws: the same on any number of ranks."""
-    chosen = reading.micro.columns[DRAW] >= 1 - fraction
+    """Keep a share of the step's completions, by their lots: the same on any number of ranks."""
+    chosen = reading.micro.columns[LOT] >= 1 - fraction
     chosen &= reading.micro.lengths > 0
     return reading.select(chosen.nonzero().flatten().tolist())
 

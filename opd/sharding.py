@@ -247,7 +247,7 @@ def discard_gathered(module: nn.Module) -> None:
                 _reshard(part, handle, free_unsharded_flat_param=True)
 
 
-def gradient_sync(
+def summing_gradients(
     wrapper: nn.Module | None, model: nn.Module, enabled: bool
 ) -> AbstractContextManager[None]:
     """Sum gradients over ranks in a backward, or only add them up on each.

@@ -28,10 +28,11 @@ from opd.rollouts import (
     Sampler,
     align_micro_batches,
     cut_into_micro_batches,
-    judge,
+    records,
 )
 from opd.teachers import Opinion, Teachers
 from opd.tokens import Compared, Measure
+from opd.weights import Weights
 from opd.world import World
 
 
@@ -48,6 +49,8 @@ class Distillation(Protocol):
     rollouts_per_prompt: int
     micro_batch_tokens: int
     tile_tokens: int | None
+    max_grad_norm: float
+    weights: Weights
     gradient_sync: Literal["last", "every"]
     seed: int
     ledger: Ledger
@@ -112,14 +115,14 @@ def generate(
 def micro_batches(module: Distillation, rollouts: Rollouts) -> list[Rollouts]:
     """Cut rollouts by the token budget and by teacher, on all ranks alike; a collective."""
     by_teacher: dict[str, list[Rollouts]] = {name: [] for name in module.teachers}
-    for micro in cut_into_micro_batches(rollouts, module.micro_batch_tokens):
-        by_teacher[module.teachers.name_of(micro.prompts.prompts[0])].append(micro)
+    name_of = module.teachers.name_of
+    for micro in cut_into_micro_batches(rollouts, module.micro_batch_tokens, name_of):
+        by_teacher[name_of(micro.prompts.prompts[0])].append(micro)
     return align_micro_batches(by_teacher, rollouts, module.world)
 
 
 def read(module: Distillation, micro: Rollouts) -> Reading:
-    """Let the teacher of a micro-batch read it; counts its tokens."""
-    module.ledger.count("teacher_tokens", micro.num_tokens)
+    """Let the teacher of a micro-batch read it."""
     return Reading(micro, module.teachers.read(micro))
 
 
@@ -141,4 +144,4 @@ def compare(
 
 def verify(module: Distillation, rollouts: Rollouts) -> Tensor:
     """Check the answers of the prompts that have one: 1 right, 0 wrong, float64."""
-    return judge(rollouts, module.tokenizer, module.verifier)
+    return records.verify(rollouts, module.tokenizer, module.verifier)

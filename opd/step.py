@@ -9,8 +9,7 @@
 6. one backward per micro-batch; then clip, optimizer, scheduler
 7. callbacks act in ``on_train_batch_end``: EffOPD may move the weights there
 
-``take_step`` is 1 to 5 and the backward of 6, ``apply_gradients`` the rest of 6. What a callback
-needs of a step it asks for beforehand with a :class:`StepRequest`, and finds in the
+What a callback needs of a step it asks for beforehand with a :class:`StepRequest`, and finds in the
 :class:`StepOutput` that Lightning hands to ``on_train_batch_end`` as ``outputs["step"]``.
 
 Shapes: B completions, N tokens of a micro-batch.
@@ -19,8 +18,8 @@ Shapes: B completions, N tokens of a micro-batch.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 from typing import Any, Protocol, runtime_checkable
 
 import torch
@@ -36,7 +35,7 @@ from opd.stages import Distillation, Reading
 from opd.weights import Weights
 from opd.world import World
 
-DRAW = "draw"  # column: a number in [0, 1] per completion, evenly spaced over the global batch
+LOT = "lot"  # column: a number in [0, 1] per completion, evenly spaced over the global batch
 
 
 @dataclass(frozen=True)
@@ -80,48 +79,78 @@ class StepOutput:
         values: The metrics of each micro-batch, by name, [N].
         readings: The same micro-batches with their teachers' opinions, if they were asked for.
         held_out: Micro-batches that were kept out of the gradient.
+        update: Metrics of the optimizer's step.
     """
 
     t: int
     micro_batches: list[Rollouts]
-    values: list[dict[str, Tensor]] = field(default_factory=list)
-    readings: list[Reading] = field(default_factory=list)
-    held_out: list[Rollouts] = field(default_factory=list)
+    values: list[dict[str, Tensor]]
+    readings: list[Reading]
+    held_out: list[Rollouts]
+    update: dict[str, float]
 
 
-def take_step(module: Distillation, batch: PromptBatch, request: StepRequest) -> StepOutput:
-    """Sample, let the teachers read, and add up the gradient; the weights stay as they are.
+def take_step(
+    module: Distillation, batch: PromptBatch, request: StepRequest, optimizer: Any, scheduler: Any
+) -> StepOutput:
+    """Take one step, top to bottom; all ranks together.
+
+    Args:
+        module: A student with its teachers.
+        batch: This rank's prompts.
+        request: What callbacks ask for.
+        optimizer: Lightning's or torch's optimizer of the student's weights.
+        scheduler: Of the learning rate; None: it is constant.
 
     Raises:
-        NonFiniteError: A loss or a teacher's opinion is infinite or NaN, on whatever rank.
+        NonFiniteError: A loss, a teacher's opinion or the gradient is infinite or NaN, on whatever
+            rank; the weights are those of the step before.
     """
-    t = module.global_step + 1
+    t, world = module.global_step + 1, module.world
     rollouts = sample(module, batch, t)
     held_out, trained = split(rollouts, request.held_out)
-    output = StepOutput(t, stages.micro_batches(module, trained))
-    with own_randomness(module.device, module.seed, t, module.world.rank, "dropout"):
-        accumulate_gradients(module, output, keep_opinions=request.keep_opinions)
-    if request.held_out:
-        output.held_out.extend(stages.micro_batches(module, held_out))
-    return output
+    micro_batches = stages.micro_batches(module, trained)
+    with own_randomness(module.device, module.seed, t, world.rank, "dropout"):
+        values, readings = accumulate_gradients(module, micro_batches, request.keep_opinions)
+    # The teacher first: where it fails, the loss follows
+    for name, what in [("teacher_logprob", "teacher's log-probability"), ("loss", "loss")]:
+        check_finite(t, micro_batches, [v[f"opd/{name}"] for v in values], what, world)
+    with module.ledger.phase("train"):
+        update = apply_gradients(
+            module.weights,
+            module.student,
+            optimizer,
+            scheduler,
+            max_grad_norm=module.max_grad_norm,
+            t=t,
+            world=world,
+        )
+    return StepOutput(
+        t,
+        micro_batches,
+        values,
+        readings=readings,
+        held_out=stages.micro_batches(module, held_out) if request.held_out else [],
+        update=update,
+    )
 
 
 def sample(module: Distillation, batch: PromptBatch, t: int) -> Rollouts:
-    """Sample the step's completions, and give each its draw."""
+    """Sample the step's completions, and give each its lot."""
+    copies, seed = module.rollouts_per_prompt, derive_seed(module.seed, t, "rollout")
     with module.ledger.phase("rollout"):
-        seed = derive_seed(module.seed, t, "rollout")
-        rollouts = stages.generate(module, batch, seed, copies=module.rollouts_per_prompt)
+        rollouts = stages.generate(module, batch, seed, copies=copies)
         module.ledger.count("rollout_tokens", rollouts.num_tokens)
-    order = draws(len(rollouts), module.rollouts_per_prompt, module.world, module.seed, t, DRAW)
-    rollouts.columns[DRAW] = order.to(rollouts.lengths.device)
+    drawn = lots(len(rollouts), copies, module.world, module.seed, t, LOT)
+    rollouts.columns[LOT] = drawn.to(rollouts.lengths.device)
     module.train_metrics.update(rollout_metrics(rollouts, stages.verify(module, rollouts)))
     return rollouts
 
 
-def draws(count: int, copies: int, world: World, *key: int | str) -> Tensor:
+def lots(count: int, copies: int, world: World, *key: int | str) -> Tensor:
     """Put the completions of all ranks in a random order, and return where this rank's are.
 
-    A collective. Whatever the number of ranks, a completion of the global batch has the same draw.
+    A collective. Whatever the number of ranks, a completion of the global batch has the same lot.
 
     Args:
         count: Completions on this rank, ``copies`` of each prompt side by side.
@@ -130,36 +159,44 @@ def draws(count: int, copies: int, world: World, *key: int | str) -> Tensor:
         key: Of the random order.
 
     Returns:
-        Numbers in [0, 1], evenly spaced over the global batch, [count].
+        Numbers in [0, 1], evenly spaced over the global batch, [count]; 1 for a single completion.
     """
     total = int(world.sum(torch.tensor(float(count))))
+    if total <= 1:
+        return torch.ones(count)
     local = torch.arange(count)
     position = (local // copies * world.size + world.rank) * copies + local % copies
     shuffler = torch.Generator().manual_seed(derive_seed(*key))
-    return torch.randperm(total, generator=shuffler)[position] / max(total - 1, 1)
+    return torch.randperm(total, generator=shuffler)[position] / (total - 1)
 
 
 def split(rollouts: Rollouts, held_out: float) -> tuple[Rollouts, Rollouts]:
-    """Split completions into a share that is held out and the rest, by their draws."""
+    """Split completions into a share that is held out and the rest, by their lots."""
     if not held_out:
         return rollouts.select([]), rollouts
-    out = rollouts.columns[DRAW] < held_out
+    out = rollouts.columns[LOT] < held_out
     rows, others = (part.nonzero().flatten().tolist() for part in (out, ~out))
     return rollouts.select(rows), rollouts.select(others)
 
 
-def accumulate_gradients(module: Distillation, output: StepOutput, *, keep_opinions: bool) -> None:
-    """Take the gradient of all micro-batches of a step, and note their values.
+def accumulate_gradients(
+    module: Distillation, micro_batches: Sequence[Rollouts], keep_opinions: bool = False
+) -> tuple[list[dict[str, Tensor]], list[Reading]]:
+    """Let teachers read every micro-batch, and add up the gradient of all.
 
-    Raises:
-        NonFiniteError: A loss or a teacher's opinion is infinite or NaN, on whatever rank.
+    Returns:
+        The metrics of each micro-batch by name, [N]; and, if they are to be kept, the micro-batches
+        with what their teachers think of them.
     """
-    micro_batches, world = output.micro_batches, module.world
+    world = module.world
     tokens = torch.tensor(float(sum(micro.num_tokens for micro in micro_batches)))
     total = max(world.sum(tokens).item(), 1.0)
+    values: list[dict[str, Tensor]] = []
+    readings: list[Reading] = []
     for i, micro in enumerate(micro_batches):
         with module.ledger.phase("teacher"):
             reading = stages.read(module, micro)
+            module.ledger.count("teacher_tokens", micro.num_tokens)
         with module.ledger.phase("train"):
             compared = stages.compare(module, reading, module.objective, token_metrics)
             sync = module.gradient_sync == "every" or i == len(micro_batches) - 1
@@ -167,38 +204,44 @@ def accumulate_gradients(module: Distillation, output: StepOutput, *, keep_opini
             world.backward(compared.total * (world.size / total), module.student, sync=sync)
             module.ledger.count("train_tokens", micro.num_tokens)
             module.train_metrics.update(compared.values)
-        output.values.append(compared.values)
-        if keep_opinions:
-            output.readings.append(reading)
-    # The teacher first: where it fails, the loss follows
-    check_finite(output, "opd/teacher_logprob", "teacher's log-probability", world)
-    check_finite(output, "opd/loss", "loss", world)
+        values.append(compared.values)
+        readings += [reading] if keep_opinions else []
+    return values, readings
 
 
-def check_finite(output: StepOutput, name: str, what: str, world: World) -> None:
+def check_finite(
+    t: int, micro_batches: Sequence[Rollouts], values: Sequence[Tensor], what: str, world: World
+) -> None:
     """Stop all ranks, before the optimizer's step, if a value of any of them is not finite.
+
+    Args:
+        t: Number of the step, from 1.
+        micro_batches: What the values are of.
+        values: Of each micro-batch, [N].
+        what: What to call them in the message.
+        world: The ranks.
 
     Raises:
         NonFiniteError: One is not; names step, rank and prompt row.
     """
     bad = torch.zeros(world.size)
-    bad[world.rank] = sum(float((~values[name].isfinite()).sum()) for values in output.values)
+    bad[world.rank] = sum(float((~v.isfinite()).sum()) for v in values)
     bad = world.sum(bad)
     if not bad.any():
         return
     rows = [
         f"{prompt.row} ({value})"
-        for micro, values in zip(output.micro_batches, output.values, strict=True)
+        for micro, v in zip(micro_batches, values, strict=True)
         for prompt, value in zip(
-            micro.prompts.prompts, micro.spread(values[name]).sum(dim=1).tolist(), strict=True
+            micro.prompts.prompts, micro.spread(v).sum(dim=1).tolist(), strict=True
         )
         if not math.isfinite(value)
     ]
     found = ", ".join(rows[:5]) + (", ..." if len(rows) > 5 else "")
     rank = int(bad.argmax())
     raise NonFiniteError(
-        f"step {output.t}, rank {rank}: the {what} of prompt row {world.broadcast(found, rank)} is "
-        f"not finite; the weights are those of step {output.t - 1}"
+        f"step {t}, rank {rank}: the {what} of prompt row {world.broadcast(found, rank)} is "
+        f"not finite; the weights are those of step {t - 1}"
     )
 
 

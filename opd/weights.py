@@ -62,13 +62,18 @@ class Weights:
         """
         discard_gathered(self._owner)
         parameters = self.parameters()
-        return local_shards([parameters[name] for name in names or parameters])
+        return local_shards([parameters[name] for name in (parameters if names is None else names)])
 
     @contextmanager
     def edit(self, names: Sequence[str] | None = None) -> Iterator[list[Tensor]]:
-        """Hand out the shards to be changed; no gathered copy outlives this. No collective."""
-        yield self.shards(names)
-        self.changed()
+        """Hand out the shards to be changed; no collective.
+
+        Copies that passes have gathered are dropped before; make no pass inside.
+        """
+        try:
+            yield self.shards(names)
+        finally:
+            self.changed()
 
     def changed(self) -> None:
         """Note that the weights are others than before."""

@@ -36,7 +36,8 @@ class World:
     def _reduce(self, value: Tensor, operation: str) -> Tensor:
         if self._strategy is None:
             return value
-        reduced = self._strategy.reduce(value.to(self._strategy.root_device), reduce_op=operation)
+        own = value.to(self._strategy.root_device, copy=True)  # some strategies reduce in place
+        reduced = self._strategy.reduce(own, reduce_op=operation)
         assert isinstance(reduced, Tensor)
         return reduced
 
@@ -58,5 +59,5 @@ class World:
             if self._strategy is None:
                 loss.backward()
                 return
-            with sharding.gradient_sync(self._strategy.model, model, sync):
+            with sharding.summing_gradients(self._strategy.model, model, sync):
                 self._strategy.backward(loss, None)

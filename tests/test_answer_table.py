@@ -34,6 +34,11 @@ BOXED = [
     (r"\boxed{1,024}", "1024", True),
     (r"\boxed{1024}", "1,024", True),
     (r"\boxed{1.024}", "1024", False),
+    (r"\boxed{1,2}", "12", False),  # two numbers
+    (r"\boxed{3,14}", "314", False),
+    (r"\boxed{1e3}", "1000", True),
+    (r"\boxed{1e3}", "10000", False),
+    (r"\boxed{2.5E-2}", "0.025", True),
     (r"\boxed{1/0}", "1/0", True),  # the same text
     (r"\boxed{1/0}", "2/0", False),
     (r"\boxed{A}", "A", True),

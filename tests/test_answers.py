@@ -101,6 +101,8 @@ def test_a_comma_separates_groups_of_three_or_numbers():
     assert not AnswerVerifier()(r"\boxed{1,2}", "12")
     assert not AnswerVerifier()(r"\boxed{3,14}", "314")
     assert extract_last_number("1,024 and 3,14") == "14"
+    assert extract_last_number("17-5") == extract_last_number("f(17)-5") == "5"
+    assert extract_last_number("it is -5") == "-5"
 
 
 @pytest.mark.parametrize("where", ["main", "thread"])
@@ -118,7 +120,7 @@ def test_a_check_that_takes_too_long_is_wrong_and_said_once(verifier, completion
     def check():
         start = time.perf_counter()
         verdicts.extend([verifier(completion, "1"), verifier(completion, "1")])
-        verdicts.append(time.perf_counter() - start > 6)
+        verdicts.append(time.perf_counter() - start > 60)  # on a busy machine, too
 
     answers._warn_once.cache_clear()
     if where == "main":

@@ -40,10 +40,10 @@ def test_no_overlap_is_no_advantage():
 
 
 def test_every_metric_of_a_token_is_its_definition():
-    """p = (1/2, 1/4, 1/4), q = (1/8, 1/8, 3/4), mu(y) = 1/5, y = 1: worked out by hand, in nats."""
+    """p = (1/2, 1/4, 1/4), q = (1/8, 1/8, 3/4), mu(y) = 1/3, y = 1: worked out by hand, in nats."""
     log_p = torch.tensor([[0.5, 0.25, 0.25]], dtype=torch.float64).log()
     log_q = torch.tensor([[0.125, 0.125, 0.75]], dtype=torch.float64).log()
-    tokens = Tokens(torch.tensor([1]), torch.tensor([0.2], dtype=torch.float64).log())
+    tokens = Tokens(torch.tensor([1]), torch.tensor([1 / 3], dtype=torch.float64).log())
     ln2, ln3 = math.log(2), math.log(3)
     expected = {
         "opd/reverse_kl": ln2 + 0.25 * ln2 - 0.25 * ln3,
@@ -54,7 +54,7 @@ def test_every_metric_of_a_token_is_its_definition():
         "opd/overlap_at_16": 1.0,
         "opd/overlap_advantage": -(1.25 * ln2 - 0.25 * ln3),
         "opd/teacher_logprob": -3 * ln2,
-        "rollout/engine_logprob_gap": math.log(0.25) - math.log(0.2),
+        "rollout/engine_logprob_gap": 2 * ln2 - ln3,
     }
     expected["opd/entropy_gap"] = abs(expected["opd/entropy_gap"])
     ours = token_metrics(log_p, {"teacher": log_q}, tokens)

@@ -80,6 +80,14 @@ def test_a_file_that_is_no_checkpoint_is_named(tmp_path):
         load_model(str(tmp_path / "foreign.ckpt"))
 
 
+def test_float16_is_refused_and_bfloat16_not():
+    for precision in ("16-mixed", "16-true"):
+        with pytest.raises(ValueError, match=f"precision {precision} is not supported; use bf16"):
+            models.check_precision(precision)
+    models.check_precision("bf16-mixed")
+    models.check_precision("32-true")
+
+
 def test_tokenizers_that_differ_are_refused(tiny):
     ours, theirs = (load_tokenizer(str(tiny / f"{f}-student")) for f in ("llama", "gpt2"))
     with pytest.raises(ValueError, match=r"tokenizer differs from the student's in .* for example"):

@@ -2,10 +2,10 @@
 
 import pytest
 import torch
-from test_step import batch_of, module_of
+from test_step import module_of, step_of
 
 from opd.scores import TeacherKL
-from opd.step import StepRequest, take_step
+from opd.step import StepRequest
 
 TEMPERATURE = 0.7
 
@@ -31,7 +31,7 @@ def test_teacher_kl_is_minus_the_reverse_kl_of_each_completion(tiny, rollouts, c
     """Lower KL is a higher score; a mean over tokens; its tokens are counted."""
     module = module_of(tiny, rollouts_per_prompt=2, temperature=TEMPERATURE, micro_batch_tokens=60)
     score = TeacherKL(rollouts, fraction=0.25)
-    output = take_step(module, batch_of(module), score.request())
+    output = step_of(module, score.request())
     score.prepare(module, output, seed=0)
     found = score(module)
     module.ledger.synchronize(lambda tensor: tensor, world_size=1)
@@ -50,6 +50,8 @@ def test_teacher_kl_is_minus_the_reverse_kl_of_each_completion(tiny, rollouts, c
     assert mean == pytest.approx(sum(expected) / sum(lengths), rel=1e-4)
     assert mean < 0
     assert module.ledger.totals["search_tokens"] == sum(lengths)
+    score.release()
+    assert score._readings == []
     teacher_tokens = module.ledger.totals["teacher_tokens"]
     assert teacher_tokens == module.ledger.totals["rollout_tokens"]  # nothing is read twice
 
@@ -57,7 +59,7 @@ def test_teacher_kl_is_minus_the_reverse_kl_of_each_completion(tiny, rollouts, c
 def test_a_student_nearer_to_its_teacher_scores_higher(tiny):
     module = module_of(tiny, temperature=TEMPERATURE)
     score = TeacherKL("step")
-    output = take_step(module, batch_of(module), score.request())
+    output = step_of(module, score.request())
     score.prepare(module, output, seed=0)
     apart = score(module).mean(lambda tensor: tensor)
     module.student.load_state_dict(module.teachers["default"].model.state_dict())
@@ -66,9 +68,9 @@ def test_a_student_nearer_to_its_teacher_scores_higher(tiny):
 
 def test_held_out_completions_are_others_than_those_trained_on(tiny):
     module = module_of(tiny, rollouts_per_prompt=2)
-    output = take_step(module, batch_of(module), TeacherKL("held_out", fraction=0.5).request())
+    output = step_of(module, TeacherKL("held_out", fraction=0.5).request())
     trained, held_out = (
-        {float(draw) for micro in part for draw in micro.columns["draw"]}
+        {float(lot) for micro in part for lot in micro.columns["lot"]}
         for part in (output.micro_batches, output.held_out)
     )
     assert (len(trained), len(held_out)) == (4, 4)

@@ -14,11 +14,11 @@ from opd.objectives import GeneralizedJSD, PolicyGradient, ReverseKL
 from opd.prompts import Prompt, PromptBatch, PromptFormat, tokenize_rows
 from opd.rollouts import Rollouts, cut_into_micro_batches
 from opd.step import (
-    StepOutput,
     StepRequest,
     accumulate_gradients,
     apply_gradients,
-    draws,
+    lots,
+    sample,
     split,
     take_step,
 )
@@ -46,11 +46,16 @@ def rollouts_of(module, seed=0) -> Rollouts:
     return stages.generate(module, batch_of(module), seed, copies=2)
 
 
+def step_of(module, request, rate=0.0):
+    """Take a step of SGD, which leaves the weights as they are unless there is a rate."""
+    optimizer = torch.optim.SGD(module.student.parameters(), lr=rate)
+    return take_step(module, batch_of(module), request, optimizer, None)
+
+
 def gradients(module, rollouts, budget):
     module.zero_grad()
     module.student.eval()  # dropout off: it would differ between cuts
-    output = StepOutput(1, cut_into_micro_batches(rollouts, budget))
-    accumulate_gradients(module, output, keep_opinions=False)
+    accumulate_gradients(module, cut_into_micro_batches(rollouts, budget))
     loss = module.train_metrics.compute()["opd/loss"]
     module.train_metrics.reset()
     return loss, [p.grad.clone() for p in module.student.parameters()]
@@ -98,9 +103,8 @@ def test_an_empty_completion_does_not_divide_by_zero(tiny):
     rollouts = rollouts_of(module)
     rollouts.lengths[:] = 0
     module.zero_grad()
-    output = StepOutput(1, cut_into_micro_batches(rollouts, 10**6))
-    accumulate_gradients(module, output, keep_opinions=False)
-    assert [values["opd/loss"].numel() for values in output.values] == [0]
+    values, _ = accumulate_gradients(module, cut_into_micro_batches(rollouts, 10**6))
+    assert [v["opd/loss"].numel() for v in values] == [0]
     slopes = [p.grad for p in module.student.parameters()]
     assert len(slopes) > 10
     assert all(slope is not None and not slope.any() for slope in slopes)
@@ -170,13 +174,25 @@ def test_an_offloaded_teacher_has_the_same_opinion(tiny):
     assert all(p.is_meta for layer in layers for p in layer.parameters())  # back in host memory
 
 
+def test_a_tied_head_is_offloaded_with_its_embedding(tiny):
+    """To another device than the one that it was loaded on, of which there is one: meta."""
+    teacher = module_of(tiny, teacher_offload=True).teachers["default"]
+    assert (
+        teacher.model.get_output_embeddings().weight is teacher.model.get_input_embeddings().weight
+    )
+    teacher.to(torch.device("meta"))
+    assert teacher.model.get_output_embeddings().weight.is_meta
+
+
 def test_a_teacher_that_is_not_a_number_is_named_before_the_loss_that_follows(tiny):
     module = module_of(tiny)
-    rollouts = rollouts_of(module)
     with torch.no_grad():
         module.teachers["default"].model.base_model.norm.weight.fill_(torch.nan)
+    before = [p.detach().clone() for p in module.student.parameters()]
     with pytest.raises(NonFiniteError, match=r"step 1, rank 0: the teacher's log-probability of p"):
-        gradients(module, rollouts, 100)
+        step_of(module, StepRequest())
+    for weight, old in zip(module.student.parameters(), before, strict=True):
+        assert torch.equal(weight, old)
 
 
 class Ranks(World):
@@ -192,25 +208,25 @@ class Ranks(World):
 
 @pytest.mark.parametrize("copies", [1, 3])
 @pytest.mark.parametrize("prompts", [1, 7, 8])
-def test_a_completion_has_the_same_draw_on_any_number_of_ranks(copies, prompts):
-    """Prompts are dealt in turn; a draw belongs to (prompt, copy); evenly spaced from 0 to 1."""
+def test_a_completion_has_the_same_lot_on_any_number_of_ranks(copies, prompts):
+    """Prompts are dealt in turn; a lot belongs to (prompt, copy); evenly spaced from 0 to 1."""
     total = prompts * copies
-    whole = draws(total, copies, Ranks(0, [total]), 5, "draw").view(prompts, copies)
-    spacing = [i / max(total - 1, 1) for i in range(total)]
+    whole = lots(total, copies, Ranks(0, [total]), 5, "lot").view(prompts, copies)
+    spacing = [i / (total - 1) for i in range(total)] if total > 1 else [1]
     assert sorted(whole.flatten().tolist()) == pytest.approx(spacing)
     counts = [len(range(rank, prompts, 3)) * copies for rank in range(3)]
     for rank, count in enumerate(counts):
-        mine = draws(count, copies, Ranks(rank, counts), 5, "draw")
+        mine = lots(count, copies, Ranks(rank, counts), 5, "lot")
         assert mine.tolist() == whole[rank::3].flatten().tolist()
 
 
 def test_split_holds_out_the_share_asked_for(tiny):
     rollouts = rollouts_of(module_of(tiny))
-    rollouts.columns["draw"] = torch.tensor([0.0, 1.0, 2.0, 3.0, 4.0, 5.0, 6.0, 7.0])[
+    rollouts.columns["lot"] = torch.tensor([0.0, 1.0, 2.0, 3.0, 4.0, 5.0, 6.0, 7.0])[
         torch.tensor([3, 1, 7, 5, 0, 2, 6, 4])
     ].div(7)
     held_out, trained = split(rollouts, 0.25)
-    assert held_out.columns["draw"].mul(7).round().tolist() == [1, 0]
+    assert held_out.columns["lot"].mul(7).round().tolist() == [1, 0]
     assert len(trained) == 6
     assert torch.equal(
         held_out.completion_ids[0, : held_out.lengths[0]],
@@ -218,6 +234,22 @@ def test_split_holds_out_the_share_asked_for(tiny):
     )
     nothing, everything = split(rollouts, 0.0)
     assert (len(nothing), len(everything)) == (0, 8)
+
+
+def test_every_step_prompt_and_copy_draws_numbers_of_its_own(tiny):
+    """The same text in four rows, two copies each, in two steps."""
+    module = module_of(tiny, rollouts_per_prompt=2)
+    (prompt,) = batch_of(module).prompts[:1]
+    rows = [dataclasses.replace(prompt, row=row) for row in range(4)]
+    batch = PromptBatch.collate(rows, module.sampler.pad_token_id)
+    said = {
+        tuple(rollouts.completion_ids[i, :4].tolist())
+        for rollouts in (sample(module, batch, t) for t in (1, 2))
+        for i in range(8)
+    }
+    assert len(said) == 16
+    again = sample(module, batch, 2)
+    assert {tuple(row) for row in again.completion_ids[:, :4].tolist()} < said
 
 
 def test_requests_are_merged_whatever_their_order():
@@ -229,9 +261,9 @@ def test_requests_are_merged_whatever_their_order():
 
 def test_a_step_keeps_what_was_asked_for_and_nothing_else(tiny):
     module = module_of(tiny, rollouts_per_prompt=2)
-    plain = take_step(module, batch_of(module), StepRequest())
+    plain = step_of(module, StepRequest())
     assert (plain.readings, plain.held_out) == ([], [])
-    asked = take_step(module, batch_of(module), StepRequest(keep_opinions=True, held_out=0.25))
+    asked = step_of(module, StepRequest(keep_opinions=True, held_out=0.25))
     assert [reading.micro for reading in asked.readings] == asked.micro_batches
     counts = [sum(len(micro) for micro in part) for part in (asked.micro_batches, asked.held_out)]
     assert counts == [6, 2]

@@ -7,6 +7,7 @@ import pytest
 import torch
 from conftest import peak_memory
 from torch.nn import functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from opd.metrics import TOKEN_METRICS, token_metrics
 from opd.models import load_model
@@ -137,10 +138,27 @@ def test_a_micro_batch_without_tokens_gives_zero_gradients_to_all_that_is_traine
     assert {value.shape for value in compared.values.values()} == {(0,)}
 
 
+class Products(TorchDispatchMode):
+    """Counts what is added up to the gradient of a head."""
+
+    count = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        self.count += function is torch.ops.aten.addmm_.default
+        return function(*args, **(kwargs or {}))
+
+
 def test_no_gradient_is_formed_for_a_frozen_head():
     student, teacher = models(None, "embedded")
     head = student.get_output_embeddings()
-    head.weight.requires_grad_(False)
+    products = []
+    for trained in (True, False):
+        head.weight.requires_grad_(trained)
+        with Products() as counted:
+            run(student, teacher, rollouts(18), ReverseKL(), tile=3).total.backward()
+        products.append(counted.count)
+    assert products == [5, 0]  # of 14 tokens in tiles of 3
+    head.weight.grad = None
     run(student, teacher, rollouts(18), ReverseKL(), tile=3).total.backward()
     assert head.weight.grad is None
     assert student.get_input_embeddings().weight.grad.any()

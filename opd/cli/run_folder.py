@@ -15,6 +15,7 @@ import itertools
 import logging
 import os
 import re
+import tempfile
 import time
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -78,9 +79,7 @@ def choose(output: str | None, configs: Sequence[str]) -> Path:
     folder = Path(output).expanduser()
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        probe = folder / f".writable-{os.getpid()}"
-        probe.touch()
-        probe.unlink()
+        tempfile.TemporaryFile(dir=folder).close()
     except OSError as error:
         raise UserError(f"--output {output}: cannot be written ({error.strerror})") from error
     return folder

@@ -103,6 +103,16 @@ def check_context(context: int | None, role: str, prompt_tokens: int, new_tokens
         )
 
 
+def check_precision(precision: str) -> None:
+    """Refuse float16, whose scaled gradients would be clipped as they are.
+
+    Raises:
+        UserError: ``precision``, as the Trainer names it, is one of float16.
+    """
+    if precision in ("16-mixed", "16-true"):
+        raise UserError(f"trainer.precision {precision} is not supported; use bf16-mixed")
+
+
 def check_master_weights(model: PreTrainedModel) -> None:
     """Refuse to train weights that small steps do not change.
 

@@ -13,6 +13,7 @@ is the step's business. Symbols as in the paper (arXiv 2605.11739): p = student,
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import ClassVar
@@ -30,7 +31,7 @@ from opd.rollouts import Tokens
 from opd.teachers import TEACHER, Gives
 
 
-class Objective:
+class Objective(ABC):
     """Base of all objectives.
 
     Attributes:
@@ -40,6 +41,7 @@ class Objective:
 
     needs: ClassVar[Mapping[str, Gives]] = {TEACHER: "full"}
 
+    @abstractmethod
     def __call__(self, log_p: Tensor, opinions: Mapping[str, Tensor], tokens: Tokens) -> Tensor:
         """Return the loss per token.
 
@@ -52,7 +54,6 @@ class Objective:
         Returns:
             [n].
         """
-        raise NotImplementedError
 
 
 def as_needed(

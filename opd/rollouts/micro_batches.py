@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import torch
 
+from opd.prompts import Prompt
 from opd.rollouts.rollouts import Rollouts
 from opd.world import World
 
 
-def cut_into_micro_batches(rollouts: Rollouts, max_tokens: int) -> list[Rollouts]:
+def cut_into_micro_batches(
+    rollouts: Rollouts,
+    max_tokens: int,
+    teacher_of: Callable[[Prompt], str] = lambda prompt: prompt.teacher or "",
+) -> list[Rollouts]:
     """Sort completions by length and cut them into micro-batches, one teacher each.
 
     A micro-batch holds at most ``max_tokens`` positions, padding and prompts included, but at least
@@ -19,12 +24,11 @@ def cut_into_micro_batches(rollouts: Rollouts, max_tokens: int) -> list[Rollouts
     """
     prompts, lengths = rollouts.prompts.prompts, rollouts.lengths.tolist()
     sizes = [len(prompt.token_ids) for prompt in prompts]
-    order = sorted(
-        range(len(prompts)), key=lambda i: (prompts[i].teacher or "", lengths[i], sizes[i], i)
-    )
+    teachers = [teacher_of(prompt) for prompt in prompts]
+    order = sorted(range(len(prompts)), key=lambda i: (teachers[i], lengths[i], sizes[i], i))
     groups: list[list[int]] = []
     for i in order:
-        if groups and prompts[groups[-1][0]].teacher == prompts[i].teacher:
+        if groups and teachers[groups[-1][0]] == teachers[i]:
             group = [*groups[-1], i]
             width = max(sizes[j] for j in group) + max(lengths[j] for j in group)
             if width * len(group) <= max_tokens:

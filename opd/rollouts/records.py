@@ -1,4 +1,4 @@
-"""Rollouts as text: judged by their answers, or as JSON records for people and scripts."""
+"""Rollouts as text: verified by their answers, or as JSON records for people and scripts."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def rollout_records(
         }
 
 
-def judge(
+def verify(
     rollouts: Rollouts, tokenizer: PreTrainedTokenizerBase, verifier: AnswerVerifier
 ) -> Tensor:
     """Check the answers of the prompts that have one: 1 right, 0 wrong, float64."""

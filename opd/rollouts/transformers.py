@@ -75,11 +75,13 @@ def draw(logprobs: Tensor, numbers: Tensor) -> Tensor:
         numbers: Uniform in [0, 1), float64, [B].
 
     Returns:
-        Token ids [B]: never one of probability 0.
+        Token ids [B]: never one of probability 0; the last one where they are not numbers, so that
+        what they do to the loss is found, and named, by the step.
     """
     cumulated = logprobs.exp().cumsum(dim=-1, dtype=torch.float64)
     wanted = numbers[:, None] * cumulated[:, -1:]
-    return torch.searchsorted(cumulated, wanted, right=True).squeeze(1)
+    found = torch.searchsorted(cumulated, wanted, right=True).squeeze(1)
+    return found.clamp(max=logprobs.shape[1] - 1)
 
 
 class TransformersEngine(RolloutEngine):

@@ -65,6 +65,7 @@ class LocalTeacher:
                 if not tensor.is_meta:
                     module, _, attribute = name.rpartition(".")
                     set_module_tensor_to_device(self.model.get_submodule(module), attribute, device)
+            self.model.tie_weights()  # a tied head has stayed behind
         else:
             self.model.to(device)
 
@@ -87,7 +88,6 @@ class LocalOpinion:
     teacher: LocalTeacher
     hidden: Tensor
     lengths: Tensor
-    gives: Gives = "full"
 
     @contextmanager
     def opened(self) -> Iterator[Opened]:

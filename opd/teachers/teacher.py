@@ -22,11 +22,6 @@ Opened = Callable[[slice], Tensor]
 class Opinion(Protocol):
     """What a teacher thinks of the tokens of a micro-batch; perhaps still on its way."""
 
-    @property
-    def gives(self) -> Gives:
-        """How much it says of a token."""
-        ...
-
     def opened(self) -> AbstractContextManager[Opened]:
         """Make the opinion ready to be read, tile by tile.
 
@@ -34,7 +29,7 @@ class Opinion(Protocol):
 
         Returns:
             A context, and in it a function from rows of the N tokens to log-probabilities, float32:
-            [n, V] where ``gives`` is full, [n] where it is sampled.
+            [n, V] where its teacher ``gives`` all, [n] where it gives sampled tokens.
         """
         ...
 

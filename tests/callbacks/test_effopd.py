@@ -39,9 +39,8 @@ class MinusValidationLoss(CandidateScore):
         return Score(-module.validation_loss(), torch.ones(1))
 
 
-def run(callback, optimum, steps, ckpt_path=None, checkpoint=None):
-    module = Line(optimum)
-    trainer = Trainer(
+def trainer_of(callback, steps, **options):
+    return Trainer(
         max_steps=steps,
         accelerator="cpu",
         logger=False,
@@ -49,7 +48,12 @@ def run(callback, optimum, steps, ckpt_path=None, checkpoint=None):
         enable_checkpointing=False,
         enable_progress_bar=False,
         enable_model_summary=False,
+        **options,
     )
+
+
+def run(callback, optimum, steps, ckpt_path=None, checkpoint=None):
+    module, trainer = Line(optimum), trainer_of(callback, steps)
     trainer.fit(module, ckpt_path=ckpt_path)
     if checkpoint:
         trainer.save_checkpoint(checkpoint)
@@ -125,6 +129,9 @@ class Average(Accelerator):
     def due(self, t):
         return False
 
+    def accelerate(self, trainer, pl_module, output):
+        return {}, {}
+
 
 def test_two_accelerators_in_one_run_are_refused():
     with pytest.raises(UserError, match="EffOPD and Average would both move the weights"):
@@ -143,10 +150,12 @@ def test_anchors_of_different_accelerators_are_different_tensors(tmp_path):
 def test_anchor_and_copy_live_where_they_are_asked_to(monkeypatch, device):
     """Here all memory is the host's; so what counts is who is asked to put tensors there."""
     moved = []
-    monkeypatch.setattr(weights, "to_host", lambda tensor: moved.append(tensor) or tensor.clone())
+    monkeypatch.setattr(
+        weights, "to_host", lambda tensor: moved.append(float(tensor)) or tensor.clone()
+    )
     assert run(effopd(anchor_device=device), optimum=60, steps=2) == 56
     # the anchor at the start, and the copy of W in each of two searches
-    assert [float(t) for t in moved] == ([0, 1, 12] if device == "cpu" else [])
+    assert moved == ([0, 1, 12] if device == "cpu" else [])
 
 
 def test_every_edit_of_the_weights_makes_a_new_version():
@@ -155,6 +164,44 @@ def test_every_edit_of_the_weights_makes_a_new_version():
     run(callback, optimum=3, steps=1)
     assert coefficients(callback) == [(1, 2)]
     assert callback.weights.version == 3
+
+
+class Failing(MinusValidationLoss):
+    """Fails at the second candidate."""
+
+    released = False
+    calls = 0
+
+    def __call__(self, module):
+        self.calls += 1
+        if self.calls == 3:
+            raise RuntimeError("no more")
+        return super().__call__(module)
+
+    def release(self):
+        self.released = True
+
+
+def test_a_search_that_fails_leaves_w_and_lets_its_score_go():
+    score, module = Failing(), Line(optimum=60)
+    with pytest.raises(RuntimeError, match="no more"):
+        trainer_of(EffOPD(score=score), steps=1).fit(module)
+    assert module.weight.item() == 1
+    assert score.released
+
+
+class SeesAutocast(MinusValidationLoss):
+    def __call__(self, module):
+        self.seen = torch.is_autocast_enabled("cpu")
+        return super().__call__(module)
+
+
+def test_a_search_computes_in_the_precision_of_the_step():
+    """Otherwise a float32 student is compared with what the teacher has said in bfloat16."""
+    for precision, autocast in [("32-true", False), ("bf16-mixed", True)]:
+        score = SeesAutocast()
+        trainer_of(EffOPD(score=score), steps=1, precision=precision).fit(Line(optimum=60))
+        assert score.seen == autocast
 
 
 def moments_of(checkpoint):

@@ -27,7 +27,7 @@ def test_samples_and_validations_of_a_run(fit):
 
 
 def test_a_run_resumed_from_an_earlier_step_writes_each_step_once(fit):
-    """Step 2 is done again: its rows are replaced, and the first validation is kept."""
+    """Step 3 is done again: its rows are replaced, and the first validation is kept."""
 
     def files_of(folder):
         rows = read_metrics(folder / "metrics.csv")
@@ -39,8 +39,8 @@ def test_a_run_resumed_from_an_earlier_step_writes_each_step_once(fit):
         ]
 
     often = ["--trainer.val_check_interval", "1", "--checkpoint.every_n_train_steps", "1"]
-    folder = fit("run", *often, "--checkpoint.save_top_k", "-1", steps=2)
+    folder = fit("run", *often, "--checkpoint.save_top_k", "-1", steps=3)
     straight = files_of(folder)
-    back = ["--ckpt_path", str(folder / "checkpoints" / "step=000001.ckpt"), "--overwrite", "true"]
-    fit("run", *often, *back, steps=2)
+    back = ["--ckpt_path", str(folder / "checkpoints" / "step=000002.ckpt"), "--overwrite", "true"]
+    fit("run", *often, *back, steps=3)
     assert files_of(folder) == straight

@@ -33,6 +33,15 @@ def test_surrogate_is_the_published_one(advantage, logp_old):
     assert loss.item() == pytest.approx(written_out(-1.0, logp_old, advantage), rel=1e-6)
 
 
+@pytest.mark.parametrize(("logp_old", "ratio"), [(-3.0, 2.0), (-31.0, 20.0), (19.5, -20.0)])
+def test_logarithm_of_the_ratio_is_kept_within_20(logp_old, ratio):
+    """So wide a clip and dual clip that nothing else bounds the loss, -rho A."""
+    logp, old = torch.tensor([-1.0]).double(), torch.tensor([logp_old]).double()
+    options = {"clip": 1e12, "dual_clip": 1e12}
+    loss = policy_gradient_loss(logp, old, torch.tensor([-2.0]).double(), **options)
+    assert loss.item() == pytest.approx(2 * math.exp(ratio))
+
+
 def test_gradient_is_minus_advantage_times_score():
     """sum_t (log p(y_t) - log q(y_t)) grad log p(y_t), 2605.11739 section 2."""
     generator = torch.Generator().manual_seed(0)

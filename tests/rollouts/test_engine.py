@@ -85,6 +85,16 @@ def test_draw_is_the_inverse_of_the_cumulated_distribution():
     assert draw(logprobs, numbers).tolist() == [1, 1, 3, 3, 3]
 
 
+def test_a_draw_from_no_distribution_is_a_token_and_its_logprob_no_number(tiny):
+    """A student that has diverged is found out by its loss, not by an index out of bounds."""
+    model, batch, sampler = pair(str(tiny / "llama-student"))
+    with torch.no_grad():
+        model.get_output_embeddings().weight.fill_(torch.nan)
+    rollouts = sample(TransformersEngine(), model, batch, sampler)
+    assert rollouts.completion_ids.max() < model.config.vocab_size
+    assert rollouts.engine_logprobs[rollouts.mask].isnan().all()
+
+
 def test_draws_follow_the_models_distribution():
     """One token, 3,000 draws: each frequency within 5 standard errors."""
     model, tokenizer = load_model("embedded:base"), load_tokenizer("embedded:base")
