@@ -179,7 +179,8 @@ class Tokens:
         y: The tokens, [n].
         logmu_y: Their log-probabilities under the rollout engine, [n].
         advantage: Of their completions' rewards, [n]; None if there are no rewards.
-        weight: Factor of their losses, [n]; None: 1.
+        weight: Factor of their losses, [n]; None: 1. What the sum of losses is divided by stays the
+            number of tokens.
     """
 
     y: Tensor
