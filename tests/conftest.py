@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-import resource
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable
@@ -12,6 +12,7 @@ from pathlib import Path
 import lightning.pytorch  # noqa: F401 - now: its log must not go to one test's stderr
 import pytest
 import torch
+from forked import run_ranks
 from tokenizers import Tokenizer, decoders, pre_tokenizers, processors, trainers
 from tokenizers import models as tokenizer_models
 from torch.distributed.checkpoint import FileSystemReader
@@ -28,8 +29,12 @@ from transformers import (
 from opd.cli import main
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ["OMP_NUM_THREADS"] = "1"  # of all processes that tests start
 ROOT = Path(__file__).parent.parent
 QUICKSTART = str(ROOT / "configs" / "quickstart.yaml")
+# Of embedded:train the first rows: to read all 16,384 takes as long as a run of a few steps.
+SHRUNK = ["--data.train", str(ROOT / "tests" / "additions.jsonl"), "--data.batch_size", "8"]
+QUIET = ["--trainer.enable_progress_bar", "false", "--trainer.enable_model_summary", "false"]
 CPU = ["--trainer.accelerator", "cpu", "--trainer.precision", "32-true"]
 FSDP2 = ["--config", str(ROOT / "configs" / "strategy" / "fsdp2.yaml"), *CPU]
 FSDP1 = ["--config", str(ROOT / "configs" / "strategy" / "fsdp1.yaml"), *CPU]
@@ -147,28 +152,57 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+def run_fit(folder: Path, *arguments: str, steps: int) -> Path:
+    """Run ``opd fit`` on a shrunk quickstart in this process; returns the run folder."""
+    options = ["--data.validation_limit", "16", "--output", str(folder)]
+    options += ["--trainer.max_steps", str(steps)]
+    assert main(["fit", "--config", QUICKSTART, *SHRUNK, *QUIET, *options, *arguments]) == 0
+    return folder
+
+
 @pytest.fixture
 def fit(tmp_path: Path) -> Callable[..., Path]:
-    """Run ``opd fit`` on a shrunk quickstart; returns the run folder."""
+    """Run ``opd fit`` on a shrunk quickstart in a folder of the test's own."""
 
     def run(name: str, *arguments: str, steps: int = 2) -> Path:
-        folder = tmp_path / name
-        shrunk = ["--data.validation_limit", "16", "--data.batch_size", "8"]
-        options = ["--output", str(folder), "--trainer.max_steps", str(steps)]
-        quiet = ["--trainer.enable_progress_bar", "false"]
-        code = main(["fit", "--config", QUICKSTART, *shrunk, *options, *quiet, *arguments])
-        assert code == 0
-        return folder
+        return run_fit(tmp_path / name, *arguments, steps=steps)
 
     return run
+
+
+@pytest.fixture(scope="session")
+def vanilla(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Three steps, with a checkpoint and samples of each. Copy it before you change it."""
+    every = ["--checkpoint.every_n_train_steps", "1", "--checkpoint.save_top_k", "-1"]
+    every += ["--samples.every_n_steps", "1"]
+    return run_fit(tmp_path_factory.mktemp("vanilla") / "run", *every, steps=3)
+
+
+@pytest.fixture(scope="session")
+def searched(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Two steps, with a search of EffOPD after each. Copy it before you change it."""
+    search = "--trainer.callbacks+=callbacks.EffOPD"
+    return run_fit(tmp_path_factory.mktemp("effopd") / "searched", search, steps=2)
+
+
+def copy_of(run: Path, folder: Path) -> Path:
+    return shutil.copytree(run, folder / "run", symlinks=True)
 
 
 def launch(
     processes: int, folder: Path, *arguments: str, steps: int = 2, command: str = "fit"
 ) -> Path:
-    """Run ``opd fit`` on a shrunk quickstart under torchrun; returns the run folder."""
+    """Run ``opd fit`` on a shrunk quickstart on several ranks; returns the run folder."""
+    command_line = opd_arguments(folder, *arguments, steps=steps, command=command)
+    codes, printed = run_ranks(processes, command_line, folder.parent)
+    assert not any(codes), printed[-6000:]
+    return folder
+
+
+def torchrun(processes: int, folder: Path, *arguments: str, steps: int) -> Path:
+    """Do the same in processes that torchrun starts; returns the run folder."""
     run = subprocess.run(
-        opd_command(processes, folder, *arguments, steps=steps, command=command),
+        torchrun_command(processes, folder, *arguments, steps=steps),
         capture_output=True,
         text=True,
         env=launch_environment(),
@@ -180,8 +214,11 @@ def launch(
 
 def fail(
     processes: int, folder: Path, *arguments: str, steps: int, largest_file: int = -1
-) -> subprocess.CompletedProcess:
-    """Run ``opd fit`` under torchrun; it must fail, and without a traceback of ours.
+) -> tuple[list[int], str]:
+    """Run ``opd fit`` on several ranks; they must fail, and without a traceback of ours.
+
+    Returns:
+        The ranks' exit codes, and what they have printed.
 
     Args:
         processes: Number of ranks.
@@ -190,35 +227,30 @@ def fail(
         steps: Optimizer steps.
         largest_file: Bytes that a file may have, as on a disk that runs full; -1: any.
     """
-    limit = (largest_file, resource.getrlimit(resource.RLIMIT_FSIZE)[1])
-    run = subprocess.run(
-        opd_command(processes, folder, *arguments, steps=steps),
-        capture_output=True,
-        text=True,
-        env=launch_environment(),
-        timeout=300,
-        preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, limit),
-    )
-    assert run.returncode != 0
-    assert "opd/" not in run.stderr, run.stderr  # no file of ours in a traceback
-    return run
+    command_line = opd_arguments(folder, *arguments, steps=steps)
+    codes, printed = run_ranks(processes, command_line, folder.parent, largest_file)
+    assert all(codes)
+    assert "opd/" not in printed, printed  # no file of ours in a traceback
+    return codes, printed
 
 
-def opd_command(
-    processes: int, folder: Path, *arguments: str, steps: int, command: str = "fit"
-) -> list[str]:
-    """The command that :func:`launch` runs."""
-    torchrun = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
-    shrunk = ["--data.validation_limit", "8", "--data.batch_size", "8"]
+def opd_arguments(folder: Path, *arguments: str, steps: int, command: str = "fit") -> list[str]:
+    """Arguments of ``opd`` for a shrunk quickstart."""
+    shrunk = [*SHRUNK, "--data.validation_limit", "8"]
     options = ["--output", str(folder), "--trainer.max_steps", str(steps)]
-    opd = ["-m", "opd.cli", command, "--config", QUICKSTART, *shrunk]
-    quiet = ["--trainer.enable_progress_bar", "false"]
-    return [sys.executable, *torchrun, *opd, *arguments, *quiet, *options]
+    return [command, "--config", QUICKSTART, *shrunk, *arguments, *QUIET, *options]
+
+
+def torchrun_command(processes: int, folder: Path, *arguments: str, steps: int) -> list[str]:
+    """The command that :func:`torchrun` runs."""
+    launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
+    command_line = opd_arguments(folder, *arguments, steps=steps)
+    return [sys.executable, *launcher, "-m", "opd.cli", *command_line]
 
 
 def launch_environment() -> dict[str, str]:
-    """One thread a process; modules of tests/ can be named in YAML."""
-    return {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT / "tests")}
+    """Modules of tests/ can be named in YAML."""
+    return {**os.environ, "PYTHONPATH": str(ROOT / "tests")}
 
 
 def load_any(folder: Path, name: str = "last.ckpt") -> dict:

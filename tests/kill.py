@@ -25,7 +25,7 @@ from conftest import (
     launch,
     launch_environment,
     load_any,
-    opd_command,
+    torchrun_command,
 )
 
 STEPS = 8
@@ -66,7 +66,7 @@ def workers(launcher: int) -> list[int]:
 def start(folder: Path) -> subprocess.Popen:
     """Start a run in the background."""
     return subprocess.Popen(
-        opd_command(2, folder, *OPTIONS, *GO_ON, steps=STEPS),
+        torchrun_command(2, folder, *OPTIONS, *GO_ON, steps=STEPS),
         stdout=subprocess.DEVNULL,
         stderr=subprocess.DEVNULL,
         env=launch_environment(),

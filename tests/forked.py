@@ -1,0 +1,74 @@
+"""Ranks of a run in the environment that torchrun makes, forked from a process that has imported all.
+
+To import torch, transformers and Lightning takes longer than most runs of the tests.
+"""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import resource
+import sys
+import time
+from pathlib import Path
+
+from torch.distributed import TCPStore
+
+SERVER = multiprocessing.get_context("forkserver")
+SERVER.set_forkserver_preload(
+    [
+        *("lightning.pytorch", "torch.distributed.fsdp", "torch.distributed.checkpoint"),
+        *("transformers.models.qwen3.modeling_qwen3", "transformers.generation.utils"),
+        *("torch.utils.tensorboard", "pytest", "opd.cli.fit", "opd.strategies", "opd.scores"),
+    ]
+)
+
+
+def rank(environment: dict[str, str], arguments: list[str], log: Path, largest_file: int) -> None:
+    """What a rank does: the command line, and nothing else."""
+    os.environ.update(environment)
+    with log.open("wb") as file:
+        os.dup2(file.fileno(), 1)
+        os.dup2(file.fileno(), 2)
+    limit = (largest_file, resource.getrlimit(resource.RLIMIT_FSIZE)[1])
+    resource.setrlimit(resource.RLIMIT_FSIZE, limit)
+    from opd.cli import main
+
+    sys.exit(main(arguments))
+
+
+def run_ranks(
+    processes: int, arguments: list[str], folder: Path, largest_file: int = -1
+) -> tuple[list[int], str]:
+    """Run a command on several ranks.
+
+    Returns:
+        The ranks' exit codes, and what they have printed.
+
+    Args:
+        processes: Number of ranks.
+        arguments: Of ``opd``.
+        folder: For what they print.
+        largest_file: Bytes that a file may have, as on a disk that runs full; -1: any.
+    """
+    store = TCPStore("localhost", 0, is_master=True, wait_for_workers=False)
+    common = {"MASTER_ADDR": "localhost", "MASTER_PORT": str(store.port), "GROUP_RANK": "0"}
+    common |= {"TORCHELASTIC_RUN_ID": "tests", "TORCHELASTIC_USE_AGENT_STORE": "True"}
+    common |= {name: str(processes) for name in ("WORLD_SIZE", "LOCAL_WORLD_SIZE")}
+    common |= {"GROUP_WORLD_SIZE": "1", "OMP_NUM_THREADS": "1"}
+    logs = [folder / f"rank_{i}.log" for i in range(processes)]
+    ranks = []
+    for i, log in enumerate(logs):
+        environment = {**common, "RANK": str(i), "LOCAL_RANK": str(i)}
+        parameters = (environment, arguments, log, largest_file)
+        ranks.append(SERVER.Process(target=rank, args=parameters, daemon=True))
+        ranks[-1].start()
+    deadline = time.monotonic() + 300
+    for process in ranks:
+        process.join(max(0, deadline - time.monotonic()))
+    hanging = [process for process in ranks if process.is_alive()]
+    for process in hanging:
+        process.kill()
+    printed = "".join(log.read_text() for log in logs)
+    assert not hanging, f"hangs: {printed[-3000:]}"
+    return [process.exitcode or 0 for process in ranks], printed
