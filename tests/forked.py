@@ -1,4 +1,4 @@
-"""Ranks of a run in the environment that torchrun makes, forked from a process that has imported all.
+"""Ranks of a run as torchrun starts them, but forked from a process that has imported everything.
 
 To import torch, transformers and Lightning takes longer than most runs of the tests.
 """

@@ -5,7 +5,7 @@ import subprocess
 import sys
 
 import pytest
-from conftest import QUICKSTART
+from conftest import QUICKSTART, SHRUNK, assert_same, copy_of, load
 
 from opd.cli import COMMANDS, main
 from opd.embedded.build import build_model, build_tokenizer
@@ -22,7 +22,7 @@ def error_of(capsys, *arguments):
 
 def fit_error(capsys, tmp_path, *arguments):
     output = [] if "--output" in arguments else ["--output", str(tmp_path / "run")]
-    return error_of(capsys, "fit", "--config", QUICKSTART, *output, *arguments)
+    return error_of(capsys, "fit", "--config", QUICKSTART, *SHRUNK, *output, *arguments)
 
 
 def write(path, text):
@@ -132,8 +132,8 @@ def test_other_commands(capsys, tmp_path):
     assert main([]) == 2
 
 
-def test_a_folder_with_a_run_is_not_overwritten_by_accident(capsys, fit):
-    folder = fit("run", steps=1)
+def test_a_folder_with_a_run_is_not_overwritten_by_accident(capsys, vanilla, fit, tmp_path):
+    folder = copy_of(vanilla, tmp_path)
     line = error_of(capsys, "fit", "--config", QUICKSTART, "--output", str(folder))
     assert "--ckpt_path last" in line
     assert "--overwrite true" in line
@@ -186,26 +186,23 @@ def test_validate_and_test_score_a_student(command, capsys):
     assert f"{prefix}/accuracy" in capsys.readouterr().out
 
 
-def test_a_run_folder_is_complete(fit):
-    folder = fit("run", "--samples.every_n_steps", "1", steps=2)
+def test_a_run_folder_is_complete(vanilla):
     assert {"config.yaml", "metrics.csv", "summary.json", "samples", "checkpoints"} <= {
-        path.name for path in folder.iterdir()
+        path.name for path in vanilla.iterdir()
     }
-    assert list(folder.glob("events.out.tfevents.*"))
-    summary = json.loads((folder / "summary.json").read_text())
+    assert list(vanilla.glob("events.out.tfevents.*"))
+    summary = json.loads((vanilla / "summary.json").read_text())
     assert set(summary) == {
         *("steps", "seed", "accuracy", "reverse_kl", "cost", "extrapolation", "versions")
     }
-    assert summary["steps"] == 2
+    assert summary["steps"] == 3
     assert set(summary["accuracy"]) == {"initial", "final"}
-    sample = json.loads((folder / "samples" / "step_000002.jsonl").read_text().splitlines()[0])
+    sample = json.loads((vanilla / "samples" / "step_000002.jsonl").read_text().splitlines()[0])
     assert len(sample["reverse_kl"]) == len(sample["completion_ids"])
 
 
 def test_the_saved_configuration_repeats_the_run(fit, tmp_path):
-    from conftest import assert_same, load
-
-    first = fit("first", "--model.optimizer.lr", "3e-4")
+    first = fit("first", "--model.optimizer.lr", "3e-4", steps=1)
     output = ["--output", str(tmp_path / "again")]
     assert main(["fit", "--config", str(first / "config.yaml"), *output]) == 0
     assert_same(load(tmp_path / "again")["state_dict"], load(first)["state_dict"])

@@ -22,9 +22,9 @@ from conftest import (
     launch,
     launch_environment,
     load_any,
+    student_of,
     torchrun,
     torchrun_command,
-    student_of,
 )
 
 from eval.memory import GATHERED, memory

@@ -11,16 +11,27 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import QUICKSTART, launch_environment, load, opd_command
+from conftest import (
+    QUICKSTART,
+    QUIET,
+    SHRUNK,
+    copy_of,
+    launch_environment,
+    load,
+    run_fit,
+    torchrun_command,
+)
+from lightning.pytorch import LightningModule, Trainer
 from torch.distributed.checkpoint import FileSystemWriter
 from torch.distributed.checkpoint.metadata import Metadata
 
-from opd.checkpoints import newest_checkpoint, read_step
+from callbacks import RunCheckpoint
+from opd.checkpoints import STUDENT_FILES, newest_checkpoint, read_step
 from opd.cli import main, run_folder
+from opd.errors import UserError
 from opd.metrics_csv import read_metrics
 
-SHRUNK = ["--data.validation_limit", "8", "--data.batch_size", "4"]
-QUIET = ["--trainer.enable_progress_bar", "false", "--trainer.max_steps", "1"]
+ONE_STEP = ["--data.validation_limit", "8", "--trainer.max_steps", "1"]
 OVERWRITE = ["--overwrite", "true"]
 MINE = {
     "mine.yaml": "x: 1",
@@ -34,7 +45,8 @@ MINE = {
 
 
 def command(folder, *arguments):
-    return ["fit", "--config", QUICKSTART, *SHRUNK, *QUIET, "--output", str(folder), *arguments]
+    options = [*SHRUNK, *QUIET, *ONE_STEP, "--output", str(folder)]
+    return ["fit", "--config", QUICKSTART, *options, *arguments]
 
 
 def refusal(capsys, arguments):
@@ -71,14 +83,22 @@ def steps_of(folder: Path) -> list[int]:
 # --- what may be deleted --------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("arguments", [[], OVERWRITE, ["--ckpt_path", "last"]])
+@pytest.mark.parametrize(("wanted", "overwrite"), [(None, False), (None, True), ("last", False)])
 @pytest.mark.parametrize("name", [*MINE, "config.yaml", "metrics.csv", "notes/deep.txt"])
-def test_a_folder_of_somebody_else_is_refused_and_left_alone(tmp_path, capsys, name, arguments):
+def test_a_folder_of_somebody_else_is_refused_and_left_alone(tmp_path, name, wanted, overwrite):
     (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
     (tmp_path / name).write_text("step,a\n1,2\n")
     before = contents(tmp_path)
-    line = refusal(capsys, command(tmp_path, *arguments))
-    assert "holds no run of opd" in line
+    with pytest.raises(UserError, match="holds no run of opd"):
+        run_folder.plan(run_folder.choose(str(tmp_path), []), wanted, overwrite=overwrite)
+    assert contents(tmp_path) == before
+
+
+@pytest.mark.parametrize("arguments", [[], OVERWRITE, ["--ckpt_path", "last"]])
+def test_the_command_refuses_it_too(tmp_path, capsys, arguments):
+    put_mine(tmp_path)
+    before = contents(tmp_path)
+    assert "holds no run of opd" in refusal(capsys, command(tmp_path, *arguments))
     assert contents(tmp_path) == before
 
 
@@ -103,8 +123,8 @@ def test_the_working_directory_its_parent_and_links_are_no_exceptions(
 
 
 @pytest.mark.parametrize("marked", [True, False])
-def test_overwrite_replaces_the_run_and_keeps_what_is_beside_it(fit, marked):
-    folder = fit("run", "--samples.every_n_steps", "1", steps=2)
+def test_overwrite_replaces_the_run_and_keeps_what_is_beside_it(vanilla, tmp_path, marked):
+    folder = copy_of(vanilla, tmp_path)
     put_mine(folder)
     kept = "checkpoints/copy-that-i-keep.ckpt"
     shutil.copy(folder / "checkpoints" / "step=000002.ckpt", folder / kept)
@@ -112,12 +132,14 @@ def test_overwrite_replaces_the_run_and_keeps_what_is_beside_it(fit, marked):
     if not marked:
         (folder / run_folder.MARKER).unlink()
     before = contents(folder)
-    fit("run", *OVERWRITE, "--samples.every_n_steps", "10", steps=1)
+    run_fit(folder, *OVERWRITE, steps=1)
     after = contents(folder)
     mine = {*MINE, kept, "checkpoints/best.ckpt"}
     assert {name: after[name] for name in mine} == {name: before[name] for name in mine}
     assert steps_of(folder) == [1]
-    assert not {"samples/step_000002.jsonl", "checkpoints/step=000002.ckpt"} & set(after)
+    gone = {"samples/step_000002.jsonl", "checkpoints/step=000002.ckpt"}
+    assert gone <= set(before)
+    assert not gone & set(after)
     assert len(list(folder.glob("events.out.tfevents.*.opd"))) == 1
 
 
@@ -161,8 +183,8 @@ def test_a_run_that_fails_in_its_first_step_brings_the_old_one_back(old_run, cap
     assert contents(old_run) == before
 
 
-def test_a_run_that_is_killed_in_its_first_step_brings_the_old_one_back(fit, tmp_path):
-    folder = fit("run", steps=1)
+def test_a_run_that_is_killed_in_its_first_step_brings_the_old_one_back(vanilla, tmp_path):
+    folder = copy_of(vanilla, tmp_path)
     before = contents(folder)
     run_folder.begin(run_folder.plan(folder, None, overwrite=True))
     assert not (folder / "metrics.csv").exists()
@@ -171,8 +193,8 @@ def test_a_run_that_is_killed_in_its_first_step_brings_the_old_one_back(fit, tmp
     assert contents(folder) == before
 
 
-def test_a_file_of_the_user_in_a_sharded_checkpoint_is_kept(fit):
-    folder = fit("run", steps=1)
+def test_a_file_of_the_user_in_a_sharded_checkpoint_is_kept(vanilla, tmp_path):
+    folder = copy_of(vanilla, tmp_path)
     checkpoint = folder / "checkpoints" / "old-step=000009.ckpt"
     checkpoint.mkdir()
     meta = {"student_files": {}, "saved_as": "step=000009.ckpt"}
@@ -180,7 +202,8 @@ def test_a_file_of_the_user_in_a_sharded_checkpoint_is_kept(fit):
     FileSystemWriter(checkpoint).finish(Metadata({}), [])
     assert checkpoint in run_folder.files(folder)
     (checkpoint / "notes.txt").write_text("mine")
-    fit("run", *OVERWRITE, steps=1)
+    run_folder.begin(run_folder.plan(folder, None, overwrite=True))
+    run_folder.settle(folder)
     assert [p.name for p in folder.rglob("*kept/*")] == ["notes.txt"]
     assert not checkpoint.exists()
 
@@ -201,7 +224,7 @@ def test_the_saved_configuration_names_no_folder(old_run):
 
 
 def test_predict_evaluate_and_report_replace_nothing_unasked(old_run, capsys, tmp_path):
-    predict = ["predict", "--config", QUICKSTART, *SHRUNK, "--output", str(tmp_path)]
+    predict = ["predict", *command(tmp_path)[1:]]
     (tmp_path / "predictions.jsonl").write_text("mine")
     assert "predictions.jsonl exists" in refusal(capsys, predict)
     assert main([*predict, *OVERWRITE]) == 0
@@ -218,25 +241,84 @@ def test_predict_evaluate_and_report_replace_nothing_unasked(old_run, capsys, tm
 
 # --- what is saved --------------------------------------------------------------------------------
 
+
+class Measured(LightningModule):
+    """A weight that every step moves, and a validation that logs an accuracy."""
+
+    def __init__(self):
+        super().__init__()
+        self.weight = torch.nn.Parameter(torch.zeros(1))
+        self.automatic_optimization = False
+        self.steps = []
+
+    def training_step(self, batch, batch_idx):
+        self.optimizers().step()
+        self.steps.append(self.trainer.global_step)
+
+    def validation_step(self, batch, batch_idx):
+        self.log("val/accuracy", 1.0 / (1 + self.trainer.global_step))
+
+    def configure_optimizers(self):
+        return torch.optim.SGD([self.weight], lr=1.0)
+
+    def on_save_checkpoint(self, checkpoint):
+        checkpoint[STUDENT_FILES] = {}
+
+
+def train(folder, steps, ckpt_path=None, **options):
+    """Train with our checkpoints as ``opd fit`` configures them; returns the steps it did."""
+    defaults = {"filename": "step={step:06d}", "save_on_train_epoch_end": False}
+    defaults |= {"auto_insert_metric_name": False, "enable_version_counter": False}
+    trainer = Trainer(
+        max_steps=steps,
+        max_epochs=-1,
+        accelerator="cpu",
+        logger=False,
+        callbacks=[RunCheckpoint(folder, every_n_train_steps=2, **defaults, **options)],
+        check_val_every_n_epoch=None,
+        val_check_interval=2,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+    )
+    batches = torch.utils.data.DataLoader(torch.zeros(9, 1))
+    module = Measured()
+    trainer.fit(module, batches, batches, ckpt_path=ckpt_path)
+    return module.steps
+
+
+BEST = {"monitor": "val/accuracy", "mode": "max"}
 MONITOR = ["--checkpoint.monitor", "val/accuracy", "--checkpoint.mode", "max"]
 NEVER = ["--checkpoint.monitor", "val/no_such_metric"]
 
 
-@pytest.mark.parametrize("save_last", ["link", "true", "false"])
+@pytest.mark.parametrize("save_last", ["link", True, False])
 @pytest.mark.parametrize(
     "options",
-    [MONITOR, NEVER, [*MONITOR, "--checkpoint.save_top_k", "2"], []]
-    + [["--checkpoint.save_top_k", k] for k in ("0", "-1")],
+    [BEST, {"monitor": "val/no_such_metric"}, {**BEST, "save_top_k": 2}, {}]
+    + [{"save_top_k": k} for k in (0, -1)],
     ids=["best", "never comes", "best 2", "newest", "none", "all"],
 )
-def test_the_last_step_is_saved_whatever_is_configured(fit, options, save_last):
+def test_the_last_step_is_saved_whatever_is_configured(tmp_path, options, save_last):
+    assert train(tmp_path, 3, save_last=save_last, **options) == [1, 2, 3]
+    newest = newest_checkpoint(tmp_path)
+    assert newest is not None
+    assert read_step(newest) == 3
+    if save_last:
+        assert read_step(tmp_path / "last.ckpt") == 3
+    assert train(tmp_path, 4, save_last=save_last, **options, ckpt_path=newest) == [4]
+
+
+@pytest.mark.parametrize(
+    "options",
+    [[*MONITOR, "--checkpoint.save_last", "true"], [*NEVER, "--checkpoint.save_last", "false"], []],
+    ids=["best", "never comes", "newest"],
+)
+def test_a_run_goes_on_from_its_last_step_whatever_is_configured(fit, options):
     every = ["--checkpoint.every_n_train_steps", "2", "--trainer.val_check_interval", "2"]
-    folder = fit("run", *every, *options, "--checkpoint.save_last", save_last, steps=3)
+    folder = fit("run", *every, *options, steps=3)
     newest = newest_checkpoint(folder / "checkpoints")
     assert newest is not None
     assert read_step(newest) == 3
-    if save_last != "false":
-        assert load(folder)["global_step"] == 3
     fit("run", *every, *options, "--ckpt_path", "last", steps=4)
     assert steps_of(folder) == [1, 2, 3, 4]
 
@@ -272,29 +354,29 @@ def test_a_loss_that_is_not_finite_saves_the_step_before_it(tmp_path):
 
 def test_last_finds_names_with_a_slash(fit):
     name = ["--checkpoint.filename", "{step}-{val/accuracy:.3f}"]
-    folder = fit("run", *name, steps=2)
-    fit("run", *name, "--ckpt_path", "last", steps=3)
-    assert steps_of(folder) == [1, 2, 3]
+    folder = fit("run", *name, steps=1)
+    fit("run", *name, "--ckpt_path", "last", steps=2)
+    assert steps_of(folder) == [1, 2]
 
 
-def test_checkpoints_may_be_on_another_disk(fit, tmp_path):
-    folder = fit("run", steps=1)
+def test_checkpoints_may_be_on_another_disk(vanilla, tmp_path):
+    folder = copy_of(vanilla, tmp_path)
     (folder / "checkpoints").rename(tmp_path / "disk")
     (folder / "checkpoints").symlink_to(tmp_path / "disk")
-    fit("run", "--ckpt_path", "last", steps=2)
-    assert steps_of(folder) == [1, 2]
-    fit("run", *OVERWRITE, steps=1)
+    run_fit(folder, "--ckpt_path", "last", steps=4)
+    assert steps_of(folder) == [1, 2, 3, 4]
+    run_fit(folder, *OVERWRITE, steps=1)
     assert {p.name for p in (tmp_path / "disk").iterdir()} == {"step=000001.ckpt", "last.ckpt"}
 
 
-def test_last_goes_by_the_step_not_by_the_time_of_the_file(fit):
-    folder = fit("run", "--checkpoint.every_n_train_steps", "1", *["--checkpoint.save_top_k", "-1"])
+def test_last_goes_by_the_step_not_by_the_time_of_the_file(vanilla, tmp_path):
+    folder = copy_of(vanilla, tmp_path)
     (folder / "checkpoints" / "step=000001.ckpt").touch()
-    assert newest_checkpoint(folder / "checkpoints") == folder / "checkpoints" / "step=000002.ckpt"
+    assert newest_checkpoint(folder / "checkpoints") == folder / "checkpoints" / "step=000003.ckpt"
 
 
-def test_last_does_not_start_anew_over_a_run(fit, capsys):
-    folder = fit("run")
+def test_last_does_not_start_anew_over_a_run(vanilla, tmp_path, capsys):
+    folder = copy_of(vanilla, tmp_path)
     for path in (folder / "checkpoints").glob("step*.ckpt"):
         path.write_bytes(path.read_bytes()[:-1000])
     before = contents(folder)
@@ -303,27 +385,28 @@ def test_last_does_not_start_anew_over_a_run(fit, capsys):
     assert "no checkpoint to go on from" in refusal(capsys, command(folder, "--ckpt_path", "last"))
     assert (folder / "metrics.csv").read_bytes()
     assert contents(folder).items() <= before.items()
-    fit("run", "--ckpt_path", "last", *OVERWRITE, steps=1)
+    run_fit(folder, "--ckpt_path", "last", *OVERWRITE, steps=1)
     assert steps_of(folder) == [1]
 
 
-def test_a_checkpoint_of_another_run_does_not_mix_with_the_one_in_the_folder(fit, capsys):
-    x, y = fit("x", steps=1), fit("y", "--seed_everything", "5", steps=2)
+def test_a_checkpoint_of_another_run_does_not_mix_with_the_one_in_the_folder(
+    fit, vanilla, searched, capsys
+):
+    x, y = vanilla, searched
     before = contents(y)
     other = ["--ckpt_path", str(x / "checkpoints" / "last.ckpt")]
     assert "is not of the run in it" in refusal(capsys, command(y, *other))
     assert "is not of the run in it" in refusal(capsys, command(y, "--ckpt_path", QUICKSTART))
     assert contents(y) == before
-    z = fit("z", *other, steps=2)
-    assert steps_of(z) == [2]
+    z = fit("z", *other, steps=4)
+    assert steps_of(z) == [4]
 
 
-def test_an_earlier_checkpoint_of_the_run_is_not_mixed_with_later_ones(fit, capsys):
-    every = ["--checkpoint.every_n_train_steps", "1", "--checkpoint.save_top_k", "-1"]
-    folder = fit("run", *every, steps=3)
+def test_an_earlier_checkpoint_of_the_run_is_not_mixed_with_later_ones(vanilla, tmp_path, capsys):
+    folder = copy_of(vanilla, tmp_path)
     earlier = ["--ckpt_path", str(folder / "checkpoints" / "step=000001.ckpt")]
     assert "has gone further" in refusal(capsys, command(folder, *earlier))
-    fit("run", *every, *earlier, *OVERWRITE, steps=2)
+    run_fit(folder, *earlier, *OVERWRITE, steps=2)
     assert steps_of(folder) == [1, 2]
     newest = newest_checkpoint(folder / "checkpoints")
     assert newest is not None
@@ -342,7 +425,7 @@ def test_last_that_finds_nothing_scores_nothing(tmp_path, capsys, subcommand):
 def start(folder, *arguments, processes=1):
     """Start a run without end, which listens to Ctrl-C as one in the foreground does."""
     if processes > 1:
-        run = opd_command(processes, folder, *arguments, steps=100_000)
+        run = torchrun_command(processes, folder, *arguments, steps=100_000)
     else:
         endless = ["--trainer.max_steps", "100000", "--trainer.val_check_interval", "100000"]
         run = [sys.executable, "-m", "opd.cli", *command(folder), *endless, *arguments]

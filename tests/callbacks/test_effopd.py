@@ -229,9 +229,9 @@ def test_optimizer_state_is_reset_only_after_an_accepted_candidate(fit):
         ["opd.scores.TeacherKL", "--trainer.callbacks.score.rollouts", "fresh"],
     ],
 )
-def test_a_search_that_refuses_everything_changes_nothing(fit, score):
+def test_a_search_that_refuses_everything_changes_nothing(fit, vanilla, score):
     """Weights, optimizer, random state and data order are bit-identical to a run without it."""
-    vanilla = load(fit("vanilla", steps=3))
+    undisturbed = load(vanilla)
     options = [
         "--trainer.callbacks.schedule",
         "every 1",
@@ -246,10 +246,10 @@ def test_a_search_that_refuses_everything_changes_nothing(fit, score):
     ]
     searched = load(fit("refusing", *refusing, steps=3))
     assert len(searched["callbacks"]["EffOPD"]["history"]) == 3
-    assert_same(student_of(searched), student_of(vanilla))
+    assert_same(student_of(searched), student_of(undisturbed))
     for part in ("optimizer_states", "random_state"):
-        assert_same(searched[part], vanilla[part], part)
-    positions = [c["loops"]["fit_loop"]["state_dict"] for c in (searched, vanilla)]
+        assert_same(searched[part], undisturbed[part], part)
+    positions = [c["loops"]["fit_loop"]["state_dict"] for c in (searched, undisturbed)]
     assert positions[0]["combined_loader"] == positions[1]["combined_loader"]
 
 

@@ -3,15 +3,14 @@
 import json
 
 import yaml
-from conftest import ROOT
+from conftest import ROOT, SHRUNK
 
 from opd.cli import main
 
 
-def test_report_is_self_contained_and_marks_the_searches(fit, tmp_path):
-    run = fit("searched", "--trainer.callbacks+=callbacks.EffOPD", steps=2)
+def test_report_is_self_contained_and_marks_the_searches(searched, tmp_path):
     page = tmp_path / "report.html"
-    assert main(["report", str(run), "--output", str(page)]) == 0
+    assert main(["report", str(searched), "--output", str(page)]) == 0
     text = page.read_text()
     assert 'src="data:image/png;base64,' in text
     assert "http://" not in text
@@ -30,7 +29,7 @@ def test_study_compares_accelerators(tmp_path):
         "seeds": [0],
         "target": 0.05,
         "max_steps": 2,
-        "arguments": ["--data.validation_limit=16", "--data.batch_size=4"],
+        "arguments": ["--data.validation_limit=16", *SHRUNK],
         "output": str(tmp_path / "study"),
     }
     path = tmp_path / "study.yaml"
