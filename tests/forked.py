@@ -8,8 +8,10 @@ from __future__ import annotations
 import multiprocessing
 import os
 import resource
+import signal
 import sys
 import time
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 
 from torch.distributed import TCPStore
@@ -27,6 +29,7 @@ SERVER.set_forkserver_preload(
 def rank(environment: dict[str, str], arguments: list[str], log: Path, largest_file: int) -> None:
     """What a rank does: the command line, and nothing else."""
     os.environ.update(environment)
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # as in the foreground
     with log.open("wb") as file:
         os.dup2(file.fileno(), 1)
         os.dup2(file.fileno(), 2)
@@ -35,6 +38,13 @@ def rank(environment: dict[str, str], arguments: list[str], log: Path, largest_f
     from opd.cli import main
 
     sys.exit(main(arguments))
+
+
+def start(arguments: list[str], log: Path) -> BaseProcess:
+    """Start one process of its own, without a launcher."""
+    process = SERVER.Process(target=rank, args=({}, arguments, log, -1), daemon=True)
+    process.start()
+    return process
 
 
 def run_ranks(

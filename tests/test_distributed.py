@@ -70,8 +70,8 @@ def dealt(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def one_process(tmp_path_factory, dealt):
-    """The run of one process, with a search after every step."""
-    return launch(1, tmp_path_factory.mktemp("one") / "run", *dealt, *LINE_SEARCH, *CPU, steps=5)
+    """The run of one process that torchrun starts, with a search after every step."""
+    return torchrun(1, tmp_path_factory.mktemp("one") / "run", *dealt, *LINE_SEARCH, *CPU, steps=5)
 
 
 @pytest.mark.parametrize("strategy", [DDP, FSDP2, FSDP1], ids=["ddp", "fsdp2", "fsdp1"])
@@ -137,6 +137,7 @@ def test_unequal_completions_and_a_rank_without_prompts_do_not_deadlock(tmp_path
     search = ["--trainer.callbacks+=callbacks.EffOPD", "--trainer.callbacks.schedule", "every 1"]
     search += ["--trainer.callbacks.score", *score]
     small = ["--model.micro_batch_tokens", "1"]  # as many micro-batches as completions
+    small += ["--model.max_new_tokens", "12"]
     engine = ["--model.engine", "probes.CountingEngine"]
     engine += ["--model.engine.path", str(tmp_path / "rank")]
     options = [*strategy, *data, *sizes, *search, *small, *engine]
@@ -365,7 +366,7 @@ def test_sigterm_on_one_rank_saves_the_step_and_the_resumed_run_ends_alike(tmp_p
     assert json.loads((run / "summary.json").read_text())["steps"] == 0
     saved = newest_checkpoint(run / "checkpoints")
     assert losses(run) == losses(undisturbed)[: int(saved.stem[-6:])]
-    torchrun(2, run, *kill.OPTIONS, "--ckpt_path", "last", steps=kill.STEPS)
+    launch(2, run, *kill.OPTIONS, "--ckpt_path", "last", steps=kill.STEPS)
     assert_same(kill.final_state(run), kill.final_state(undisturbed))
 
 

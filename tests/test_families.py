@@ -91,7 +91,7 @@ def test_fit_export_evaluate(tiny, tmp_path, prompts, tasks, family):
 
     results = []
     for source in (checkpoint, str(exported)):
-        output = tmp_path / "evaluated"
+        output = tmp_path / f"evaluated_{len(results)}"
         assert (
             main(["evaluate", "--model", source, "--tasks", "sums", "--output", str(output)]) == 0
         )

@@ -7,7 +7,7 @@ import sys
 import time
 
 import pytest
-from conftest import QUICKSTART, SHRUNK, assert_same, copy_of, load
+from conftest import QUICKSTART, SHRUNK, assert_same, copy_of, load, run_fit
 
 from opd.checkpoints import newest_checkpoint
 from opd.metrics_csv import MetricsCSV, read_metrics
@@ -33,14 +33,21 @@ def test_the_same_command_twice_gives_the_same_weights(fit):
     assert_same(first, again)
 
 
-@pytest.mark.parametrize("stop", [2, 3, 4])
-def test_resume_continues_bit_identically_across_epochs(fit, tmp_path, stop):
-    """Three batches an epoch, stopped within one, at its end, and within the next."""
+@pytest.fixture(scope="module")
+def two_epochs(tmp_path_factory):
+    """Options of a run of three batches an epoch, and the undisturbed run."""
+    folder = tmp_path_factory.mktemp("epochs")
     rows = [{"prompt": f"{100 + i}+{200 + i}=", "answer": f"{300 + 2 * i}"} for i in range(20)]
-    prompts = tmp_path / "p.jsonl"
+    prompts = folder / "p.jsonl"
     prompts.write_text("".join(json.dumps(row) + "\n" for row in rows))
     options = ["--data.train", str(prompts), *SEARCH]
-    straight = fit("straight", *options, steps=6)
+    return options, run_fit(folder / "run", *options, steps=6)
+
+
+@pytest.mark.parametrize("stop", [2, 3, 4])
+def test_resume_continues_bit_identically_across_epochs(fit, two_epochs, stop):
+    """Three batches an epoch, stopped within one, at its end, and within the next."""
+    options, straight = two_epochs
     fit("resumed", *options, steps=stop)
     resumed = fit("resumed", *options, "--ckpt_path", "last", steps=6)
     assert_same(trained(resumed), trained(straight))

@@ -5,10 +5,11 @@ import os
 import shutil
 import signal
 import subprocess
-import sys
 import time
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 
+import forked
 import pytest
 import torch
 from conftest import (
@@ -422,29 +423,23 @@ def test_last_that_finds_nothing_scores_nothing(tmp_path, capsys, subcommand):
 # --- Ctrl-C ---------------------------------------------------------------------------------------
 
 
-def start(folder, *arguments, processes=1):
-    """Start a run without end, which listens to Ctrl-C as one in the foreground does."""
-    if processes > 1:
-        run = torchrun_command(processes, folder, *arguments, steps=100_000)
-    else:
-        endless = ["--trainer.max_steps", "100000", "--trainer.val_check_interval", "100000"]
-        run = [sys.executable, "-m", "opd.cli", *command(folder), *endless, *arguments]
-    return subprocess.Popen(
-        run,
-        stderr=subprocess.PIPE,
-        stdout=subprocess.DEVNULL,
-        text=True,
-        env=launch_environment(),
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
-    )
+def start(folder: Path, *arguments: str) -> BaseProcess:
+    """Start a run without end."""
+    endless = ["--trainer.max_steps", "100000", "--trainer.val_check_interval", "100000"]
+    return forked.start([*command(folder, *endless), *arguments], folder.parent / "log")
 
 
-def wait_for(condition, process):
+def wait_for(condition, is_running):
     deadline = time.monotonic() + 120
     while not condition():
-        assert process.poll() is None
+        assert is_running()
         assert time.monotonic() < deadline
         time.sleep(0.05)
+
+
+def ctrl_c(process: BaseProcess) -> None:
+    assert process.pid is not None
+    os.kill(process.pid, signal.SIGINT)
 
 
 def rows(folder):
@@ -455,37 +450,48 @@ def rows(folder):
 @pytest.mark.parametrize("options", [[], MONITOR], ids=["newest", "monitor"])
 def test_ctrl_c_ends_the_step_and_saves_it(tmp_path, options):
     process = start(tmp_path / "run", *options)
-    wait_for(lambda: rows(tmp_path / "run") > 4, process)
-    process.send_signal(signal.SIGINT)
-    errors = process.communicate(timeout=60)[1].splitlines()
-    assert process.returncode == 130
-    assert errors[-1] == "opd fit: stopped by Ctrl-C; go on with --ckpt_path last"
+    wait_for(lambda: rows(tmp_path / "run") > 4, process.is_alive)
+    ctrl_c(process)
+    process.join(timeout=60)
+    assert process.exitcode == 130
+    printed = (tmp_path / "log").read_text().splitlines()
+    assert printed[-1] == "opd fit: stopped by Ctrl-C; go on with --ckpt_path last"
     assert load(tmp_path / "run")["global_step"] == steps_of(tmp_path / "run")[-1]
 
 
 def test_ctrl_c_before_there_is_anything_to_save(tmp_path):
     process = start(tmp_path / "run")
-    wait_for(lambda: (tmp_path / "run").exists(), process)
-    process.send_signal(signal.SIGINT)
-    errors = process.communicate(timeout=60)[1].splitlines()
-    assert process.returncode == 130
-    assert "stopped by Ctrl-C" in errors[-1]
-    assert "Traceback" not in "\n".join(errors)
+    wait_for((tmp_path / "run").exists, process.is_alive)
+    ctrl_c(process)
+    process.join(timeout=60)
+    assert process.exitcode == 130
+    printed = (tmp_path / "log").read_text()
+    assert "stopped by Ctrl-C" in printed.splitlines()[-1]
+    assert "Traceback" not in printed
 
 
 def test_a_second_ctrl_c_stops_at_once(tmp_path):
     """The first one waits for a validation that takes for ever."""
     process = start(tmp_path / "run", "--data.validation_limit", "1000")
-    wait_for(lambda: (tmp_path / "run" / "config.yaml").exists(), process)
-    process.send_signal(signal.SIGINT)
+    wait_for((tmp_path / "run" / "config.yaml").exists, process.is_alive)
+    ctrl_c(process)
     time.sleep(0.3)
-    process.send_signal(signal.SIGINT)
-    assert process.wait(timeout=5) == -signal.SIGINT
+    ctrl_c(process)
+    process.join(timeout=5)
+    assert process.exitcode == -signal.SIGINT
 
 
 def test_ctrl_c_under_torchrun(tmp_path):
-    process = start(tmp_path / "run", processes=2)
-    wait_for(lambda: rows(tmp_path / "run") > 3, process)
+    """It reaches the launcher alone, which passes it on."""
+    process = subprocess.Popen(
+        torchrun_command(2, tmp_path / "run", steps=100_000),
+        stderr=subprocess.PIPE,
+        stdout=subprocess.DEVNULL,
+        text=True,
+        env=launch_environment(),
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
+    )
+    wait_for(lambda: rows(tmp_path / "run") > 3, lambda: process.poll() is None)
     process.send_signal(signal.SIGINT)
     errors = process.communicate(timeout=90)[1]
     assert errors.count("stopped by Ctrl-C; go on with --ckpt_path last") == 2
