@@ -65,7 +65,7 @@ def run_ranks(
     common = {"MASTER_ADDR": "localhost", "MASTER_PORT": str(store.port), "GROUP_RANK": "0"}
     common |= {"TORCHELASTIC_RUN_ID": "tests", "TORCHELASTIC_USE_AGENT_STORE": "True"}
     common |= {name: str(processes) for name in ("WORLD_SIZE", "LOCAL_WORLD_SIZE")}
-    common |= {"GROUP_WORLD_SIZE": "1", "OMP_NUM_THREADS": "1"}
+    common |= {"GROUP_WORLD_SIZE": "1"}
     logs = [folder / f"rank_{i}.log" for i in range(processes)]
     ranks = []
     for i, log in enumerate(logs):
