@@ -272,14 +272,3 @@ def test_held_out_rollouts_are_kept_out_of_the_gradient(fit):
     assert 0.7 < cost["train_tokens"] / cost["rollout_tokens"] < 0.8
     assert cost["teacher_tokens"] == cost["rollout_tokens"]
     assert cost["search_generated_tokens"] == 0
-
-
-def test_anchor_on_the_cpu_gives_the_same_weights(fit):
-    options = [
-        "--trainer.callbacks+=callbacks.EffOPD",
-        "--trainer.callbacks.score",
-        "opd.scores.TeacherKL",
-    ]
-    beside = load(fit("beside", *options))
-    on_cpu = load(fit("cpu", *options, "--trainer.callbacks.anchor_device", "cpu"))
-    assert_same(student_of(on_cpu), student_of(beside))
