@@ -472,7 +472,8 @@ def test_ctrl_c_before_there_is_anything_to_save(tmp_path):
 
 def test_a_second_ctrl_c_stops_at_once(tmp_path):
     """The first one waits for a validation that takes for ever."""
-    process = start(tmp_path / "run", "--data.validation_limit", "1000")
+    slow = ["--data.validation_limit", "512", "--data.validation_batch_size", "1"]
+    process = start(tmp_path / "run", *slow)
     wait_for((tmp_path / "run" / "config.yaml").exists, process.is_alive)
     ctrl_c(process)
     time.sleep(0.3)

@@ -230,6 +230,7 @@ def test_study_compares_finished_trials(tmp_path, capsys, monkeypatch):
         str(tmp_path),
         target=0.9,
         max_steps=40,
+        opd=main,
     )
     table = (tmp_path / "results.md").read_text()
     rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in table.splitlines()]
