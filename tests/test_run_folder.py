@@ -475,6 +475,7 @@ def test_a_second_ctrl_c_stops_at_once(tmp_path):
     slow = ["--data.validation_limit", "512", "--data.validation_batch_size", "1"]
     process = start(tmp_path / "run", *slow)
     wait_for((tmp_path / "run" / "config.yaml").exists, process.is_alive)
+    time.sleep(1)  # the validation begins
     ctrl_c(process)
     time.sleep(0.3)
     ctrl_c(process)
