@@ -98,7 +98,9 @@ def start_and_kill(folder: Path, dice: random.Random, seconds: float) -> str | N
     moment = sorted(path.name for path in folder.glob("checkpoints/*"))
     ranks = workers(process.pid)
     if len(ranks) == 2 and victim == "all":
-        os.killpg(process.pid, signal.SIGKILL)
+        os.kill(process.pid, signal.SIGKILL)  # or it would report the others' deaths
+        for pid in ranks:  # which have a session of their own, and would go on without it
+            os.kill(pid, signal.SIGKILL)
     elif len(ranks) == 2:
         os.kill(ranks[int(victim[-1])], signal.SIGKILL)
     if process.wait(timeout=PATIENCE) == 0:  # if one rank is dead, the other must not wait for ever
