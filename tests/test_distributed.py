@@ -98,6 +98,33 @@ def test_two_processes_draw_the_same_rollouts_and_end_at_the_same_weights(
     assert any(searches)
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("strategy", [FSDP2, FSDP1], ids=["fsdp2", "fsdp1"])
+@pytest.mark.parametrize(
+    "objective",
+    [
+        ["opd.objectives.ReverseKL"],
+        ["opd.objectives.ForwardKL"],
+        ["opd.objectives.GeneralizedJSD", "--model.objective.beta", "0.25"],
+        ["opd.objectives.PolicyGradient"],
+    ],
+    ids=lambda options: options[0].rpartition(".")[2],
+)
+def test_ranks_with_unequally_many_tiles_take_the_step_of_one_at_full_width(
+    fit, tmp_path, dealt, objective, strategy
+):
+    """Five prompts, of which rank 0 has three; tiles of 5 tokens against all at once."""
+    options = [*dealt, "--model.objective", *objective, "--data.batch_size", "5"]
+    options += ["--model.optimizer", "torch.optim.SGD", "--model.optimizer.lr", "0.1"]
+    whole = fit("whole", *options, "--model.tile_tokens", "100000", steps=2)
+    tiled = launch(2, tmp_path / "tiled", *options, *strategy, "--model.tile_tokens", "5", steps=2)
+    difference = largest_difference(student_of(load_any(tiled)), student_of(load_any(whole)))
+    norms = [[m["optim/grad_norm"] for m in metrics(folder)] for folder in (tiled, whole)]
+    print(f"weights differ by at most {difference:.1e}, gradient norms {norms}")
+    assert norms[0] == pytest.approx(norms[1], rel=1e-5)
+    assert difference < 1e-6
+
+
 @pytest.mark.parametrize("rollouts", ["part", "held_out", "fresh"])
 def test_two_processes_judge_candidates_on_the_same_completions(tmp_path, dealt, rollouts):
     score = ["--trainer.callbacks+=callbacks.EffOPD", "--trainer.callbacks.schedule", "every 1"]
