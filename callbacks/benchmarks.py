@@ -14,10 +14,10 @@ from opd.strategies import FSDP1
 
 
 class Benchmarks(Callback):
-    """Scores the student with lm-eval every so many steps and at the end.
+    """Evaluates the student with lm-eval every so many steps and at the end.
 
-    Every rank scores all problems, so that none waits for another. Callbacks act in their order:
-    put it after EffOPD to score the weights that a search has kept.
+    Every rank does all problems, so that none waits for another. Callbacks act in their order:
+    put it after EffOPD to evaluate the weights that a search has kept.
 
     Args:
         tasks: Names of lm-eval tasks, built in or from the folder tasks/.
@@ -44,8 +44,8 @@ class Benchmarks(Callback):
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if not isinstance(pl_module, OPDModule) or isinstance(trainer.strategy, FSDP1):
             raise UserError(
-                "callbacks.Benchmarks needs opd's module, and another strategy than FSDP1; score "
-                "its checkpoints with opd evaluate"
+                "callbacks.Benchmarks needs opd's module, and another strategy than FSDP1; use opd "
+                "evaluate on its checkpoints"
             )
 
     def on_train_batch_end(

@@ -28,13 +28,13 @@ def main() -> None:
     for name, extra in RUNS.items():
         options = ["--output", str(OUTPUT / name), "--overwrite", "true"]
         opd("fit", "--config", "configs/quickstart.yaml", *extra, *options)
-    scored = [(model, OUTPUT / name) for name, model in MODELS.items()]
-    scored += [
+    evaluated = [(model, OUTPUT / name) for name, model in MODELS.items()]
+    evaluated += [
         (str(OUTPUT / name / "checkpoints" / "last.ckpt"), OUTPUT / name / "evaluation")
         for name in RUNS
     ]
     with ThreadPoolExecutor(2) as pool:  # start-up is most of it and uses one core
-        list(pool.map(lambda pair: evaluate(*pair), scored))
+        list(pool.map(lambda pair: evaluate(*pair), evaluated))
     folders = [OUTPUT / name for name in [*MODELS, *RUNS]]
     opd("report", *map(str, folders), "--output", str(OUTPUT / "report.html"))
 
@@ -48,7 +48,7 @@ def main() -> None:
 
 
 def evaluate(model: str, folder: Path) -> None:
-    """Score one model on the embedded task."""
+    """Evaluate one model on the embedded task."""
     options = ["--tasks", "arithmetic", "--output", str(folder), "--overwrite", "true"]
     opd("evaluate", "--model", model, *options)
 

@@ -1,4 +1,4 @@
-"""Score a live student, a checkpoint, a folder, a hub id or an embedded model with lm-eval."""
+"""Evaluate a live student, a checkpoint, a folder, a hub id or an embedded model with lm-eval."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def evaluate(
     trust_remote_code: bool = False,
     overwrite: bool = False,
 ) -> None:
-    """Score a model on lm-eval tasks.
+    """Evaluate a model on lm-eval tasks.
 
     Args:
         model: Hub id, folder, checkpoint of opd fit, embedded:base or embedded:teacher.
@@ -129,7 +129,7 @@ def evaluate_model(
     chat_template: bool = True,
     seed: int = 0,
 ) -> dict[str, Any]:
-    """Score a model that is in memory; its mode and the global random state are left as found.
+    """Evaluate a model that is in memory; its mode and the global random state are left as found.
 
     Args:
         model: Causal language model.

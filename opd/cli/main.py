@@ -44,8 +44,10 @@ COMMANDS = {
     "fit": Command("distil a student on-policy; resume with --ckpt_path last"),
     "validate": Command("accuracy and teacher KL of a student on held-out prompts"),
     "test": Command("the same, logged as test/*"),
-    "predict": Command("sample completions and write them with teacher scores as JSONL"),
-    "evaluate": Command("score a model on lm-eval tasks", "eval.harness:evaluate"),
+    "predict": Command(
+        "sample completions and write them, with what the teacher thinks of each token, as JSONL"
+    ),
+    "evaluate": Command("evaluate a model on lm-eval tasks", "eval.harness:evaluate"),
     "export": Command("turn a checkpoint into a Hugging Face folder", "opd.cli.export:export"),
     "report": Command("one HTML page with curves and tables", "eval.report:report", "runs"),
     "study": Command("accelerators x learning rates x seeds", "eval.study:study", runs_others=True),

@@ -7,10 +7,9 @@ their sum and the carry::
     completion  369c0;257c0;145c0=0579
 
 The long task adds eight numbers: the chain goes on with the next number and the total so far, and
-has
-some 200 tokens. The answer is what stands after the last ``=``. Problems come from a seed; a fixed
-property of the numbers decides whether a problem is for training or for testing, so the two never
-overlap.
+has some 200 tokens. The answer is what stands after the last ``=``. Problems come from a seed; a
+fixed property of the numbers decides whether a problem is for training or for testing, so the two
+never overlap.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Data and scoring of the lm-eval task ``arithmetic``."""
+"""Data and verdicts of the lm-eval task ``arithmetic``."""
 
 from typing import Any
 
