@@ -83,9 +83,9 @@ def test_bad_pattern_is_refused(pattern):
 )
 @pytest.mark.parametrize("form", ["boxed", "last_number"])
 def test_whatever_a_model_writes_is_judged_at_once(answer, form):
-    start = time.perf_counter()
+    start = time.process_time()
     assert not AnswerVerifier(form)(rf"\boxed{{{answer}}}", "9")
-    assert time.perf_counter() - start < 0.5
+    assert time.process_time() - start < 0.5
 
 
 def test_long_numbers_are_compared_digit_by_digit():
@@ -141,6 +141,6 @@ def test_mathematics_goes_on_after_an_answer_that_was_too_hard():
 
 def test_the_usual_check_is_fast():
     verifier = AnswerVerifier(r"=(\d+)$")
-    start = time.perf_counter()
+    start = time.process_time()
     assert all(verifier("123+456=0579", "579") for _ in range(10_000))
-    assert time.perf_counter() - start < 1
+    assert time.process_time() - start < 1
