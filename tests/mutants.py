@@ -41,12 +41,12 @@ def copy_checkout(folder: Path) -> None:
             shutil.copy2(ROOT / name, folder / name)
 
 
-def run_tests(folder: Path, tests: str) -> tuple[int, str]:
+def run_tests(folder: Path, tests: str, timeout: float = TIMEOUT) -> tuple[int, str]:
     """Run tests in a copy; returns pytest's exit code and output."""
     log = folder / "pytest.log"
     child = multiprocessing.get_context("fork").Process(target=_pytest, args=(folder, tests, log))
     child.start()
-    child.join(TIMEOUT)
+    child.join(timeout)
     if child.exitcode is None:
         child.kill()
         return 1, "timeout"
@@ -122,7 +122,8 @@ def main(argv: list[str] | None = None) -> int:
     with tempfile.TemporaryDirectory() as name:
         scratch = Path(name)
         copy_checkout(scratch / "unchanged")
-        code, output = run_tests(scratch / "unchanged", " ".join(sorted({m.tests for m in tried})))
+        every = " ".join(sorted({mutant.tests for mutant in tried}))
+        code, output = run_tests(scratch / "unchanged", every, timeout=10 * TIMEOUT)
         if code:
             print(f"the tests fail without any change:\n{output}")
             return 1
