@@ -15,6 +15,7 @@ import importlib
 import multiprocessing
 import os
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
@@ -48,13 +49,15 @@ def run_tests(folder: Path, tests: str, timeout: float = TIMEOUT) -> tuple[int, 
     child.start()
     child.join(timeout)
     if child.exitcode is None:
-        child.kill()
+        assert child.pid is not None
+        os.killpg(child.pid, signal.SIGKILL)  # with the ranks that its tests have forked
         return 1, "timeout"
     return child.exitcode, log.read_text(encoding="utf-8")
 
 
 def _pytest(folder: Path, tests: str, log: Path) -> None:
     """What the child does; all that it imports of ours comes from the copy."""
+    os.setsid()
     os.chdir(folder)
     os.environ["PYTHONPATH"] = str(folder)
     ours = (ROOT, ROOT / "tests")
