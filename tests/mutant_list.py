@@ -31,6 +31,7 @@ def of(file: str, tests: str) -> Callable[..., Mutant]:
 HAND_MADE = "tests/eval/test_hand_made_runs.py"
 HARNESS = "tests/eval/test_harness.py"
 ANSWERS = "tests/test_answer_table.py"
+COMMA = "test_a_comma_separates_groups_of_three_or_numbers"
 EXTRAPOLATION = "tests/test_extrapolation.py"
 FILES = "tests/callbacks/test_files_of_a_run.py"
 NUMBERS = "tests/test_numbers.py"
@@ -360,7 +361,7 @@ MUTANTS = [
     answers('t.replace(",", "") if _GROUPED.fullmatch(t)', 't.replace(",", "") if t'),
     answers("shift + int(match[4] or 0)", "shift"),
     answers('whole, fraction = match[2], match[3] or ""', 'whole, fraction = match[2], ""'),
-    answers("(?<![\\d)])[-+]", "[-+]"),
+    answers("(?<![\\d)])[-+]", "[-+]", f"tests/test_answers.py::{COMMA}"),
     answers('_NUMBER = re.compile(rf"{_SIGN}', '_NUMBER = re.compile(rf"'),
     # metrics of tokens, and of what searches and predictions look at
     metrics(
