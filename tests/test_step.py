@@ -229,6 +229,9 @@ def test_split_holds_out_the_share_asked_for(tiny):
         held_out.completion_ids[0, : held_out.lengths[0]],
         rollouts.completion_ids[1, : rollouts.lengths[1]],
     )
+    five = rollouts.select(range(5))
+    five.columns["lot"] = torch.tensor([1.0, 0.25, 0.5, 0.0, 0.75])
+    assert [len(part) for part in split(five, 0.25)] == [1, 4]  # not more than the share
     nothing, everything = split(rollouts, 0.0)
     assert (len(nothing), len(everything)) == (0, 8)
 
