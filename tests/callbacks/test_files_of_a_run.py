@@ -44,3 +44,11 @@ def test_a_run_resumed_from_an_earlier_step_writes_each_step_once(fit):
     back = ["--ckpt_path", str(folder / "checkpoints" / "step=000002.ckpt"), "--overwrite", "true"]
     fit("run", *often, *back, steps=3)
     assert files_of(folder) == straight
+
+
+def test_the_seconds_of_the_last_validation_are_in_the_summary(vanilla):
+    """It comes after the last step has been logged."""
+    rows = read_metrics(vanilla / "metrics.csv")
+    logged = [float(r["cost/validation_seconds"]) for r in rows if "cost/validation_seconds" in r]
+    cost = json.loads((vanilla / "summary.json").read_text())["cost"]
+    assert cost["validation_seconds"] > 1.001 * logged[-1]  # logged with eight digits
