@@ -20,7 +20,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from torch.nn.parallel import DistributedDataParallel
 
 from callbacks.log_once import log_once
-from opd import extrapolation
+from opd import extrapolation, memory
 from opd.errors import UserError
 from opd.ledger import Ledger
 from opd.step import StepRequest
@@ -149,8 +149,12 @@ class Accelerator(Callback, ABC):
         ledger: Ledger = getattr(pl_module, "ledger", Ledger())
         tokens_before = ledger.totals["search_tokens"]
         output = outputs["step"] if isinstance(outputs, Mapping) and "step" in outputs else outputs
-        # Lightning opens the context of the precision for training_step alone
-        with ledger.phase("search"), trainer.precision_plugin.train_step_context():
+        with (
+            ledger.phase("search"),
+            memory.needed_for(f"the search of {type(self).__name__}"),
+            # Lightning opens the context of the precision for training_step alone
+            trainer.precision_plugin.train_step_context(),
+        ):
             record, metrics = self.accelerate(trainer, pl_module, output)
         ledger.synchronize(world.sum, world.size)
         seconds = time.perf_counter() - start

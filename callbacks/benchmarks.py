@@ -21,10 +21,13 @@ class Benchmarks(Callback):
 
     Args:
         tasks: Names of lm-eval tasks, built in or from the folder tasks/.
-        every_n_steps: Steps between evaluations.
+        every_n_steps: Steps between evaluations; 0: only at the end.
         samples: Completions per problem.
         limit: Evaluate the first so many problems only.
         batch_size: Problems per batch.
+
+    Raises:
+        UserError: A number is out of range, or there is no task.
     """
 
     def __init__(
@@ -35,6 +38,16 @@ class Benchmarks(Callback):
         limit: int | None = None,
         batch_size: int = 64,
     ) -> None:
+        if not tasks:
+            raise UserError("callbacks.Benchmarks.tasks names no task")
+        for name, value, least in [
+            ("every_n_steps", every_n_steps, 0),
+            ("samples", samples, 1),
+            ("limit", 1 if limit is None else limit, 1),
+            ("batch_size", batch_size, 1),
+        ]:
+            if value < least:
+                raise UserError(f"callbacks.Benchmarks.{name}={value} must be at least {least}")
         self.tasks = tasks
         self.every_n_steps = every_n_steps
         self.samples = samples
@@ -47,6 +60,9 @@ class Benchmarks(Callback):
                 "callbacks.Benchmarks needs opd's module, and another strategy than FSDP1; use opd "
                 "evaluate on its checkpoints"
             )
+        from eval.harness import load_tasks, task_manager  # loads lm-eval: only when it is used
+
+        load_tasks(task_manager(self.tasks), self.tasks, self.samples)  # or say so before a step
 
     def on_train_batch_end(
         self,
@@ -56,9 +72,10 @@ class Benchmarks(Callback):
         batch: Any,
         batch_idx: int,
     ) -> None:
-        from eval.harness import evaluate_model, metrics_of  # loads lm-eval: only when it is used
+        from eval.harness import evaluate_model, metrics_of
 
-        if trainer.global_step % self.every_n_steps and trainer.global_step != trainer.max_steps:
+        due = self.every_n_steps and trainer.global_step % self.every_n_steps == 0
+        if not due and trainer.global_step != trainer.max_steps:
             return
         assert isinstance(pl_module, OPDModule)
         with gathered(pl_module.student), trainer.precision_plugin.train_step_context():

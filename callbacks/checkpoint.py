@@ -16,7 +16,7 @@ from lightning.pytorch.utilities.exceptions import SIGTERMException
 from torch import Tensor
 
 from opd import checkpoints
-from opd.errors import NonFiniteError, UserError
+from opd.errors import NonFiniteError, OutOfMemoryError, UserError
 
 log = logging.getLogger(__name__)
 
@@ -78,6 +78,29 @@ class RunCheckpoint(ModelCheckpoint):
         self._interrupted = decide(self._signal == signal.SIGINT, all=False)
         return True
 
+    # --- what goes when something newer is there ---
+
+    @property
+    def state_key(self) -> str:
+        """One name, whatever the options: a run has one of these."""
+        return type(self).__name__
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Take over which checkpoints there are, also in a folder that has been moved."""
+        was, here = str(state_dict["dirpath"]), str(self.dirpath)
+        moved = {key: _moved(value, was, here) for key, value in state_dict.items()}
+        is_here = os.path.exists(moved["best_model_path"])
+        state = moved if is_here else state_dict
+        if state["monitor"] != self.monitor:  # its scores are of another metric
+            state = {**state, "best_k_models": {}, "best_model_score": None}
+        super().load_state_dict(state)
+
+    def _should_remove_checkpoint(self, trainer: Trainer, previous: str, current: str) -> bool:
+        """Also the one that the run goes on from, if it is this run's; Lightning leaves it."""
+        assert self.dirpath is not None
+        place = Path(self.dirpath).absolute()
+        return previous != current and place in Path(previous).absolute().parents
+
     # --- saving ---------------------------------------------------------------------------------
 
     def on_train_batch_end(
@@ -116,8 +139,10 @@ class RunCheckpoint(ModelCheckpoint):
     def on_exception(
         self, trainer: Trainer, pl_module: LightningModule, exception: BaseException
     ) -> None:
-        if isinstance(exception, NonFiniteError):  # all ranks have it, and W is untouched
+        alone = isinstance(exception, OutOfMemoryError) and trainer.world_size == 1
+        if isinstance(exception, NonFiniteError) or alone:  # all ranks have it, W is a step's
             self._save_now(trainer)
+            log.warning("step %d is saved; go on with --ckpt_path last", self._newest_step)
         if isinstance(exception, SIGTERMException) and self._interrupted:
             exception.args = (signal.SIGINT,)  # tells the command line what it was
 
@@ -177,3 +202,12 @@ class RunCheckpoint(ModelCheckpoint):
     ) -> None:
         """Say in the checkpoint what it is called: by that it is known as a run's own."""
         checkpoint[checkpoints.SAVED_AS] = self._writing
+
+
+def _moved(value: Any, was: str, here: str) -> Any:
+    """Rewrite paths into a folder that is elsewhere now, also those that are keys."""
+    if isinstance(value, str) and (value == was or value.startswith(was + os.sep)):
+        return here + value.removeprefix(was)
+    if isinstance(value, dict):
+        return {_moved(key, was, here): score for key, score in value.items()}
+    return value

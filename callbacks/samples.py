@@ -10,6 +10,7 @@ from typing import Any
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_only
 
+from opd.errors import UserError
 from opd.module import OPDModule
 from opd.rollouts import rollout_records
 from opd.step import StepOutput
@@ -19,11 +20,17 @@ class SampleWriter(Callback):
     """Writes ``samples/step_NNNNNN.jsonl`` in training and ``predictions.jsonl`` in predict.
 
     Args:
-        every_n_steps: Steps between files.
-        rollouts: Completions per file, of this step's rank 0.
+        every_n_steps: Steps between files; 0: none in training.
+        rollouts: Completions per file, of this step's rank 0; 0: none in training.
+
+    Raises:
+        UserError: One of them is negative.
     """
 
     def __init__(self, every_n_steps: int = 10, rollouts: int = 16) -> None:
+        for name, value in [("every_n_steps", every_n_steps), ("rollouts", rollouts)]:
+            if value < 0:
+                raise UserError(f"samples.{name}={value} must not be negative; 0 writes none")
         self.every_n_steps = every_n_steps
         self.rollouts = rollouts
 
@@ -36,8 +43,8 @@ class SampleWriter(Callback):
         batch: Any,
         batch_idx: int,
     ) -> None:
-        step = trainer.global_step
-        if not isinstance(pl_module, OPDModule) or step % self.every_n_steps:
+        step, off = trainer.global_step, not (self.every_n_steps and self.rollouts)
+        if off or not isinstance(pl_module, OPDModule) or step % self.every_n_steps:
             return
         records: list[dict[str, Any]] = []
         output: StepOutput = outputs["step"]

@@ -15,7 +15,7 @@ import pickle
 import warnings
 import zipfile
 from collections import defaultdict
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -109,6 +109,17 @@ def first_reason(error: CheckpointException) -> str:
 def _require(path: Path, wanted: Iterable[str], available: Iterable[str]) -> None:
     if missing := sorted(set(wanted) - set(available)):
         raise UserError(f"{path}: lacks {len(missing)} of the model's weights, as {missing[0]}")
+
+
+def find_misfit(wanted: Mapping[str, Tensor], found: Mapping[str, Tensor]) -> str | None:
+    """Say where the student's weights in a checkpoint are others than a module's; None: nowhere."""
+    for name in sorted({*wanted, *found}):
+        if not name.startswith(STUDENT_PREFIX):
+            continue
+        ours, theirs = (list(s[name].shape) if name in s else "absent" for s in (wanted, found))
+        if ours != theirs:
+            return f"{name.removeprefix(STUDENT_PREFIX)} is {theirs} there and {ours} here"
+    return None
 
 
 def shard_metadata(path: Path) -> Metadata:

@@ -10,3 +10,7 @@ class UserError(ValueError):
 
 class NonFiniteError(UserError):
     """A loss, an opinion or a gradient is infinite or NaN; raised on all ranks before the step."""
+
+
+class OutOfMemoryError(UserError):
+    """The memory does not suffice; raised on one rank, where the weights are those of a step."""

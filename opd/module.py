@@ -11,11 +11,12 @@ import functools
 from typing import Any, Literal
 
 import torch
-from lightning.pytorch import LightningModule
+from lightning.pytorch import Callback, LightningModule
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
+from lightning.pytorch.utilities import rank_zero_warn
 from transformers import PreTrainedModel
 
-from opd import checkpoints, models, sharding
+from opd import checkpoints, compatibility, models, optimization, sharding
 from opd.answers import AnswerVerifier
 from opd.errors import UserError
 from opd.evaluation import evaluate, predict
@@ -44,6 +45,12 @@ from opd.world import World
 
 def _adamw(params: Any) -> torch.optim.Optimizer:
     return torch.optim.AdamW(params, lr=1e-6, weight_decay=0.0)
+
+
+TRAIN_METRICS = (
+    *("opd/loss", *TOKEN_METRICS, *ROLLOUT_MEANS, *ROLLOUT_SUMS, *ROLLOUT_MAXIMA),
+    *("optim/lr", "optim/grad_norm", "optim/update_norm"),
+)
 
 
 class OPDModule(LightningModule):
@@ -163,6 +170,13 @@ class OPDModule(LightningModule):
         self.train_metrics = StepMetrics(["opd/loss", *names], ROLLOUT_SUMS, ROLLOUT_MAXIMA)
         self.evaluation_metrics = StepMetrics(names, ROLLOUT_SUMS, ROLLOUT_MAXIMA)
         self._student_files: dict[str, bytes] = {}
+        self._options: optimization.Options = {}  # of optimizer and schedule, as configured
+        self._saved_options: optimization.Options | None = None  # as a checkpoint was saved with
+
+    def configure_callbacks(self) -> list[Callback]:
+        """None; the first of Lightning's hooks, and so the place to refuse what cannot work."""
+        compatibility.check_trainer(self.trainer)
+        return []
 
     @property
     def world(self) -> World:
@@ -243,11 +257,40 @@ class OPDModule(LightningModule):
         self.engine.stop()
 
     def configure_optimizers(self) -> Any:
+        """Build optimizer and scheduler.
+
+        Raises:
+            UserError: They cannot be built, would fail before ``max_steps``, or cannot go on from
+                the checkpoint's.
+        """
+        steps = min(max(self.trainer.max_steps, 1), optimization.REHEARSED)
+        optimization.rehearse(self.optimizer, self.scheduler, steps)
         parameters = [p for p in self.student.parameters() if p.requires_grad]
-        optimizer = self.optimizer(parameters)
-        if self.scheduler is None:
-            return optimizer
-        return [optimizer], [self.scheduler(optimizer)]
+        optimizer = optimization.build(self.optimizer, parameters)
+        scheduler = None if self.scheduler is None else self.scheduler(optimizer)
+        self._options = optimization.options_of(optimizer, scheduler)
+        self._check_resumed()
+        return optimizer if scheduler is None else [[optimizer], [scheduler]]
+
+    def _check_resumed(self) -> None:
+        if self._saved_options is not None and self._options:
+            optimization.check_resumed(self._saved_options, self._options)
+
+    def on_train_start(self) -> None:
+        """Let the options of optimizer and schedule hold, where a checkpoint's are others."""
+        if self._saved_options is None:
+            return
+        different = optimization.differences(self._saved_options, self._options)
+        if different:
+            rank_zero_warn(
+                f"resumed at step {self.global_step} with other options than the checkpoint was "
+                f"saved with; they hold from here on: {'; '.join(different)}"
+            )
+            (optimizer,) = self.trainer.optimizers
+            schedulers = [config.scheduler for config in self.trainer.lr_scheduler_configs]
+            optimization.apply(
+                self.optimizer, self.scheduler, optimizer, schedulers, self.global_step
+            )
 
     # --- training -------------------------------------------------------------------------------
 
@@ -255,7 +298,7 @@ class OPDModule(LightningModule):
         """Take one step of on-policy distillation.
 
         Returns:
-            ``step``, the :class:`opd.step.StepOutput`.
+            ``step``, the :class:`opd.step.StepOutput`; ``loss``, its mean over the global batch.
         """
         callbacks = self.trainer.callbacks  # type: ignore[attr-defined]  # set by a connector
         t = self.global_step + 1
@@ -264,9 +307,10 @@ class OPDModule(LightningModule):
         )
         output = take_step(self, batch, asked, self.optimizers(), self.lr_schedulers())
         self.ledger.synchronize(self.world.sum, self.world.size)
-        self.log_dict({**self.train_metrics.compute(), **output.update, "step": float(output.t)})
+        metrics = {**self.train_metrics.compute(), **output.update}
+        self.log_dict({**metrics, "step": float(output.t)})
         self.train_metrics.reset()
-        return {"step": output}
+        return {"step": output, "loss": torch.tensor(metrics.get("opd/loss", 0.0))}
 
     def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:
         """Log the cost, that of searches included; runs after all callbacks."""
@@ -283,7 +327,10 @@ class OPDModule(LightningModule):
 
     def on_validation_epoch_end(self) -> None:
         self.ledger.synchronize(self.world.sum, self.world.size)
-        self.log_dict({**self._evaluation_results("val"), "step": float(self.global_step)})
+        results = self._evaluation_results("val")
+        if self.trainer.sanity_checking:  # the first validation: what will be logged is known now
+            compatibility.check_monitors(self.trainer, [*results, *TRAIN_METRICS])
+        self.log_dict({**results, "step": float(self.global_step)})
 
     def on_test_epoch_end(self) -> None:
         self.log_dict(self._evaluation_results("test"))
@@ -303,12 +350,24 @@ class OPDModule(LightningModule):
         checkpoint[checkpoints.STUDENT_FILES] = self._student_files
         checkpoint["random_state"] = random_state()
         checkpoint["cost"] = dict(self.ledger.totals)
+        checkpoint["optimization"] = self._options
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Restore cost and random state; pass over tensors of a callback that this run lacks."""
+        """Restore cost and random state; pass over tensors of a callback that this run lacks.
+
+        Raises:
+            UserError: It is of another model, or of an optimizer that this one cannot go on from.
+        """
         state, parts = checkpoint.get(checkpoints.STATE_DICT, {}), dict(self.named_children())
         for name in [name for name in state if name.partition(".")[0] not in parts]:
             del state[name]
+        if state and (misfit := checkpoints.find_misfit(self.state_dict(), state)):
+            raise UserError(
+                f"--ckpt_path {self.trainer.ckpt_path}: is of another student than "
+                f"{self.student_source}: {misfit}"
+            )
+        self._saved_options = checkpoint.get("optimization")  # none in checkpoints of before
+        self._check_resumed()  # a sharded one is loaded after the optimizer has been built
         self.ledger.totals.update(checkpoint["cost"])
         restore_random_state(checkpoint["random_state"])
         self.weights.changed()

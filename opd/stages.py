@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from opd import tokens
+from opd import memory, tokens
 from opd.answers import AnswerVerifier
 from opd.ledger import Ledger
 from opd.metrics import StepMetrics
@@ -109,7 +109,8 @@ def generate(
     if temperature is not None:
         sampler = dataclasses.replace(sampler, temperature=temperature)
     seeds = [derive_seed(seed, p.row, i) for p in prompts.prompts for i in range(copies)]
-    return module.engine(prompts.repeat(copies), sampler, seeds)
+    with memory.needed_for("rollouts"):
+        return module.engine(prompts.repeat(copies), sampler, seeds)
 
 
 def micro_batches(module: Distillation, rollouts: Rollouts) -> list[Rollouts]:
@@ -123,23 +124,25 @@ def micro_batches(module: Distillation, rollouts: Rollouts) -> list[Rollouts]:
 
 def read(module: Distillation, micro: Rollouts) -> Reading:
     """Let the teacher of a micro-batch read it."""
-    return Reading(micro, module.teachers.read(micro))
+    with memory.needed_for("the teacher's reading"):
+        return Reading(micro, module.teachers.read(micro))
 
 
 def compare(
     module: Distillation, reading: Reading, objective: Objective | None, measure: Measure
 ) -> Compared:
     """Run the student over what its teachers have read; see :func:`opd.tokens.compare`."""
-    return tokens.compare(
-        module.student,
-        reading.micro,
-        reading.opinions,
-        objective,
-        measure,
-        vocabulary=module.teachers.vocabulary,
-        temperature=module.sampler.temperature,
-        tile=module.tile_tokens,
-    )
+    with memory.needed_for("the comparison of student and teacher"):
+        return tokens.compare(
+            module.student,
+            reading.micro,
+            reading.opinions,
+            objective,
+            measure,
+            vocabulary=module.teachers.vocabulary,
+            temperature=module.sampler.temperature,
+            tile=module.tile_tokens,
+        )
 
 
 def verify(module: Distillation, rollouts: Rollouts) -> Tensor:

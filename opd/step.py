@@ -25,7 +25,7 @@ from typing import Any, Protocol, runtime_checkable
 import torch
 from torch import Tensor
 
-from opd import sharding, stages
+from opd import memory, sharding, stages
 from opd.errors import NonFiniteError
 from opd.metrics import rollout_metrics, token_metrics
 from opd.prompts import PromptBatch
@@ -201,7 +201,8 @@ def accumulate_gradients(
             compared = stages.compare(module, reading, module.objective, token_metrics)
             sync = module.gradient_sync == "every" or i == len(micro_batches) - 1
             # Data parallel strategies average gradients over ranks; the sum is wanted
-            world.backward(compared.total * (world.size / total), module.student, sync=sync)
+            with memory.needed_for("the gradient"):
+                world.backward(compared.total * (world.size / total), module.student, sync=sync)
             module.ledger.count("train_tokens", micro.num_tokens)
             module.train_metrics.update(compared.values)
         values.append(compared.values)
@@ -281,7 +282,8 @@ def apply_gradients(
         )
     learning_rate = float(optimizer.param_groups[0]["lr"])
     before = weights.copy(list(weights.parameters()))
-    optimizer.step()
+    with memory.needed_for("the optimizer's step", weights_change=True):
+        optimizer.step()
     optimizer.zero_grad()
     weights.changed()
     torch._foreach_sub_(before, weights.shards())

@@ -1,6 +1,7 @@
 """Nothing is lost: kill -9 and resume, resume across an epoch, the same command twice."""
 
 import json
+import math
 import signal
 import subprocess
 import sys
@@ -10,6 +11,7 @@ import pytest
 from conftest import QUICKSTART, SHRUNK, assert_same, copy_of, load, run_fit
 
 from opd.checkpoints import newest_checkpoint
+from opd.cli import main
 from opd.metrics_csv import MetricsCSV, read_metrics
 
 SEARCH = [
@@ -128,3 +130,46 @@ def test_metrics_csv_keeps_rows_and_replaces_what_a_resume_does_again(tmp_path):
         {"step": "1", "a": "1"},
         {"step": "2", "a": "20", "c": "1"},
     ]
+
+
+# --- resumed with other options ---
+
+COSINE = "torch.optim.lr_scheduler.CosineAnnealingLR"
+
+
+def rates(folder):
+    rows = read_metrics(folder / "metrics.csv")
+    return [float(row["optim/lr"]) for row in rows if row.get("optim/lr")]
+
+
+def test_a_resumed_run_takes_the_options_it_is_given(fit):
+    fit("run", "--model.optimizer.lr", "1e-3", steps=2)
+    decay = ["--model.optimizer.lr", "1e-4", "--model.optimizer.weight_decay", "0.5"]
+    with pytest.warns(UserWarning, match=r"lr 0.001 -> 0.0001; weight_decay 0.0 -> 0.5"):
+        folder = fit("run", *decay, "--ckpt_path", "last", steps=3)
+    assert rates(folder) == pytest.approx([1e-3, 1e-3, 1e-4])
+    assert load(folder)["optimizer_states"][0]["param_groups"][0]["weight_decay"] == 0.5
+    moments = load(folder)["optimizer_states"][0]["state"][0]
+    assert moments["step"] == 3  # which the checkpoint has brought
+
+
+@pytest.mark.parametrize("before", [2, 4, None])
+def test_a_schedule_is_that_of_the_configuration_whatever_the_checkpoint_had(fit, before):
+    """Closed form: lr (1 + cos(pi t / T)) / 2 after t steps."""
+    cosine = ["--model.scheduler", COSINE, "--model.scheduler.T_max"]
+    fit("run", *([*cosine, str(before)] if before else []), steps=2)
+    folder = fit("run", *cosine, "4", "--ckpt_path", "last", steps=4)
+    first = rates(folder)[0]
+    expected = [first * (1 + math.cos(math.pi * t / 4)) / 2 for t in (2, 3)]
+    assert rates(folder)[2:] == pytest.approx(expected, rel=1e-6)
+
+
+def test_another_optimizer_or_student_cannot_go_on(fit, tiny, capsys):
+    last = ["--ckpt_path", str(fit("run", steps=1) / "checkpoints" / "last.ckpt")]
+    sgd = ["--model.optimizer", "torch.optim.SGD", "--model.optimizer.lr", "1e-3"]
+    llama = ["--model.student", str(tiny / "llama-student")]
+    llama += ["--model.teacher", str(tiny / "llama-teacher")]
+    for options, said in [(sgd, "AdamW, and model.optimizer is SGD"), (llama, "another student")]:
+        output = ["--output", str(tiny / "elsewhere"), "--model.max_new_tokens", "4"]
+        assert main(["fit", "--config", QUICKSTART, *SHRUNK, *output, *options, *last]) == 2
+        assert said in capsys.readouterr().err

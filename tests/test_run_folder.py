@@ -27,10 +27,11 @@ from torch.distributed.checkpoint import FileSystemWriter
 from torch.distributed.checkpoint.metadata import Metadata
 
 from callbacks import RunCheckpoint
-from opd.checkpoints import STUDENT_FILES, newest_checkpoint, read_step
+from opd.checkpoints import STUDENT_FILES, find_all, newest_checkpoint, read_step
 from opd.cli import main, run_folder
 from opd.errors import UserError
 from opd.metrics_csv import read_metrics
+from opd.rollouts import TransformersEngine
 
 ONE_STEP = ["--data.validation_limit", "8", "--trainer.max_steps", "1"]
 OVERWRITE = ["--overwrite", "true"]
@@ -289,7 +290,6 @@ def train(folder, steps, ckpt_path=None, **options):
 
 BEST = {"monitor": "val/accuracy", "mode": "max"}
 MONITOR = ["--checkpoint.monitor", "val/accuracy", "--checkpoint.mode", "max"]
-NEVER = ["--checkpoint.monitor", "val/no_such_metric"]
 
 
 @pytest.mark.parametrize("save_last", ["link", True, False])
@@ -311,8 +311,8 @@ def test_the_last_step_is_saved_whatever_is_configured(tmp_path, options, save_l
 
 @pytest.mark.parametrize(
     "options",
-    [[*MONITOR, "--checkpoint.save_last", "true"], [*NEVER, "--checkpoint.save_last", "false"], []],
-    ids=["best", "never comes", "newest"],
+    [[*MONITOR, "--checkpoint.save_last", "true"], []],
+    ids=["best", "newest"],
 )
 def test_a_run_goes_on_from_its_last_step_whatever_is_configured(fit, options):
     every = ["--checkpoint.every_n_train_steps", "2", "--trainer.val_check_interval", "2"]
@@ -322,6 +322,16 @@ def test_a_run_goes_on_from_its_last_step_whatever_is_configured(fit, options):
     assert read_step(newest) == 3
     fit("run", *every, *options, "--ckpt_path", "last", steps=4)
     assert steps_of(folder) == [1, 2, 3, 4]
+
+
+@pytest.mark.parametrize("moved", [False, True])
+def test_a_resumed_run_keeps_as_many_checkpoints_as_an_unbroken_one(fit, tmp_path, moved):
+    folder = fit("run", "--checkpoint.every_n_train_steps", "1", steps=1)
+    if moved:
+        folder = folder.rename(tmp_path / "elsewhere")
+    fit(folder.name, "--checkpoint.every_n_train_steps", "2", "--ckpt_path", "last", steps=2)
+    assert [path.name for path in find_all(folder / "checkpoints")] == ["step=000002.ckpt"]
+    assert read_step(folder / "checkpoints" / "last.ckpt") == 2
 
 
 def test_the_best_checkpoint_is_the_one_that_was_measured_best(fit):
@@ -348,6 +358,36 @@ def test_a_loss_that_is_not_finite_saves_the_step_before_it(tmp_path):
     newest = newest_checkpoint(folder / "checkpoints")
     assert newest is not None
     assert read_step(newest) == steps_of(folder)[-1]
+
+
+def test_out_of_memory_saves_the_step_before_it_and_names_what_lowers_it(
+    tmp_path, capsys, monkeypatch
+):
+    """A step of rollouts too many: the third one finds no memory."""
+    sample, calls = TransformersEngine.__call__, iter(range(100))
+
+    def run_out(engine, prompts, sampler, seeds):
+        if next(calls) == 2:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 9 GiB.\nMore text")
+        return sample(engine, prompts, sampler, seeds)
+
+    monkeypatch.setattr(TransformersEngine, "__call__", run_out)
+    folder = tmp_path / "run"
+    line = refusal(capsys, command(folder, "--data.validation", "null", "--trainer.max_steps", "9"))
+    for remedy in ("model.micro_batch_tokens", "model.gradient_checkpointing", "batch_size"):
+        assert remedy in line
+    assert "rollouts" in line
+    assert "9 GiB" in line
+    assert read_step(folder / "checkpoints" / "last.ckpt") == 2
+
+
+def test_two_runs_at_once_in_one_folder(tmp_path, capsys):
+    """The second is refused, and the folder is free again when the first has ended."""
+    folder = tmp_path / "run"
+    folder.mkdir()
+    with run_folder.alone_in(folder):
+        assert "another run is writing there" in refusal(capsys, command(folder))
+    assert main([*command(folder), "--trainer.max_steps", "1"]) == 0
 
 
 # --- what `last` and others go on from ------------------------------------------------------------
@@ -397,7 +437,7 @@ def test_a_checkpoint_of_another_run_does_not_mix_with_the_one_in_the_folder(
     before = contents(y)
     other = ["--ckpt_path", str(x / "checkpoints" / "last.ckpt")]
     assert "is not of the run in it" in refusal(capsys, command(y, *other))
-    assert "is not of the run in it" in refusal(capsys, command(y, "--ckpt_path", QUICKSTART))
+    assert "not a whole checkpoint" in refusal(capsys, command(y, "--ckpt_path", QUICKSTART))
     assert contents(y) == before
     z = fit("z", *other, steps=4)
     assert steps_of(z) == [4]

@@ -2,20 +2,27 @@
 
 from __future__ import annotations
 
+import contextlib
+import functools
+import operator
 import re
+import types
+import typing
 import warnings
 from collections.abc import Iterable
+from enum import Enum
 from pathlib import Path
 from typing import Any
 
+import yaml
 from jsonargparse import Namespace
 from lightning.pytorch import Trainer
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
-from lightning.pytorch.loggers import TensorBoardLogger
+from lightning.pytorch.loggers import Logger, TensorBoardLogger
 
 from callbacks import RunCheckpoint, RunSummary, SampleWriter
 from opd import checkpoints
-from opd.cli import ranks, run_folder
+from opd.cli import explain, ranks, run_folder
 from opd.errors import UserError
 from opd.metrics_csv import MetricsCSV
 from opd.module import OPDModule
@@ -25,6 +32,7 @@ from opd.strategies import ShardedStrategy
 SUBCOMMANDS = ("fit", "validate", "test", "predict")
 NOT_SAVED = ("output", "overwrite", "ckpt_path", "checkpoint.dirpath", "trainer.default_root_dir")
 PARSER_OPTIONS = {"exit_on_error": False}
+OURS = ("opd", "callbacks", "eval", "tasks")
 
 
 class OPDCLI(LightningCLI):
@@ -34,6 +42,10 @@ class OPDCLI(LightningCLI):
     ``--checkpoint`` (Lightning's ModelCheckpoint) and ``--samples`` (SampleWriter), so that
     ``trainer.callbacks`` holds only what the user adds.
     """
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        with contextlib.ExitStack() as self._held:
+            super().__init__(*args, **kwargs)
 
     @classmethod
     def run(cls) -> OPDCLI:
@@ -93,6 +105,13 @@ class OPDCLI(LightningCLI):
             parser.link_arguments("seed_everything", target, compute_fn=_seed)
         parser.link_arguments(("model.tokenizer", "model.student"), "data.tokenizer", _first)
         parser.link_arguments("model.trust_remote_code", "data.trust_remote_code")
+        for action in parser._actions:
+            if hasattr(action, "_typehint"):
+                action._typehint = _integers_first(action._typehint)
+        # Defaults of Lightning's callbacks, which the parser writes out to compare them
+        yaml.SafeDumper.add_multi_representer(
+            Enum, lambda dumper, member: dumper.represent_data(member.value)
+        )
 
     # --- the run folder -------------------------------------------------------------------------
 
@@ -103,6 +122,7 @@ class OPDCLI(LightningCLI):
             UserError: The folder cannot be written, or holds what must not be lost.
         """
         options = self._options
+        _check_options(options, self.subcommand)
         if (size := ranks.torchrun_size()) is not None:  # the ranks are there: its numbers hold
             options.trainer.devices, options.trainer.num_nodes = size
         self.folder: Path | None = None
@@ -110,6 +130,8 @@ class OPDCLI(LightningCLI):
             self.folder = run_folder.choose(options.output, [str(c) for c in options.config or []])
             options.output = options.trainer.default_root_dir = str(self.folder)
             options.checkpoint.dirpath = str(self.folder / "checkpoints")
+            if ranks.name() is None:
+                self._held.enter_context(run_folder.alone_in(self.folder))
         if self.subcommand == "fit":
             self._plan_fit()
             return
@@ -141,18 +163,17 @@ class OPDCLI(LightningCLI):
         """Build trainer, module and data.
 
         Raises:
-            UserError: An argument of one of the classes is wrong; jsonargparse hides it in a
-                ValueError that lists every type that a Union could have had.
+            UserError: One of the classes refuses its arguments, or lacks a package.
         """
         try:
             super().instantiate_classes()
-        except ValueError as error:
-            cause: BaseException | None = error
-            while cause is not None and not isinstance(cause, UserError):
-                cause = cause.__cause__ or cause.__context__
-            if cause is None:
+        except Exception as error:  # the classes are the user's choice, and raise what they like
+            cause = explain.cause(error)
+            if isinstance(cause, UserError):
+                raise cause from None
+            if explain.raised_in(cause) in OURS:
                 raise
-            raise cause from None
+            raise UserError(explain.one_line(error)) from error
         path, sharded = self._options.ckpt_path, isinstance(self.trainer.strategy, ShardedStrategy)
         if path is not None and checkpoints.is_sharded(Path(path)) and not sharded:
             raise UserError(
@@ -166,19 +187,18 @@ class OPDCLI(LightningCLI):
         return self.config[self.subcommand]
 
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
-        """Log to TensorBoard and metrics.csv in the run folder, unless the user names loggers.
+        """Log to the user's loggers or to TensorBoard, and always to metrics.csv.
 
         Raises:
             UserError: The Trainer does not take an argument, or two of them together.
         """
         chosen = self._get(self.config_init, "trainer").get("logger")
-        if chosen in (None, True):
+        loggers = [chosen] if isinstance(chosen, Logger) else chosen
+        if self.folder is not None and self.subcommand == "fit":
+            events = [RunEvents(self.folder)] if loggers in (None, True) else loggers or []
+            kwargs["logger"] = [*events, MetricsCSV(self.folder)]
+        elif loggers in (None, True):
             kwargs["logger"] = False
-            if self.folder is not None and self.subcommand == "fit":
-                kwargs["logger"] = [
-                    RunEvents(self.folder),
-                    MetricsCSV(self.folder),
-                ]
         try:
             return super().instantiate_trainer(**kwargs)
         except (TypeError, ValueError) as error:
@@ -191,14 +211,28 @@ class OPDCLI(LightningCLI):
             raise
 
     def _run_subcommand(self, subcommand: str) -> None:
-        """Run it; if a fit ends before it has done a step, what it was to replace comes back."""
+        """Run it; if a fit ends before it has done a step, what it was to replace comes back.
+
+        Raises:
+            UserError: Lightning refuses an option, which it does with errors of all types.
+        """
+        callbacks = self.trainer.callbacks  # type: ignore[attr-defined]  # set by a connector
+        start = next((c for c in callbacks if isinstance(c, RunStart)), None)
         try:
             super()._run_subcommand(subcommand)
-        except BaseException:
-            for callback in self.trainer.callbacks:  # type: ignore[attr-defined]
-                if isinstance(callback, RunStart):
-                    callback.undo()
+        except BaseException as error:
+            if start is not None:
+                start.undo()
+            early = start is None or not start.settled
+            if early and isinstance(error, Exception) and explain.raised_in(error) == "lightning":
+                raise UserError(explain.one_line(error)) from error
             raise
+
+    def _set_seed(self) -> None:
+        try:
+            super()._set_seed()
+        except ValueError as error:
+            raise UserError(f"seed_everything: {error}") from error
 
     def after_fit(self) -> None:
         """Say where the results are."""
@@ -316,6 +350,43 @@ class RunStart(SaveConfigCallback):
                 "ranks do not have the same configuration or see different run folders: "
                 f"{'; '.join(what) or 'see the other ranks'}"
             )
+
+
+def _check_options(options: Any, subcommand: str | None) -> None:
+    """Refuse options that would do nothing, since the run folder decides.
+
+    Raises:
+        UserError: One is set.
+    """
+    trainer, fits = options.trainer, subcommand == "fit"
+    if fits or options.output is not None:
+        for key in ("checkpoint.dirpath", "trainer.default_root_dir"):
+            if options[key] is not None:
+                raise UserError(
+                    f"{key}: all that a run writes goes into its folder; name that with --output"
+                )
+    if trainer.barebones:
+        raise UserError("trainer.barebones: nothing of a run would be left; leave it out")
+    if fits and trainer.enable_checkpointing is False:
+        raise UserError(
+            "trainer.enable_checkpointing false: the last step is always saved; to save none "
+            "before it, set --checkpoint.every_n_train_steps beyond trainer.max_steps"
+        )
+    if fits and trainer.limit_train_batches == 0:
+        raise UserError("trainer.limit_train_batches 0: there is nothing to do; see opd validate")
+
+
+def _integers_first(hint: Any) -> Any:
+    """Let 1 be the integer 1 where a type is ``float | int``: one batch, not all of them.
+
+    Lightning writes ``int | float``, but typing may hand out an equal Union that it already has.
+    """
+    if typing.get_origin(hint) not in (typing.Union, types.UnionType):
+        return hint
+    members = typing.get_args(hint)
+    if not {int, float} <= set(members):
+        return hint
+    return functools.reduce(operator.or_, [int, *(m for m in members if m is not int)])
 
 
 def _seed(seed_everything: bool | int) -> int:

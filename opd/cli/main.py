@@ -15,12 +15,14 @@ from dataclasses import dataclass
 from typing import Any
 
 from opd.cli import ranks
+from opd.cli.explain import one_line
 from opd.errors import UserError
 
 USAGE_ERROR = 2
 LOST_CONTACT = 1
 TERMINATED = 128 + signal.SIGTERM  # what a shell reports of a program that a signal has ended
 INTERRUPTED = 128 + signal.SIGINT
+NEGATIVE = re.compile(r"-\.?\d.*|-inf|-nan")
 
 
 @dataclass(frozen=True)
@@ -65,7 +67,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if not args or args[0] in ("-h", "--help"):
         print(_usage())
         return 0 if args else USAGE_ERROR
-    name, *rest = args
+    name, *rest = _joined(args)
     if name not in COMMANDS:
         print(f"opd: unknown command {name!r}; see opd --help", file=sys.stderr)
         return USAGE_ERROR
@@ -73,10 +75,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     from lightning.fabric.utilities.exceptions import MisconfigurationException
     from lightning.pytorch.utilities.exceptions import SIGTERMException
 
+    from opd.cli.yaml_keys import refuse_repeated_keys
+
+    refuse_repeated_keys()
     try:
         run_command(name, rest)
     except (UserError, ArgumentError, MisconfigurationException) as error:
-        _complain(name, f"error: {_one_line(error)}")
+        _complain(name, f"error: {one_line(error)}")
         return USAGE_ERROR
     except OSError as error:  # of a disk that is full or gone; what was saved before is whole
         _complain(name, f"error: {error}")
@@ -100,10 +105,21 @@ def main(argv: Sequence[str] | None = None) -> int:
         _complain(
             name,
             "error: no contact with another rank, which has died, hangs or cannot be reached: see "
-            f"its output, and go on with --ckpt_path last ({_one_line(error)})",
+            f"its output, and go on with --ckpt_path last ({one_line(error)})",
         )
         return LOST_CONTACT
     return 0
+
+
+def _joined(args: Sequence[str]) -> list[str]:
+    """Write ``--lr -1e-4`` as ``--lr=-1e-4``: argparse takes the number for an option."""
+    joined: list[str] = []
+    for arg in args:
+        if joined and NEGATIVE.fullmatch(arg) and re.fullmatch(r"--[^=]+", joined[-1]):
+            joined[-1] += f"={arg}"
+        else:
+            joined.append(arg)
+    return joined
 
 
 def _complain(name: str, message: str) -> None:
@@ -150,20 +166,6 @@ def run_command(name: str, args: list[str]) -> Any:
     options = parser.parse_args(args).as_dict()
     options.pop("config", None)
     return function(**options, **({"opd": main} if command.runs_others else {}))
-
-
-def _one_line(error: Exception) -> str:
-    """Boil an error down to one line.
-
-    jsonargparse lists what each member of a Union has to say; the first is about the type that the
-    value was meant to be.
-    """
-    text = str(error)
-    if "Errors:" in text:
-        key = re.match(r"([\w.\"' ]+): *\n?", text)
-        first = text.partition("Errors:")[2].strip().removeprefix("- ").split("\n  -")[0]
-        text = f"{key[1]}: {first}" if key else first
-    return re.sub(r"^Parser key \"?([\w.]+)\"?: ?", r"\1: ", " ".join(text.split()))
 
 
 # --- fit, validate, test, predict -----------------------------------------------------------------

@@ -11,13 +11,15 @@ first step. If the new one ends before, whatever the reason, the old one comes b
 from __future__ import annotations
 
 import contextlib
+import errno
+import fcntl
 import itertools
 import logging
 import os
 import re
 import tempfile
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -85,6 +87,30 @@ def choose(output: str | None, configs: Sequence[str]) -> Path:
     return folder
 
 
+@contextlib.contextmanager
+def alone_in(folder: Path) -> Iterator[None]:
+    """Keep other runs out of a folder; the system lets go of it when this process ends.
+
+    Raises:
+        UserError: Another run is in it.
+    """
+    place = os.open(folder, os.O_RDONLY)
+    try:
+        fcntl.flock(place, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        if error.errno == errno.EWOULDBLOCK:
+            os.close(place)
+            raise UserError(
+                f"--output {folder}: another run is writing there; choose another folder, or wait "
+                "until it has ended"
+            ) from error
+        log.debug("%s: cannot be locked (%s)", folder, error)  # some network file systems
+    try:
+        yield
+    finally:
+        os.close(place)
+
+
 def plan(folder: Path, wanted: str | None, *, overwrite: bool) -> Start:
     """Decide whether and how a fit may begin in a folder; changes nothing.
 
@@ -103,6 +129,8 @@ def plan(folder: Path, wanted: str | None, *, overwrite: bool) -> Start:
             "new folder, or one inside it"
         )
     checkpoint = find_checkpoint(folder, wanted)
+    if checkpoint is not None:
+        checkpoints.read_step(checkpoint)  # or nothing can go on from it
     if checkpoint is not None and _is_within(checkpoint, folder):
         later = [] if wanted == "last" else _later(folder, checkpoint)
         if later and not overwrite:
@@ -131,7 +159,8 @@ def find_checkpoint(folder: Path | None, wanted: str | None) -> Path | None:
     """Find what ``--ckpt_path`` names; None if that is nothing, or ``last`` finds nothing.
 
     Raises:
-        UserError: There is no such checkpoint, or no folder to look for the last one.
+        UserError: There is no such checkpoint, it is none of ours, or there is no folder to look
+            for the last one.
     """
     if wanted is None:
         return None
@@ -139,6 +168,7 @@ def find_checkpoint(folder: Path | None, wanted: str | None) -> Path | None:
         path = Path(wanted).expanduser()
         if not path.exists():
             raise UserError(f"--ckpt_path {wanted}: there is no such checkpoint")
+        checkpoints.read(path)
         return path
     if folder is None:
         raise UserError("--ckpt_path last: name the run folder with --output")

@@ -1,0 +1,143 @@
+"""The optimizer and the schedule of its learning rate: built, tried out, and compared on a resume.
+
+What a run is told holds, also when it goes on from a checkpoint that was told something else: the
+optimizer's state comes from the checkpoint, its options and the schedule, at the step reached, from
+the configuration.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import torch
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LRScheduler
+
+from opd.errors import UserError
+
+REHEARSED = 10_000  # steps; of a longer run the first so many
+
+Options = dict[str, Any]
+MakeOptimizer = Callable[[Iterable[Any]], Optimizer]
+MakeScheduler = Callable[[Optimizer], LRScheduler]
+
+
+def build(make: MakeOptimizer, parameters: list[torch.nn.Parameter]) -> Optimizer:
+    """Build the optimizer that a user has named.
+
+    Raises:
+        UserError: It does not take its options, or these parameters.
+    """
+    try:
+        return make(parameters)
+    except Exception as error:  # classes of the user's choice raise what their authors chose
+        raise UserError(f"model.optimizer: {_reason(error)}") from error
+
+
+def rehearse(
+    make: MakeOptimizer, make_scheduler: MakeScheduler | None, steps: int
+) -> tuple[Optimizer, LRScheduler | None]:
+    """Take steps with an optimizer and a scheduler of their own, on two numbers.
+
+    Returns:
+        They, as they are after ``steps``: what a run of so many would have.
+
+    Raises:
+        UserError: A step of either fails.
+    """
+    numbers = torch.nn.Parameter(torch.ones(1, 2))
+    optimizer = build(make, [numbers])
+    scheduler = None
+    try:
+        numbers.grad = torch.ones_like(numbers)
+        optimizer.step()
+    except Exception as error:
+        raise UserError(
+            f"model.optimizer: {type(optimizer).__name__} cannot take a plain step "
+            f"({_reason(error)}); choose another, as torch.optim.AdamW"
+        ) from error
+    numbers.grad = None
+    taken = 0
+    try:
+        scheduler = None if make_scheduler is None else make_scheduler(optimizer)
+        while scheduler is not None and taken < steps:
+            optimizer.step()
+            scheduler.step()
+            taken += 1
+    except Exception as error:
+        name = "" if scheduler is None else f"{type(scheduler).__name__} "
+        raise UserError(
+            f"model.scheduler: {name}fails at step {taken + 1} of {steps} ({_reason(error)})"
+        ) from error
+    for group in optimizer.param_groups:
+        if not group["lr"] >= 0:
+            raise UserError(f"model.optimizer: the learning rate is {group['lr']}")
+    return optimizer, scheduler
+
+
+def options_of(optimizer: Optimizer, scheduler: LRScheduler | None) -> Options:
+    """Describe what an optimizer and a fresh scheduler were told, so that it can be saved."""
+    first = optimizer.param_groups[0]
+    told = {name: value for name, value in first.items() if name not in ("params", "initial_lr")}
+    if scheduler is not None:
+        told["lr"] = first["initial_lr"]
+    state = {} if scheduler is None else scheduler.state_dict()
+    return {
+        "optimizer": type(optimizer).__name__,
+        "scheduler": None if scheduler is None else type(scheduler).__name__,
+        **{name: _plain(value) for name, value in told.items()},
+        **{f"scheduler.{name}": _plain(v) for name, v in state.items() if name[0] != "_"},
+    }
+
+
+def check_resumed(saved: Options, ours: Options) -> None:
+    """Refuse an optimizer that cannot go on from another one's state.
+
+    Raises:
+        UserError: A checkpoint was saved with an optimizer of another class.
+    """
+    if saved["optimizer"] != ours["optimizer"]:
+        raise UserError(
+            f"--ckpt_path: the checkpoint was saved with {saved['optimizer']}, and model.optimizer "
+            f"is {ours['optimizer']}; go on with the same, or begin anew from the checkpoint's "
+            "weights with --model.student CHECKPOINT"
+        )
+
+
+def differences(saved: Options, ours: Options) -> list[str]:
+    """Say which options a checkpoint was saved with that are others now."""
+    names = [name for name in {**saved, **ours} if saved.get(name) != ours.get(name)]
+    return [f"{name} {saved.get(name)} -> {ours.get(name)}" for name in names]
+
+
+def apply(
+    make: MakeOptimizer,
+    make_scheduler: MakeScheduler | None,
+    optimizer: Optimizer,
+    schedulers: Iterable[Any],
+    steps: int,
+) -> None:
+    """Give a resumed optimizer and its scheduler what the configuration says after ``steps``."""
+    model, at_step = rehearse(make, make_scheduler, steps)
+    options = {name: value for name, value in model.param_groups[0].items() if name != "params"}
+    for group in optimizer.param_groups:
+        if "initial_lr" not in options:
+            group.pop("initial_lr", None)
+        group.update(options)
+    for scheduler in schedulers:
+        assert at_step is not None
+        scheduler.load_state_dict(at_step.state_dict())
+
+
+def _plain(value: Any) -> Any:
+    """Return what a checkpoint may hold that is read with ``weights_only``, and can be compared."""
+    if isinstance(value, list | tuple):
+        return [_plain(part) for part in value]
+    if isinstance(value, torch.Tensor):
+        return value.tolist()
+    return value if isinstance(value, bool | int | float | str | None) else repr(value)
+
+
+def _reason(error: Exception) -> str:
+    return " ".join(str(error).split()) or type(error).__name__
