@@ -15,7 +15,7 @@ import pickle
 import warnings
 import zipfile
 from collections import defaultdict
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.filesystem import FileSystemReader
-from torch.distributed.checkpoint.metadata import Metadata
+from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadata
 from torch.distributed.checkpoint.state_dict_loader import load as load_shards
 
 from opd.errors import UserError
@@ -71,17 +71,21 @@ def read_student(path: Path, weights: dict[str, Tensor]) -> None:
     """Read the student's weights into tensors, by name; those of shards without a further copy.
 
     Raises:
-        UserError: The checkpoint cannot be read, or lacks a weight.
+        UserError: The checkpoint cannot be read, lacks a weight, or holds another or one of another
+            shape.
     """
     prefixed = {STUDENT_PREFIX + name: tensor for name, tensor in weights.items()}
     if path.is_dir():
-        available = {str(key) for key in shard_metadata(path).state_dict_metadata}
-        names = {key.removeprefix(f"{STATE_DICT}.") for key in available}
-        _require(path, prefixed, names)
+        found = {
+            key.removeprefix(f"{STATE_DICT}."): tuple(tensor.size)
+            for key, tensor in shard_metadata(path).state_dict_metadata.items()
+            if isinstance(tensor, TensorStorageMetadata)
+        }
+        _check_student(path, prefixed, found)
         read_shards(path, {STATE_DICT: prefixed}, no_dist=True)
     else:
         state = read(path)[STATE_DICT]
-        _require(path, prefixed, state)
+        _check_student(path, prefixed, {name: tuple(t.shape) for name, t in state.items()})
         for name, tensor in prefixed.items():
             tensor.copy_(state[name])
 
@@ -106,9 +110,24 @@ def first_reason(error: CheckpointException) -> str:
     return f"rank {rank}: {reason}"
 
 
-def _require(path: Path, wanted: Iterable[str], available: Iterable[str]) -> None:
-    if missing := sorted(set(wanted) - set(available)):
+def _check_student(
+    path: Path, wanted: Mapping[str, Tensor], found: Mapping[str, tuple[int, ...]]
+) -> None:
+    """Refuse a checkpoint whose weights of the student are not exactly those wanted.
+
+    Callbacks' tensors may be beside them.
+    """
+    ours = {name for name in found if name.startswith(STUDENT_PREFIX)}
+    if missing := sorted(wanted.keys() - ours):
         raise UserError(f"{path}: lacks {len(missing)} of the model's weights, as {missing[0]}")
+    if beyond := sorted(ours - wanted.keys()):
+        raise UserError(f"{path}: holds {len(beyond)} weights beyond the model's, as {beyond[0]}")
+    for name, tensor in wanted.items():
+        if found[name] != tuple(tensor.shape):
+            raise UserError(
+                f"{path}: {name} has shape {list(found[name])}, its config says "
+                f"{list(tensor.shape)}"
+            )
 
 
 def find_misfit(wanted: Mapping[str, Tensor], found: Mapping[str, Tensor]) -> str | None:

@@ -57,7 +57,8 @@ class OPDModule(LightningModule):
     """On-policy distillation of a student from one or several frozen teachers.
 
     Args:
-        student: The model to train: hub id, folder, checkpoint, embedded:base or embedded:teacher.
+        student: The model to train: hub id, perhaps with @REVISION (branch, tag or commit), folder,
+            checkpoint, embedded:base or embedded:teacher.
         teacher: The model that it learns from, named alike; or several, as a mapping from the name
             that a prompt's ``teacher`` field holds to a model.
         objective: Loss per token. None: ReverseKL, the paper's.
@@ -68,7 +69,7 @@ class OPDModule(LightningModule):
         top_p: Nucleus sampling of rollouts; 1 keeps all tokens.
         top_k: Top-k sampling of rollouts; 0 keeps all tokens.
         rollouts_per_prompt: Completions sampled per prompt.
-        eos_token_ids: Tokens that end a completion. None: those of the student.
+        eos_token_ids: Tokens that end a completion. None: those of the student and of all teachers.
         engine: What samples completions. None: TransformersEngine.
         verifier: Finds and checks the answers of prompts that have one.
         micro_batch_tokens: Positions per forward and backward, padding and prompts included. Bounds
@@ -76,11 +77,12 @@ class OPDModule(LightningModule):
         tile_tokens: Completion tokens whose logits exist at a time. Bounds memory; does not change
             the loss. None: as many as have 2**22 logits on a CPU, 2**26 on a GPU.
         max_grad_norm: Gradients are clipped to this norm.
-        tokenizer: Where the tokenizer comes from. None: the student.
+        tokenizer: Where the tokenizer comes from, named like a model. None: the student.
         teacher_dtype: Dtype of the teacher's weights.
         teacher_offload: Keep the teacher's weights in host memory, and copy each layer to the
             device when it runs.
-        attn_implementation: sdpa, eager, flash_attention_2, ...
+        attn_implementation: sdpa, eager, flash_attention_2, ... None: what a model's config names,
+            as that of a checkpoint does, else sdpa, or eager for models that have no sdpa.
         gradient_checkpointing: Recompute the activations of each layer in backward: less memory,
             more time.
         compile: Compile each layer of the student with torch.compile, for all but rollouts.
@@ -115,7 +117,7 @@ class OPDModule(LightningModule):
         tokenizer: str | None = None,
         teacher_dtype: models.Dtype = "float32",
         teacher_offload: bool = False,
-        attn_implementation: str = "sdpa",
+        attn_implementation: str | None = None,
         gradient_checkpointing: bool = False,
         compile: bool = False,  # noqa: A002 - the YAML key
         gradient_sync: Literal["last", "every"] = "last",
@@ -158,12 +160,13 @@ class OPDModule(LightningModule):
         self.tokenizer = models.load_tokenizer(
             tokenizer or student, trust_remote_code=trust_remote_code
         )
-        self.sampler = Sampler(  # configure_model fills in the student's EOS
+        models.check_eos_token_ids(eos_token_ids or (), self.tokenizer)
+        self.eos_token_ids = eos_token_ids
+        self.sampler = Sampler(  # configure_model fills in ends and vocabulary
             max_new_tokens=max_new_tokens,
             temperature=temperature,
             top_p=top_p,
             top_k=top_k,
-            eos_token_ids=tuple(eos_token_ids or ()),
             pad_token_id=pad_token_id(self.tokenizer),
         )
         names = [*TOKEN_METRICS, *ROLLOUT_MEANS]
@@ -197,20 +200,24 @@ class OPDModule(LightningModule):
                 self.student.gradient_checkpointing_enable({"use_reentrant": False})
             if self.compile_layers:
                 sharding.compile_layers(self.student)
-            self._student_files = models.student_files(self.student, self.tokenizer)
-            if not self.sampler.eos_token_ids:
-                eos = models.eos_token_ids(self.student, self.tokenizer)
-                self.sampler = dataclasses.replace(self.sampler, eos_token_ids=eos)
             self.teachers = load_teachers(
                 self.teacher_sources,
                 functools.partial(self._load_model, trained=False),
                 self.student,
                 self.tokenizer,
-                self.sampler,
+                temperature=self.sampler.temperature,
                 offload=self.teacher_offload,
                 trust_remote_code=self.trust_remote_code,
             )
             self.teachers.check_objective(type(self.objective).__name__, self.objective.needs)
+            own_ends = models.eos_token_ids(self.student, self.tokenizer)
+            ends = models.ends_of_all(own_ends, self.teachers.ends, self.eos_token_ids)
+            self.sampler = dataclasses.replace(
+                self.sampler, eos_token_ids=ends, vocabulary=self.teachers.vocabulary
+            )
+            if ends != own_ends:  # whoever uses the student elsewhere ends where it was taught to
+                self.student.generation_config.eos_token_id = list(ends) or None
+            self._student_files = models.student_files(self.student, self.tokenizer)
         self.engine.start(self.student, self.weights, self.tokenizer)
 
     def _load_model(self, source: str, *, trained: bool) -> PreTrainedModel:

@@ -279,6 +279,14 @@ def clip_gradients(model: nn.Module, max_norm: float) -> float:
     return float(norm.full_tensor() if isinstance(norm, DTensor) else norm)
 
 
+def unwrapped(model: nn.Module) -> nn.Module:
+    """Return what FSDP1 has wrapped; any other model as it is.
+
+    The wrapper passes on what it is asked for, but keeps to itself what it is told.
+    """
+    return model.module if isinstance(model, FullyShardedDataParallel) else model
+
+
 def is_sharded(module: nn.Module) -> bool:
     """Whether each rank holds only a share of a module's parameters."""
     return any(isinstance(p, FSDPModule | FullyShardedDataParallel) for p in module.modules())

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import functools
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from datetime import timedelta
 from pathlib import Path
 from typing import Any, TypeVar, cast
@@ -180,7 +180,7 @@ class ShardedStrategy(ParallelStrategy):
         assert self.model is not None
         state = self.lightning_module_state_dict()
         found = {name: t for name, t in state.items() if f"state_dict.{name}" in available}
-        _check_missing(path, state, found)
+        _check_names(path, state, found, available)
         checkpoints.read_shards(path, {checkpoints.STATE_DICT: found})
         self._set_state(found)
         for i, optimizer in enumerate(self.optimizers):
@@ -199,8 +199,13 @@ class ShardedStrategy(ParallelStrategy):
         set_model_state_dict(self.model, state, options=StateDictOptions(strict=False))
 
 
-def _check_missing(path: Path, wanted: Mapping[str, Any], found: Mapping[str, Any]) -> None:
-    """A callback's tensors may all be missing, if it is new; of everything else, nothing may."""
+def _check_names(
+    path: Path, wanted: Mapping[str, Any], found: Mapping[str, Any], available: Iterable[str]
+) -> None:
+    """A callback's tensors may all be missing, if it is new; of everything else, nothing may.
+
+    Nor may there be weights of a student that this run has not.
+    """
     present = {name.partition(".")[0] for name in found}
     missing = [
         name
@@ -210,6 +215,12 @@ def _check_missing(path: Path, wanted: Mapping[str, Any], found: Mapping[str, An
     ]
     if missing:
         raise UserError(f"{path}: lacks {len(missing)} tensors of this run, as {missing[0]}")
+    names = {key.removeprefix(f"{checkpoints.STATE_DICT}.") for key in available}
+    students = {name for name in names if name.startswith(checkpoints.STUDENT_PREFIX)}
+    if beyond := sorted(students - wanted.keys()):
+        raise UserError(
+            f"{path}: holds {len(beyond)} weights that this run has not, as {beyond[0]}"
+        )
 
 
 def _give_name(partial: Path, path: Path) -> None:

@@ -7,8 +7,14 @@ from opd.models.checks import (
     check_precision,
     check_tokenizers,
     context_length,
-    eos_token_ids,
     vocabulary_size,
+)
+from opd.models.generation import (
+    check_eos_token_ids,
+    ends_of_all,
+    eos_token_ids,
+    generating_with,
+    plain_sampling,
 )
 from opd.models.load import Dtype, load_model, load_tokenizer, student_files
 from opd.models.passes import Head, completion_logits, hidden_states
@@ -17,16 +23,20 @@ __all__ = [
     "Dtype",
     "Head",
     "check_context",
+    "check_eos_token_ids",
     "check_master_weights",
     "check_models",
     "check_precision",
     "check_tokenizers",
     "completion_logits",
     "context_length",
+    "ends_of_all",
     "eos_token_ids",
+    "generating_with",
     "hidden_states",
     "load_model",
     "load_tokenizer",
+    "plain_sampling",
     "student_files",
     "vocabulary_size",
 ]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 
 import torch
+from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from opd.errors import UserError
@@ -22,13 +23,6 @@ def context_length(model: PreTrainedModel) -> int | None:
 def vocabulary_size(model: PreTrainedModel) -> int:
     """Entries of the output head, padding included; also of one that is sharded."""
     return int(model.get_output_embeddings().out_features)
-
-
-def eos_token_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> tuple[int, ...]:
-    """All token ids that end a completion, from the generation config and the tokenizer."""
-    configured = model.generation_config.eos_token_id
-    ids = configured if isinstance(configured, list) else [configured]
-    return tuple(sorted({int(i) for i in [*ids, tokenizer.eos_token_id] if i is not None}))
 
 
 def check_tokenizers(
@@ -60,10 +54,9 @@ def check_models(
     student: PreTrainedModel,
     teacher: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
-    eos_ids: tuple[int, ...],
     name: str,
 ) -> None:
-    """Refuse or warn about a pair of models that cannot be compared token by token.
+    """Refuse a pair of models that cannot be compared token by token.
 
     Vocabularies may be padded to different sizes, as long as both cover the tokenizer.
 
@@ -77,16 +70,6 @@ def check_models(
                 f"{role}: its vocabulary has {size} entries, but the tokenizer has "
                 f"{len(tokenizer)} tokens; choose student and teacher of one family"
             )
-    theirs = teacher.generation_config.eos_token_id
-    teacher_ids = set(theirs if isinstance(theirs, list) else [theirs]) - {None}
-    if teacher_ids and not teacher_ids & set(eos_ids):
-        log.warning(
-            "teacher %s ends with token %s, the student with %s: the teacher will find every end "
-            "of a completion unlikely. Set --model.eos_token_ids to the token that both use",
-            name,
-            sorted(teacher_ids),
-            list(eos_ids),
-        )
 
 
 def check_context(context: int | None, role: str, prompt_tokens: int, new_tokens: int) -> None:
@@ -119,27 +102,56 @@ def check_master_weights(model: PreTrainedModel) -> None:
     Raises:
         UserError: They are not float32.
     """
-    low = {p.dtype for p in model.parameters() if p.requires_grad} - {torch.float32}
-    if low:
+    other = {p.dtype for p in model.parameters() if p.requires_grad} - {torch.float32}
+    if torch.float64 in other:
         raise UserError(
-            f"the student's weights are {low.pop()}: steps of the usual size round to nothing. "
+            "the student's weights are float64, and what they are compared with is float32; train "
+            "with --trainer.precision 32-true"
+        )
+    if other:
+        raise UserError(
+            f"the student's weights are {other.pop()}: steps of the usual size round to nothing. "
             "Train with --trainer.precision bf16-mixed, which keeps float32 master weights"
         )
 
 
 @torch.no_grad()
-def check_projection(model: PreTrainedModel, source: str) -> None:
-    """Make sure that body and head, called one after the other, give the model's own logits."""
+def check_passes(model: PreTrainedModel, source: str) -> None:
+    """Make sure that a model can be run the way that we do, on text alone.
+
+    Raises:
+        UserError: It does not run; body and head, called one after the other, do not give its own
+            logits; or a token's logits depend on those that follow it.
+    """
     training = model.training
     model.eval()
-    ids = torch.tensor([[1, 2, 3]], device=model.device)
+    ids = torch.tensor([[1, 2, 3], [1, 2, 0]], device=model.device)
     everything = torch.ones_like(ids, dtype=torch.bool)
-    ours = completion_logits(model, ids, everything, everything)
-    own = model(input_ids=ids, attention_mask=everything).logits[0].float()
-    model.train(training)
-    tolerance = 1e-3 if model.dtype == torch.float32 else 0.1
-    if not torch.allclose(ours, own, rtol=tolerance, atol=tolerance * float(own.abs().max())):
+    name = type(model).__name__
+    try:
+        ours = completion_logits(model, ids, everything, everything).view(*ids.shape, -1)
+        own = model(input_ids=ids, attention_mask=everything.long()).logits.float()
+    except Exception as error:  # whatever a model needs besides text
+        reason = " ".join(str(error).split())[:200]
         raise UserError(
-            f"{source}: {type(model).__name__} changes its logits after the output head in a way "
-            "that is not supported"
+            f"{source}: {name} does not run on text alone ({type(error).__name__}: {reason}); name "
+            "a causal language model of text"
+        ) from error
+    finally:
+        model.train(training)
+    tolerance = 1e-3 if model.dtype == torch.float32 else 0.1
+
+    def differ(left: Tensor, right: Tensor) -> bool:
+        atol = tolerance * float(own.abs().max())
+        return not torch.allclose(left, right, rtol=tolerance, atol=atol)
+
+    if differ(own[0, :2], own[1, :2]):
+        raise UserError(
+            f"{source}: {name} looks at tokens that follow: it is an encoder, no causal language "
+            "model"
+        )
+    if differ(ours, own):
+        raise UserError(
+            f"{source}: {name} changes its logits after the output head in a way that is not "
+            "supported"
         )

@@ -10,6 +10,7 @@ vocabulary.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -70,9 +71,10 @@ class Head:
 def body(model: PreTrainedModel, ids: Tensor, mask: Tensor, select: Tensor) -> Tensor:
     """Run all but the head, within a pass; see :func:`hidden_states`."""
     positions = (mask.long().cumsum(dim=1) - 1).clamp(min=0)
-    output = model.base_model(
-        input_ids=ids, attention_mask=mask, position_ids=positions, use_cache=False
-    )
+    inner: Any = model.base_model
+    if inner is model:  # where a class does not say under which name it has it (Llama 4)
+        inner = model.model
+    output = inner(input_ids=ids, attention_mask=mask, position_ids=positions, use_cache=False)
     hidden: Tensor = output.last_hidden_state[select]
     return hidden
 

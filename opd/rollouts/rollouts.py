@@ -27,6 +27,8 @@ class Sampler:
         top_k: So many likeliest tokens; 0 keeps all.
         eos_token_ids: Tokens that end a completion; they belong to it.
         pad_token_id: Fills up after the end. May equal an EOS: lengths tell them apart.
+        vocabulary: Tokens from this id on are never sampled, and have no probability; None: there
+            are none. Teachers do not know them.
     """
 
     max_new_tokens: int
@@ -35,6 +37,7 @@ class Sampler:
     top_k: int = 0
     eos_token_ids: tuple[int, ...] = ()
     pad_token_id: int = 0
+    vocabulary: int | None = None
 
     def __post_init__(self) -> None:
         for name, value, valid in [

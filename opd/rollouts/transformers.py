@@ -19,6 +19,7 @@ from transformers import (
     TopPLogitsWarper,
 )
 
+from opd.models import generating_with
 from opd.prompts import PromptBatch
 from opd.randomness import uniform
 from opd.rollouts.engine import RolloutEngine
@@ -47,6 +48,8 @@ class _Sampling(LogitsProcessor):
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
         scores = scores.float()
+        if self.sampler.vocabulary is not None:
+            scores[:, self.sampler.vocabulary :] = -torch.inf  # a copy: generate's are float32 too
         if self.sampler.temperature > 0:
             scores = scores / self.sampler.temperature
             scores = self.warpers(cast(LongTensor, input_ids), cast(FloatTensor, scores))
@@ -112,15 +115,18 @@ class TransformersEngine(RolloutEngine):
         """Sample one completion per prompt."""
         model = self._student
         assert model is not None, "start the engine first"
-        training, own_config = model.training, model.generation_config
+        training = model.training
         model.eval()
-        # generate() fills unset fields from the model's own config: give it none to fill from
-        model.generation_config = GenerationConfig()
         size = self.batch_size or max(len(prompts), 1)
         cuts = [slice(i, min(i + size, len(prompts))) for i in range(0, len(prompts), size)]
         try:
             # Every token has a shape of its own: layers that are compiled run as they are
-            with gathered(model), torch.compiler.set_stance("force_eager"):
+            # Nor does a field of the model's own generation config leak in
+            with (
+                gathered(model),
+                generating_with(model, GenerationConfig()),
+                torch.compiler.set_stance("force_eager"),
+            ):
                 parts = [
                     self._sample(
                         model, prompts.select(range(cut.start, cut.stop)), sampler, seeds[cut]
@@ -128,7 +134,6 @@ class TransformersEngine(RolloutEngine):
                     for cut in cuts
                 ]
         finally:
-            model.generation_config = own_config
             model.train(training)
         if len(parts) == 1:
             return parts[0]

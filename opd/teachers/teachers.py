@@ -7,9 +7,15 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from opd.errors import UserError
-from opd.models import check_models, check_tokenizers, load_tokenizer, vocabulary_size
+from opd.models import (
+    check_models,
+    check_tokenizers,
+    eos_token_ids,
+    load_tokenizer,
+    vocabulary_size,
+)
 from opd.prompts import Prompt
-from opd.rollouts import Rollouts, Sampler
+from opd.rollouts import Rollouts
 from opd.teachers.local import LocalTeacher
 from opd.teachers.teacher import Gives, Opinion, Teacher
 
@@ -22,12 +28,21 @@ class Teachers(Mapping[str, Teacher]):
 
     Args:
         teachers: The teachers.
-        vocabulary: Tokens that student and teachers share; what lies beyond is padding.
+        vocabulary: Tokens that student and teachers share; what lies beyond is padding, and is
+            neither sampled nor compared. (Padding that all have is both: that the student comes to
+            find it as unlikely as its teachers do is due to the comparison.)
+        ends: Tokens that end a completion for a teacher, by name of the teacher.
     """
 
-    def __init__(self, teachers: Mapping[str, Teacher], vocabulary: int) -> None:
+    def __init__(
+        self,
+        teachers: Mapping[str, Teacher],
+        vocabulary: int,
+        ends: Mapping[str, Sequence[int]] | None = None,
+    ) -> None:
         self._teachers = dict(teachers)
         self.vocabulary = vocabulary
+        self.ends = dict(ends or {})
 
     def __getitem__(self, name: str) -> Teacher:
         return self._teachers[name]
@@ -90,8 +105,8 @@ def load_teachers(
     load_model: Callable[[str], PreTrainedModel],
     student: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
-    sampler: Sampler,
     *,
+    temperature: float,
     offload: bool,
     trust_remote_code: bool,
 ) -> Teachers:
@@ -102,25 +117,24 @@ def load_teachers(
         load_model: Loads one of them.
         student: The student.
         tokenizer: The student's tokenizer.
-        sampler: How completions will be sampled.
+        temperature: Of the completions that they will read.
         offload: See :class:`LocalTeacher`.
         trust_remote_code: Let a hub tokenizer run its own code.
 
     Raises:
         UserError: One cannot be loaded, or does not fit the student.
     """
-    loaded = {}
+    loaded, ends = {}, {}
     for name, source in sources.items():
         theirs = load_tokenizer(source, trust_remote_code=trust_remote_code)
         check_tokenizers(tokenizer, theirs, source)
         loaded[name] = load_model(source)
-        check_models(student, loaded[name], tokenizer, sampler.eos_token_ids, source)
+        check_models(student, loaded[name], tokenizer, source)
+        ends[name] = eos_token_ids(loaded[name], theirs)
     # Beyond the smallest vocabulary there is only padding: check_models has made sure of that
     vocabulary = min(vocabulary_size(model) for model in [student, *loaded.values()])
     teachers = {
-        name: LocalTeacher(
-            model, vocabulary=vocabulary, temperature=sampler.temperature, offload=offload
-        )
+        name: LocalTeacher(model, vocabulary=vocabulary, temperature=temperature, offload=offload)
         for name, model in loaded.items()
     }
-    return Teachers(teachers, vocabulary)
+    return Teachers(teachers, vocabulary, ends)
