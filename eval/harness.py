@@ -17,7 +17,15 @@ from lm_eval.tasks import TaskManager
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from opd.errors import UserError
-from opd.models import Dtype, context_length, load_model, load_tokenizer
+from opd.models import (
+    Dtype,
+    context_length,
+    eos_token_ids,
+    generating_with,
+    load_model,
+    load_tokenizer,
+    plain_sampling,
+)
 
 TASKS = Path(__file__).parent.parent / "tasks"
 RESULTS = ("results.json", "results.md")
@@ -40,7 +48,8 @@ def evaluate(
     """Evaluate a model on lm-eval tasks.
 
     Args:
-        model: Hub id, folder, checkpoint of opd fit, embedded:base or embedded:teacher.
+        model: Hub id, perhaps with @REVISION (branch, tag or commit), folder, checkpoint of opd
+            fit, embedded:base or embedded:teacher.
         tasks: Names of lm-eval tasks, separated by commas; those in tasks/ come first.
         samples: Completions per problem; the score is their mean (avg@k).
         limit: Use the first so many problems of each task only.
@@ -56,16 +65,19 @@ def evaluate(
     Raises:
         UserError: An option is out of range, or the folder cannot be written or holds results.
     """
-    names = [name for name in tasks.split(",") if name]
+    names = list(dict.fromkeys(name.strip() for name in tasks.split(",") if name.strip()))
     if not names:
         raise UserError("--tasks names no task")
     for option, value in [("samples", samples), ("limit", limit), ("batch_size", batch_size)]:
         if value is not None and value < 1:
             raise UserError(f"--{option} {value} must be at least 1")
+    if not 0 <= seed < 2**63:
+        raise UserError(f"--seed {seed} must be between 0 and 2**63 - 1")
+    where = usable_device(device)
     folder = _output_folder(output, overwrite=overwrite)
     start = time.perf_counter()
     loaded = load_model(model, dtype=dtype, trust_remote_code=trust_remote_code)
-    torch.nn.Module.to(loaded, device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    torch.nn.Module.to(loaded, where)
     tokenizer = load_tokenizer(model, trust_remote_code=trust_remote_code)
     results = evaluate_model(
         loaded,
@@ -97,6 +109,24 @@ def evaluate(
             with (folder / f"samples_{task}.jsonl").open("w", encoding="utf-8") as file:
                 file.writelines(json.dumps(r, default=str) + "\n" for r in records)
     print(table, end="")
+
+
+def usable_device(name: str | None) -> torch.device:
+    """Return a device to run on; None: the GPU where there is one.
+
+    Raises:
+        UserError: There is no such device, or nothing can be computed on it.
+    """
+    try:
+        device = torch.device(name or ("cuda" if torch.cuda.is_available() else "cpu"))
+        torch.ones(1, device=device).item()
+    except Exception as error:  # each kind of device has an error of its own
+        reason = " ".join(str(error).split())[:150]
+        raise UserError(
+            f"--device {name}: cannot be used on this machine ({reason}); leave it out, or name "
+            "cpu, cuda or cuda:NUMBER"
+        ) from error
+    return device
 
 
 def _output_folder(output: str | None, *, overwrite: bool) -> Path | None:
@@ -131,6 +161,8 @@ def evaluate_model(
 ) -> dict[str, Any]:
     """Evaluate a model that is in memory; its mode and the global random state are left as found.
 
+    Of its generation config counts what ends a completion; how to sample, the tasks say.
+
     Args:
         model: Causal language model.
         tokenizer: Its tokenizer.
@@ -153,9 +185,10 @@ def evaluate_model(
     loaded = load_tasks(manager, tasks, samples)
     training, logging_level = model.training, logging.getLogger("lm_eval").level
     logging.getLogger("lm_eval").setLevel(logging.ERROR)
+    ends = eos_token_ids(model, tokenizer)
     devices = [model.device] if model.device.type == "cuda" else []
     try:
-        with torch.random.fork_rng(devices):
+        with torch.random.fork_rng(devices), generating_with(model, plain_sampling(ends)):
             torch.manual_seed(seed)
             lm = HFLM(
                 pretrained=model,
