@@ -8,7 +8,7 @@ from __future__ import annotations
 from typing import Any
 
 from opd import stages
-from opd.metrics import prediction, rollout_metrics, token_metrics
+from opd.metrics import prediction, token_metrics
 from opd.prompts import PromptBatch
 from opd.randomness import derive_seed
 from opd.rollouts import rollout_records
@@ -18,12 +18,11 @@ from opd.stages import Distillation
 def evaluate(module: Distillation, batch: PromptBatch) -> None:
     """Add accuracy and teacher KL on prompts to the module's evaluation metrics."""
     rollouts = stages.generate(module, batch, derive_seed(module.seed, "validation"))
-    module.evaluation_metrics.update(rollout_metrics(rollouts, stages.verify(module, rollouts)))
+    stages.count_rollouts(module, module.evaluation_metrics, rollouts)
     for micro in stages.micro_batches(module, rollouts):
         reading = stages.read(module, micro)
-        module.evaluation_metrics.update(
-            stages.compare(module, reading, None, token_metrics).values
-        )
+        values = stages.compare(module, reading, None, token_metrics).values
+        stages.count_tokens(module, module.evaluation_metrics, micro, values)
 
 
 def predict(module: Distillation, batch: PromptBatch) -> list[dict[str, Any]]:

@@ -104,20 +104,14 @@ def overlap_at_k(log_p: Tensor, log_q: Tensor, k: int) -> tuple[Tensor, Tensor]:
     return shared.float().mean(dim=1), advantage
 
 
-def rollout_metrics(rollouts: Rollouts, right: Tensor) -> dict[str, Tensor]:
-    """Measure completions.
-
-    Args:
-        rollouts: B completions.
-        right: 1 for each right answer and 0 for each wrong one, of those that have a reference.
-    """
+def rollout_metrics(rollouts: Rollouts) -> dict[str, Tensor]:
+    """Measure B completions, [B] each; whether their answers are right is another matter."""
     lengths = rollouts.lengths.double()
     return {
         "rollout/tokens": lengths,
         "rollout/length_mean": lengths,
         "rollout/length_max": lengths,
         "rollout/truncated_fraction": (~rollouts.finished).double(),
-        "rollout/accuracy": right,
     }
 
 
@@ -128,35 +122,58 @@ class StepMetrics(Metric):
         means: Names of the means.
         sums: Names of the sums.
         maxima: Names of the maxima.
+        groups: What else is taken of parts of the values: ``data/<name>`` for what belongs to a
+            data set, ``teacher/<name>`` for what a teacher reads. Named ``<metric>/<group>``.
     """
 
     full_state_update = False
 
     def __init__(
-        self, means: Sequence[str], sums: Sequence[str] = (), maxima: Sequence[str] = ()
+        self,
+        means: Sequence[str],
+        sums: Sequence[str] = (),
+        maxima: Sequence[str] = (),
+        groups: Sequence[str] = (),
     ) -> None:
         super().__init__()
         self.totals: Tensor
         self.counts: Tensor
         self.highest: Tensor
-        self.summed = [*means, *sums]
+        self.groups = tuple(groups)
+        means, sums, maxima = (self._with_groups(names) for names in (means, sums, maxima))
+        self.summed = {name: i for i, name in enumerate([*means, *sums])}
         self.means = frozenset(means)
-        self.maxima = list(maxima)
+        self.maxima = {name: i for i, name in enumerate(maxima)}
         zeros = torch.zeros(len(self.summed), dtype=torch.float64)
         self.add_state("totals", zeros, dist_reduce_fx="sum")
         self.add_state("counts", zeros.clone(), dist_reduce_fx="sum")
         lowest = torch.full((len(self.maxima),), -torch.inf, dtype=torch.float64)
         self.add_state("highest", lowest, dist_reduce_fx="max")
 
-    def update(self, values: Mapping[str, Tensor]) -> None:
-        """Add values, each a tensor of any shape whose elements count alike."""
-        for name, value in values.items():
+    def _with_groups(self, names: Sequence[str]) -> list[str]:
+        return [*names, *(f"{name}/{group}" for group in self.groups for name in names)]
+
+    def update(
+        self, values: Mapping[str, Tensor], members: Mapping[str, Tensor] | None = None
+    ) -> None:
+        """Add values, each a tensor of any shape whose elements count alike.
+
+        Args:
+            values: By the names of metrics.
+            members: By the names of groups, which elements of the values belong to one.
+        """
+        of_groups = {
+            f"{name}/{group}": value[chosen.to(value.device)]
+            for group, chosen in (members or {}).items()
+            for name, value in values.items()
+        }
+        for name, value in {**values, **of_groups}.items():
             if name in self.maxima:
-                i = self.maxima.index(name)
+                i = self.maxima[name]
                 if value.numel():
                     self.highest[i] = torch.maximum(self.highest[i], value.max())
             else:
-                i = self.summed.index(name)
+                i = self.summed[name]
                 self.totals[i] += value.sum(dtype=torch.float64)
                 self.counts[i] += value.numel()
 

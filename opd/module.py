@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+from collections.abc import Sequence
 from typing import Any, Literal
 
 import torch
@@ -169,12 +170,11 @@ class OPDModule(LightningModule):
             top_k=top_k,
             pad_token_id=pad_token_id(self.tokenizer),
         )
-        names = [*TOKEN_METRICS, *ROLLOUT_MEANS]
-        self.train_metrics = StepMetrics(["opd/loss", *names], ROLLOUT_SUMS, ROLLOUT_MAXIMA)
-        self.evaluation_metrics = StepMetrics(names, ROLLOUT_SUMS, ROLLOUT_MAXIMA)
+        self._make_metrics([], [])
         self._student_files: dict[str, bytes] = {}
         self._options: optimization.Options = {}  # of optimizer and schedule, as configured
         self._saved_options: optimization.Options | None = None  # as a checkpoint was saved with
+        self._compared = False  # how student and teachers render prompts
 
     def configure_callbacks(self) -> list[Callback]:
         """None; the first of Lightning's hooks, and so the place to refuse what cannot work."""
@@ -185,6 +185,25 @@ class OPDModule(LightningModule):
     def world(self) -> World:
         """The ranks of the run."""
         return World(None if self._trainer is None else self._trainer.strategy)
+
+    def setup(self, stage: str) -> None:
+        """Take the metrics of each data set and teacher too, where there are several."""
+        data = getattr(self.trainer, "datamodule", None)
+        if isinstance(data, PromptDataModule):
+            self._make_metrics(data.train_sets, data.validation_sets)
+
+    def _make_metrics(self, train_sets: Sequence[str], validation_sets: Sequence[str]) -> None:
+        names = [*TOKEN_METRICS, *ROLLOUT_MEANS]
+        several = self.teacher_sources if len(self.teacher_sources) > 1 else ()
+        teachers = [f"teacher/{name}" for name in several]
+        train, held_out = (
+            [*(f"data/{name}" for name in sets), *teachers]
+            for sets in (train_sets, validation_sets)
+        )
+        self.train_metrics = StepMetrics(
+            ["opd/loss", *names], ROLLOUT_SUMS, ROLLOUT_MAXIMA, groups=train
+        )
+        self.evaluation_metrics = StepMetrics(names, ROLLOUT_SUMS, ROLLOUT_MAXIMA, groups=held_out)
 
     # --- models ---------------------------------------------------------------------------------
 
@@ -252,6 +271,9 @@ class OPDModule(LightningModule):
         data = getattr(self.trainer, "datamodule", None)
         prompts = data.prompts if isinstance(data, PromptDataModule) else []
         self.teachers.check(prompts)
+        if isinstance(data, PromptDataModule) and self.world.rank == 0 and not self._compared:
+            self._compared = True
+            self.teachers.check_rendering(data.examples, data.format, self.tokenizer)
         longest = max((len(prompt.token_ids) for prompt in prompts), default=0)
         contexts = {"student": models.context_length(self.student)}
         contexts |= {f"teacher {name}": t.context for name, t in self.teachers.items()}

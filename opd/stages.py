@@ -18,9 +18,9 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from opd import memory, tokens
 from opd.answers import AnswerVerifier
 from opd.ledger import Ledger
-from opd.metrics import StepMetrics
+from opd.metrics import StepMetrics, rollout_metrics
 from opd.objectives import Objective
-from opd.prompts import PromptBatch
+from opd.prompts import Prompt, PromptBatch
 from opd.randomness import derive_seed
 from opd.rollouts import (
     RolloutEngine,
@@ -148,3 +148,35 @@ def compare(
 def verify(module: Distillation, rollouts: Rollouts) -> Tensor:
     """Check the answers of the prompts that have one: 1 right, 0 wrong, float64."""
     return records.verify(rollouts, module.tokenizer, module.verifier)
+
+
+def count_rollouts(module: Distillation, metrics: StepMetrics, rollouts: Rollouts) -> None:
+    """Add the metrics of completions, and of their answers where prompts have one."""
+    prompts = rollouts.prompts.prompts
+    answered = [prompt for prompt in prompts if prompt.answer is not None]
+    metrics.update(rollout_metrics(rollouts), members(module, metrics, prompts))
+    right = {"rollout/accuracy": verify(module, rollouts)}
+    metrics.update(right, members(module, metrics, answered))
+
+
+def count_tokens(
+    module: Distillation, metrics: StepMetrics, micro: Rollouts, values: Mapping[str, Tensor]
+) -> None:
+    """Add metrics of the N tokens of a micro-batch, [N] each."""
+    lengths = micro.lengths.cpu()
+    of_prompts = members(module, metrics, micro.prompts.prompts)
+    metrics.update(values, {g: m.repeat_interleave(lengths) for g, m in of_prompts.items()})
+
+
+def members(
+    module: Distillation, metrics: StepMetrics, prompts: Sequence[Prompt]
+) -> dict[str, Tensor]:
+    """Say which prompts belong to each group that metrics are taken of, [B] by group."""
+    if not metrics.groups:
+        return {}
+    name_of = module.teachers.name_of
+    of = [(f"data/{prompt.data_set}", f"teacher/{name_of(prompt)}") for prompt in prompts]
+    return {
+        group: torch.tensor([group in groups for groups in of], dtype=torch.bool)
+        for group in metrics.groups
+    }

@@ -27,7 +27,7 @@ from torch import Tensor
 
 from opd import memory, sharding, stages
 from opd.errors import NonFiniteError
-from opd.metrics import rollout_metrics, token_metrics
+from opd.metrics import token_metrics
 from opd.prompts import PromptBatch
 from opd.randomness import derive_seed, own_randomness
 from opd.rollouts import Rollouts
@@ -143,7 +143,7 @@ def sample(module: Distillation, batch: PromptBatch, t: int) -> Rollouts:
         module.ledger.count("rollout_tokens", rollouts.num_tokens)
     drawn = lots(len(rollouts), copies, module.world, module.seed, t, LOT)
     rollouts.columns[LOT] = drawn.to(rollouts.lengths.device)
-    module.train_metrics.update(rollout_metrics(rollouts, stages.verify(module, rollouts)))
+    stages.count_rollouts(module, module.train_metrics, rollouts)
     return rollouts
 
 
@@ -204,7 +204,7 @@ def accumulate_gradients(
             with memory.needed_for("the gradient"):
                 world.backward(compared.total * (world.size / total), module.student, sync=sync)
             module.ledger.count("train_tokens", micro.num_tokens)
-            module.train_metrics.update(compared.values)
+            stages.count_tokens(module, module.train_metrics, micro, compared.values)
         values.append(compared.values)
         readings += [reading] if keep_opinions else []
     return values, readings
@@ -231,7 +231,7 @@ def check_finite(
     if not bad.any():
         return
     rows = [
-        f"{prompt.row} ({value})"
+        f"{prompt.row} ({value}{', ' if prompt.where else ''}{prompt.where})"
         for micro, v in zip(micro_batches, values, strict=True)
         for prompt, value in zip(
             micro.prompts.prompts, micro.spread(v).sum(dim=1).tolist(), strict=True

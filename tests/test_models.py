@@ -4,9 +4,12 @@ import shutil
 
 import pytest
 import torch
+from conftest import LLAMA_TEMPLATE
 
 from opd import models
 from opd.models import Head, completion_logits, hidden_states, load_model, load_tokenizer
+from opd.prompts import PromptFormat, tokenize_rows
+from opd.teachers import Teachers
 
 SOURCES = ["embedded:base", "llama-student", "gpt2-student"]
 
@@ -95,11 +98,53 @@ def test_tokenizers_that_differ_are_refused(tiny):
     models.check_tokenizers(ours, load_tokenizer(str(tiny / "llama-teacher")), "same")
 
 
-def test_differing_chat_templates_are_a_warning_with_the_fix(tiny, caplog):
-    ours, theirs = (load_tokenizer(str(tiny / f"llama-{r}")) for r in ("student", "teacher"))
-    theirs.chat_template = "{{ messages[0].content }}"
-    models.check_tokenizers(ours, theirs, "t")
-    assert "--model.tokenizer" in caplog.text
+CHAT = [{"role": "user", "content": "hi there"}]
+OTHER = LLAMA_TEMPLATE.replace("[{{", "<{{").replace("}}]", "}}>")
+
+
+def warned(tiny, caplog, template, rows, ours=LLAMA_TEMPLATE, fmt=None):
+    """What is said of a teacher whose template is another one, as it reads rows."""
+    student, teacher = (load_tokenizer(str(tiny / f"llama-{r}")) for r in ("student", "teacher"))
+    student.chat_template, teacher.chat_template = ours, template
+    fmt = fmt or PromptFormat()
+    prompts = tokenize_rows(rows, student, fmt, source="p.jsonl", unit="line")
+    teachers = Teachers({"default": None}, 300, {"default": ("org/teacher", teacher)})
+    caplog.clear()
+    teachers.check_rendering(list(zip(prompts, rows, strict=True)), fmt, student)
+    return [record.getMessage() for record in caplog.records]
+
+
+def test_a_teacher_that_would_read_prompts_otherwise_is_said_once_with_both(tiny, caplog):
+    rows = [{"prompt": "hi there"}, {"messages": CHAT}]
+    (line,) = warned(tiny, caplog, OTHER, rows)
+    assert (
+        "teacher org/teacher would render p.jsonl line 1 as '<s><user>hi there[assistant]'" in line
+    )
+    assert "and reads '<s>[user]hi there[assistant]'" in line
+    assert "set --model.tokenizer org/teacher" in line
+    (line,) = warned(tiny, caplog, None, rows)
+    assert "as '<s>hi there'" in line
+    assert "it has no chat template; set --data.format.chat_template false" in line
+    (line,) = warned(tiny, caplog, LLAMA_TEMPLATE, rows[:1], ours=None)
+    assert "and reads '<s>hi there', as the student does" in line
+
+
+def test_templates_that_render_the_prompts_of_the_run_alike_are_no_difference(tiny, caplog):
+    """Another text of the template; or one that differs where these prompts do not go."""
+    assert not warned(tiny, caplog, "{# mine #}" + LLAMA_TEMPLATE, [{"messages": CHAT}])
+    tools = LLAMA_TEMPLATE + "{% if tools %}{{ tools }}{% endif %}"
+    assert not warned(tiny, caplog, tools, [{"prompt": "hi"}, {"messages": CHAT}])
+    plain = PromptFormat(chat_template=False)
+    assert not warned(tiny, caplog, OTHER, [{"prompt": "hi"}], fmt=plain)
+
+
+def test_of_long_prompts_the_difference_is_shown(tiny, caplog):
+    (line,) = warned(tiny, caplog, OTHER + "\n", [{"prompt": "hi\n" * 500}])
+    assert len(line) < 500
+    long = LLAMA_TEMPLATE.replace("[assistant]", "[student]")
+    (line,) = warned(tiny, caplog, long, [{"prompt": "hi\n" * 500}])
+    assert r"as ...'\nhi\nhi\nhi\nhi\nhi\nhi\n[student]' and reads ...'\nhi" in line
+    assert r"hi\n[assistant]'" in line
 
 
 def test_vocabularies_may_be_padded_but_must_cover_the_tokenizer(tiny):

@@ -42,12 +42,6 @@ def check_tokenizers(
             f"for example {token!r} is {ours.get(token)} for the student and {theirs.get(token)} "
             "for the teacher; choose a teacher of the student's family"
         )
-    if student.chat_template != teacher.chat_template:
-        log.warning(
-            "teacher %s has another chat template than the student; prompts are rendered with the "
-            "student's. If the teacher was tuned on its own, set --model.tokenizer to the teacher",
-            name,
-        )
 
 
 def check_models(

@@ -1,29 +1,38 @@
 """Prompts to train and to validate on, as a LightningDataModule.
 
 All rows are rendered and tokenized once, at set-up. The order of an epoch is a function of (seed,
-epoch), and the loader's state is (epoch, batches), so a resumed run repeats nothing and skips
-nothing, with any number of devices.
+epoch), and the loader's state is (epoch, prompts), so a resumed run repeats nothing and skips
+nothing, with any number of devices and any batch size.
 """
 
 from __future__ import annotations
 
+import functools
+import hashlib
 import logging
 import math
-from collections.abc import Iterator, Sequence
+import re
+from array import array
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
 from lightning.pytorch import LightningDataModule
+from lightning.pytorch.trainer.states import TrainerFn
 from transformers import PreTrainedTokenizerBase
 
 from opd.errors import UserError
 from opd.models import load_tokenizer
 from opd.prompts.format import PromptFormat, pad_token_id, tokenize_rows
 from opd.prompts.prompt import Prompt, PromptBatch
-from opd.prompts.sources import read_rows
+from opd.prompts.sources import Row, is_of_the_hub, read_rows
 from opd.randomness import derive_seed
 
 log = logging.getLogger(__name__)
+
+EXAMPLES = 4  # rows that are kept as they are, of each data set and teacher
 
 
 class PromptLoader:
@@ -58,19 +67,19 @@ class PromptLoader:
         self.rank = rank
         self.world_size = world_size
         self.epoch = 0
-        self.position = 0  # batches of this epoch already handed out
+        self.position = 0  # prompts of this epoch already handed out, to all ranks together
 
     def __len__(self) -> int:
         return math.ceil(len(self.prompts) / self.batch_size)
 
     def __iter__(self) -> Iterator[PromptBatch]:
-        if self.position >= len(self):
+        if self.position >= len(self.prompts):
             self.epoch, self.position = self.epoch + 1, 0
         order = self._order()
-        while self.position < len(self):
-            start = self.position * self.batch_size
-            chosen = order[start : start + self.batch_size][self.rank :: self.world_size]
-            self.position += 1
+        while self.position < len(order):
+            batch = order[self.position : self.position + self.batch_size]
+            self.position += len(batch)
+            chosen = batch[self.rank :: self.world_size]
             yield PromptBatch.collate([self.prompts[i] for i in chosen], self.pad_id)
 
     def _order(self) -> list[int]:
@@ -79,28 +88,76 @@ class PromptLoader:
         shuffler = torch.Generator().manual_seed(derive_seed(self.seed, self.epoch, "order"))
         return torch.randperm(len(self.prompts), generator=shuffler).tolist()
 
-    def state_dict(self) -> dict[str, int]:
-        """Position in the data; Lightning saves it in every checkpoint."""
-        return {"epoch": self.epoch, "position": self.position}
+    @functools.cached_property
+    def _what(self) -> dict[str, Any]:
+        """What the position is a position in."""
+        digest = hashlib.sha256()
+        for prompt in self.prompts:
+            digest.update(array("q", [len(prompt.token_ids), *prompt.token_ids]).tobytes())
+        return {"seed": self.seed, "count": len(self.prompts), "digest": digest.hexdigest()}
 
-    def load_state_dict(self, state: dict[str, int]) -> None:
-        """Go on where the checkpoint stopped."""
-        self.epoch, self.position = state["epoch"], state["position"]
+    def state_dict(self) -> dict[str, Any]:
+        """Position in the data; Lightning saves it in every checkpoint."""
+        return {"epoch": self.epoch, "prompts": self.position, **self._what}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on with the prompt after the last one that the checkpoint's run has had.
+
+        Raises:
+            UserError: These are other prompts, or they come in another order.
+        """
+        if "prompts" not in state:  # up to version 0.1
+            log.warning(
+                "the checkpoint counts batches, as earlier versions did: it goes on with the next "
+                "prompt if data.train, data.batch_size and seed_everything are what they were"
+            )
+            self.epoch, self.position = state["epoch"], state["position"] * self.batch_size
+            return
+        ours = self._what
+        texts = []
+        if ours["seed"] != state["seed"]:
+            texts.append(f"seed_everything was {state['seed']} and is {ours['seed']}")
+        if ours["count"] != state["count"]:
+            texts.append(f"there were {state['count']} and are {ours['count']}")
+        elif ours["digest"] != state["digest"]:
+            texts.append("there are as many, with other tokens")
+        if texts:
+            raise UserError(
+                "--ckpt_path: it stopped at another place than one in these prompts of data.train "
+                f"({'; '.join(texts)}); go on with the same data, format, tokenizer and seed, or "
+                "begin anew from its weights with --model.student CHECKPOINT"
+            )
+        self.epoch, self.position = state["epoch"], state["prompts"]
+
+
+@dataclass(frozen=True)
+class _Rows:
+    """The rows of a source, and what messages and metrics call it."""
+
+    rows: list[Row]
+    source: str
+    unit: str
+    data_set: str | None
 
 
 class PromptDataModule(LightningDataModule):
     """Prompts to train on and prompts to validate on.
 
     Args:
-        train: Prompts to train on: hub id, .jsonl or .parquet file, or embedded:train.
+        train: Prompts to train on: hub id, .jsonl or .parquet file, or embedded:train; or several,
+            as a mapping from a name of yours to one of these. Metrics of several data sets are
+            logged for each of them too, as <metric>/data/<name>.
         validation: Held-out prompts, named alike. None: no validation.
         tokenizer: Where the tokenizer comes from; the command line fills in the student.
         batch_size: Prompts per optimizer step, all ranks together.
         validation_batch_size: Prompts per validation batch, all ranks together.
-        validation_limit: Validate on the first so many prompts only. None: on all.
+        validation_limit: Validate on the first so many prompts of each data set only. None: on all.
         max_prompt_tokens: Longest prompt in tokens.
         overlong: Longer prompts are dropped and counted, or end the run with an error.
         format: Field names and chat template options.
+        name: Configuration of data sets of the hub; or a mapping from the id to it, where they
+            have different ones.
+        revision: Branch, tag or commit of data sets of the hub; or a mapping, likewise.
         train_split: Split of a hub data set to train on.
         validation_split: Split of a hub data set to validate on.
         trust_remote_code: Let a hub tokenizer run its own code.
@@ -109,8 +166,8 @@ class PromptDataModule(LightningDataModule):
 
     def __init__(
         self,
-        train: str,
-        validation: str | None = None,
+        train: str | dict[str, str],
+        validation: str | dict[str, str] | None = None,
         tokenizer: str = "",
         batch_size: int = 1024,
         validation_batch_size: int = 256,
@@ -118,21 +175,30 @@ class PromptDataModule(LightningDataModule):
         max_prompt_tokens: int = 2048,
         overlong: Literal["drop", "error"] = "drop",
         format: PromptFormat = PromptFormat(),  # noqa: A002, B008 - the YAML key; frozen
+        name: str | dict[str, str] | None = None,
+        revision: str | dict[str, str] | None = None,
         train_split: str = "train",
         validation_split: str = "test",
         trust_remote_code: bool = False,
         seed: int = 0,
     ) -> None:
         super().__init__()
-        for name, value in [
+        for key, value in [
             ("batch_size", batch_size),
             ("validation_batch_size", validation_batch_size),
             ("max_prompt_tokens", max_prompt_tokens),
         ]:
             if value < 1:
-                raise UserError(f"data.{name} must be at least 1, got {value}")
+                raise UserError(f"data.{key} must be at least 1, got {value}")
+        if validation_limit is not None and validation_limit < 1:
+            raise UserError(
+                f"data.validation_limit must be at least 1, got {validation_limit}; null is all "
+                "prompts, and data.validation null is no validation"
+            )
         self.train = train
         self.validation = validation
+        self._train = _by_name("train", train)
+        self._validation = _by_name("validation", validation) if validation else {}
         self.tokenizer_source = tokenizer
         self.batch_size = batch_size
         self.validation_batch_size = validation_batch_size
@@ -146,12 +212,26 @@ class PromptDataModule(LightningDataModule):
         self.seed = seed
         self.train_prompts: list[Prompt] = []
         self.validation_prompts: list[Prompt] = []
+        self.examples: list[tuple[Prompt, Row]] = []
         self.pad_id = 0
+        hub = {s for s in [*self._train.values(), *self._validation.values()] if is_of_the_hub(s)}
+        self._names = _by_id("name", name, hub)
+        self._revisions = _by_id("revision", revision, hub)
 
     @property
     def prompts(self) -> list[Prompt]:
         """All prompts that are in use."""
         return [*self.train_prompts, *self.validation_prompts]
+
+    @property
+    def train_sets(self) -> list[str]:
+        """Names of the data sets that are trained on, if there are several."""
+        return _several(self._train)
+
+    @property
+    def validation_sets(self) -> list[str]:
+        """Names of the data sets that are validated on, if there are several."""
+        return _several(self._validation)
 
     def setup(self, stage: str) -> None:
         """Read, render and tokenize what the stage needs, once.
@@ -161,26 +241,66 @@ class PromptDataModule(LightningDataModule):
         """
         tokenizer = load_tokenizer(self.tokenizer_source, trust_remote_code=self.trust_remote_code)
         self.pad_id = pad_token_id(tokenizer)
+        if stage != "fit" and not self._validation:
+            raise UserError(f"opd {TrainerFn(stage).value} needs prompts: set --data.validation")
+        train, validation = [], []
         if stage == "fit" and not self.train_prompts:
-            self.train_prompts = self._load(self.train, self.train_split, tokenizer)
-        if self.validation and not self.validation_prompts:
-            loaded = self._load(self.validation, self.validation_split, tokenizer)
-            self.validation_prompts = loaded[: self.validation_limit]
-        elif stage != "fit" and not self.validation:
-            raise UserError(f"opd {stage} needs prompts: set --data.validation")
+            train = self._read(self._train, self.train_split)
+        if not self.validation_prompts:
+            validation = self._read(self._validation, self.validation_split)
+        read = [*train, *validation]
+        self.format.check_fields(
+            (row for part in read for row in part.rows), ", ".join(part.source for part in read)
+        )
+        self.train_prompts = self.train_prompts or self._tokenize(train, tokenizer, None)
+        self.validation_prompts = self.validation_prompts or self._tokenize(
+            validation, tokenizer, self.validation_limit
+        )
 
-    def _load(self, source: str, split: str, tokenizer: PreTrainedTokenizerBase) -> list[Prompt]:
-        rows, unit = read_rows(source, split)
-        prompts = tokenize_rows(rows, tokenizer, self.format, source=source, unit=unit)
+    def _read(self, sources: Mapping[str | None, str], split: str) -> list[_Rows]:
+        parts = []
+        for data_set, source in sources.items():
+            name, revision = self._names.get(source), self._revisions.get(source)
+            rows, unit = read_rows(source, split, name=name, revision=revision)
+            parts.append(_Rows(rows, source, unit, data_set))
+        return parts
+
+    def _tokenize(
+        self, parts: Sequence[_Rows], tokenizer: PreTrainedTokenizerBase, limit: int | None
+    ) -> list[Prompt]:
+        """Tokenize the rows of all data sets, which are numbered together."""
+        prompts: list[Prompt] = []
+        first_row = 0
+        for part in parts:
+            tokenized = tokenize_rows(
+                part.rows,
+                tokenizer,
+                self.format,
+                source=part.source,
+                unit=part.unit,
+                data_set=part.data_set,
+                first_row=first_row,
+            )
+            kept = self._short(tokenized, part.source)[:limit]
+            count = Counter[str | None]()
+            for prompt in kept:
+                count[prompt.teacher] += 1
+                if count[prompt.teacher] <= EXAMPLES:
+                    self.examples.append((prompt, part.rows[prompt.row - first_row]))
+            prompts += kept
+            first_row += len(part.rows)
+        return prompts
+
+    def _short(self, prompts: Sequence[Prompt], source: str) -> Sequence[Prompt]:
         kept = [p for p in prompts if len(p.token_ids) <= self.max_prompt_tokens]
-        dropped = len(prompts) - len(kept)
-        if dropped:
+        if dropped := len(prompts) - len(kept):
             message = (
                 f"{source}: {dropped} of {len(prompts)} prompts are longer than "
                 f"data.max_prompt_tokens={self.max_prompt_tokens}"
             )
             if self.overlong == "error" or not kept:
-                raise UserError(f"{message}; raise it, or set data.overlong to drop")
+                drop = ", or set data.overlong to drop" if kept else ""
+                raise UserError(f"{message}; raise it{drop}")
             log.warning("%s and were dropped", message)
         return kept
 
@@ -208,3 +328,39 @@ class PromptDataModule(LightningDataModule):
         return PromptLoader(
             prompts, batch_size, self.pad_id, seed=seed, rank=rank, world_size=world_size
         )
+
+
+def _by_name(key: str, sources: str | dict[str, str]) -> dict[str | None, str]:
+    """Return sources by the names of their data sets; the only one needs none.
+
+    Raises:
+        UserError: There are none, or a name does not do in the name of a metric.
+    """
+    if isinstance(sources, str):
+        return {None: sources}
+    if not sources:
+        raise UserError(f"data.{key} is an empty mapping; name at least one data set")
+    for name in sources:
+        if not re.fullmatch(r"[^\s/]+", name):
+            raise UserError(f"data.{key}: {name!r} names metrics; use no spaces and no slashes")
+    return dict(sources.items())
+
+
+def _several(sources: Mapping[str | None, str]) -> list[str]:
+    return [name for name in sources if name is not None] if len(sources) > 1 else []
+
+
+def _by_id(key: str, value: str | dict[str, str] | None, hub: set[str]) -> dict[str, str]:
+    """Return what a data set of the hub is asked for with, by its id.
+
+    Raises:
+        UserError: It would be asked of no data set.
+    """
+    if value is None:
+        return {}
+    given = dict.fromkeys(hub, value) if isinstance(value, str) else value
+    if unused := sorted(set(given) - hub):
+        raise UserError(f"data.{key}: {unused[0]} is no data set of the hub that this run reads")
+    if not given:
+        raise UserError(f"data.{key}={value}: no data set of this run is from the hub")
+    return given

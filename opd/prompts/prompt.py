@@ -18,16 +18,26 @@ class Prompt:
     """One prompt, rendered and tokenized.
 
     Attributes:
-        row: Index of its row in the source, from 0.
+        row: Number of its row, from 0, counted over all data sets that are trained on, or validated
+            on, together.
         token_ids: Token ids, special tokens included.
         answer: Reference answer, if the row has one.
         teacher: Name of the teacher that reads its completions, if the row names one.
+        data_set: Name of the data set that the row is from, if it has one.
+        where: File and row, for messages.
     """
 
     row: int
     token_ids: tuple[int, ...]
     answer: str | None = None
     teacher: str | None = None
+    data_set: str | None = None
+    where: str = ""
+
+    @property
+    def place(self) -> str:
+        """What to call it in messages."""
+        return self.where or f"prompt row {self.row}"
 
 
 @dataclass

@@ -11,14 +11,20 @@ from opd.embedded import arithmetic
 from opd.errors import UserError
 
 Row = Mapping[str, Any]
+MAX_DIGITS = 4300  # of a number that Python reads
 
 
-def read_rows(source: str, split: str) -> tuple[list[Row], str]:
+def read_rows(
+    source: str, split: str, *, name: str | None = None, revision: str | None = None
+) -> tuple[list[Row], str]:
     """Read all rows of a prompt source.
 
     Args:
-        source: ``embedded:train``, ``embedded:test``, a .jsonl or .parquet file, or a hub id.
-        split: Split of a hub data set; ignored elsewhere.
+        source: ``embedded:train``, ``embedded:test``, a .jsonl or .parquet file, a hub id, or a
+            folder with a data set as the hub has it.
+        split: Split of a data set of the hub; ignored elsewhere, as are the next two.
+        name: Which of its configurations. None: its only one, or its default.
+        revision: Branch, tag or commit of it. None: the newest.
 
     Returns:
         The rows, and what one row is called in messages (``line`` or ``row``).
@@ -26,64 +32,151 @@ def read_rows(source: str, split: str) -> tuple[list[Row], str]:
     Raises:
         UserError: The source does not exist, cannot be parsed, or holds no rows.
     """
-    name = source.removeprefix("embedded:")
+    embedded = source.removeprefix("embedded:")
     unit = "row"
-    if source != name:
-        if name not in arithmetic.PROMPTS:
+    if source != embedded:
+        if embedded not in arithmetic.PROMPTS:
             known = ", ".join(f"embedded:{known}" for known in arithmetic.PROMPTS)
             raise UserError(f"{source}: the embedded prompts are {known}")
-        rows: list[Row] = list(arithmetic.rows(name))
-    elif source.endswith((".jsonl", ".json")):
-        rows, unit = _read_jsonl(Path(source).expanduser()), "line"
+        rows: list[Row] = list(arithmetic.rows(embedded))
+    elif is_of_the_hub(source):
+        rows = _read_hub(source, split, name, revision)
     elif source.endswith(".parquet"):
-        rows = _read_parquet(Path(source).expanduser())
+        rows = _read_parquet(_path(source))
     else:
-        rows = _read_hub(source, split)
+        rows, unit = _read_jsonl(_path(source)), "line"
     if not rows:
         raise UserError(f"{source}: holds no prompts")
     return rows, unit
 
 
+def is_of_the_hub(source: str) -> bool:
+    """Whether the datasets library reads a source, from the hub or a folder: neither file nor ours.
+
+    Only these have splits, configurations and revisions.
+    """
+    file = source.endswith((".jsonl", ".json", ".parquet")) and not Path(source).is_dir()
+    return not file and not source.startswith("embedded:")
+
+
+def _path(source: str) -> Path:
+    try:
+        return Path(source).expanduser()
+    except RuntimeError as error:  # ~somebody
+        raise UserError(f"{source}: {error}") from error
+
+
 def _read_jsonl(path: Path) -> list[Row]:
     rows: list[Row] = []
     try:
-        text = path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
+        text = path.read_text(encoding="utf-8-sig")
+    except (OSError, ValueError) as error:
         raise UserError(f"{path}: cannot be read as UTF-8 text ({error})") from error
     for number, line in enumerate(text.removesuffix("\n").split("\n"), start=1):
+        where = f"{path} line {number}"
         if not line.strip():
             if not text.strip():
                 break
-            raise UserError(f"{path} line {number}: is empty; remove it")
-        try:
-            row = json.loads(line)
-        except json.JSONDecodeError as error:
-            raise UserError(f"{path} line {number}: not valid JSON ({error})") from error
+            raise UserError(f"{where}: is empty; remove it")
+        row = _parse(line, where)
         if not isinstance(row, dict):
-            raise UserError(f"{path} line {number}: expected a JSON object, got {line[:60]!r}")
+            raise UserError(f"{where}: expected a JSON object, got {line[:60]!r}")
         rows.append(row)
     return rows
 
 
+def _parse(line: str, where: str) -> Any:
+    try:
+        return json.loads(line, object_pairs_hook=_object, parse_int=_integer)
+    except json.JSONDecodeError as error:
+        raise UserError(f"{where}: not valid JSON ({error})") from error
+    except RecursionError as error:
+        raise UserError(f"{where}: is nested too deeply") from error
+    except UserError as error:
+        raise UserError(f"{where}: {error}") from error
+
+
+def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """Make a JSON object, which may not have a key twice: readers differ in which one counts."""
+    row = dict(pairs)
+    if len(row) < len(pairs):
+        keys = [key for key, _ in pairs]
+        twice = next(key for key in keys if keys.count(key) > 1)
+        raise UserError(f"has {twice!r} twice; keep one")
+    return row
+
+
+def _integer(digits: str) -> int:
+    if len(digits) > MAX_DIGITS:
+        raise UserError(f"has a number of {len(digits)} digits; write it as text, in quotes")
+    return int(digits)
+
+
 def _read_parquet(path: Path) -> list[Row]:
+    import pyarrow
     import pyarrow.parquet
 
+    unreadable = (pyarrow.ArrowException, OSError, ValueError, TypeError, OverflowError)
     try:
-        return list(pyarrow.parquet.read_table(path).to_pylist())
-    except (OSError, ValueError) as error:  # pyarrow's errors derive from these
-        raise UserError(f"{path}: cannot be read as parquet ({error})") from error
+        with pyarrow.parquet.ParquetFile(path) as file:
+            table = file.read()
+    except unreadable as error:
+        reason = " ".join(str(error).split())
+        raise UserError(f"{path}: cannot be read as parquet ({reason})") from error
+    columns = {}
+    for column in table.column_names:
+        if table.column_names.count(column) > 1:
+            raise UserError(f"{path}: has column {column!r} twice; keep one")
+        try:
+            columns[column] = table[column].to_pylist()
+        except unreadable as error:
+            reason = " ".join(str(error).split())
+            raise UserError(f"{path}: column {column!r} cannot be read ({reason})") from error
+    return [dict(zip(columns, row, strict=True)) for row in zip(*columns.values(), strict=True)]
 
 
-def _read_hub(source: str, split: str) -> list[Row]:
+def _read_hub(source: str, split: str, name: str | None, revision: str | None) -> list[Row]:
     import datasets
 
-    if source.startswith((".", "/", "~")) or Path(source).exists():
+    path = _path(source)
+    if path.is_file() or (not path.exists() and source.startswith((".", "/", "~"))):
         raise UserError(f"{source}: prompts come from a .jsonl or .parquet file or a hub id")
+    if path.is_dir() and ((path / "dataset_dict.json").exists() or (path / "state.json").exists()):
+        raise UserError(
+            f"{source}: was written by save_to_disk; write prompts with Dataset.to_parquet, and "
+            "name that file"
+        )
+    source = str(path) if path.is_dir() else source
     try:
-        return list(datasets.load_dataset(source, split=split))
+        return list(datasets.load_dataset(source, name, split=split, revision=revision))
     except Exception as error:  # the hub client raises dozens of unrelated types
-        reason = str(error).strip().split("\n")[0]
+        if there_is := _available(source, split, name, revision):
+            raise UserError(f"{source}: {there_is}") from error
+        reason = f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
         raise UserError(
             f"{source}: neither a .jsonl or .parquet file nor a data set on the hub with "
-            f"split {split!r} ({type(error).__name__}: {reason})"
+            f"split {split!r} ({reason})"
         ) from error
+
+
+def _available(source: str, split: str, name: str | None, revision: str | None) -> str | None:
+    """Say which configurations or splits there are instead, if that is what is wrong."""
+    import datasets
+
+    try:
+        names = datasets.get_dataset_config_names(source, revision=revision)
+        if (name or names[0]) not in names or (name is None and len(names) > 1):
+            default = datasets.get_dataset_default_config_name(source, revision=revision)
+            if name is not None or default is None:
+                wrong = f"there is no {name!r} among" if name else "choose with data.name one of"
+                return f"{wrong} its configurations {names}"
+            name = default
+        splits = datasets.get_dataset_split_names(source, name or names[0], revision=revision)
+        if split.partition("[")[0] not in splits:
+            return (
+                f"there is no {split!r} among its splits {splits}; choose with data.train_split "
+                "and data.validation_split"
+            )
+    except Exception:  # no contact, no such data set: the first error says it
+        return None
+    return None

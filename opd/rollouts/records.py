@@ -31,6 +31,7 @@ def rollout_records(
         token_ids = ids[i][: lengths[i]]
         yield {
             "row": prompt.row,
+            "data_set": prompt.data_set,
             "prompt": tokenizer.decode(list(prompt.token_ids)),
             "completion": tokenizer.decode(token_ids),
             "answer": prompt.answer,

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from itertools import takewhile
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
@@ -14,10 +16,12 @@ from opd.models import (
     load_tokenizer,
     vocabulary_size,
 )
-from opd.prompts import Prompt
+from opd.prompts import Prompt, PromptFormat, Row, encode
 from opd.rollouts import Rollouts
 from opd.teachers.local import LocalTeacher
 from opd.teachers.teacher import Gives, Opinion, Teacher
+
+log = logging.getLogger(__name__)
 
 DEFAULT = "default"  # name of the only teacher, or of the one of prompts that name none
 TEACHER = "teacher"  # what an objective calls the one that has read its prompt
@@ -32,6 +36,7 @@ class Teachers(Mapping[str, Teacher]):
             neither sampled nor compared. (Padding that all have is both: that the student comes to
             find it as unlikely as its teachers do is due to the comparison.)
         ends: Tokens that end a completion for a teacher, by name of the teacher.
+        tokenizers: Where a teacher comes from and its own tokenizer, by name, as far as known.
     """
 
     def __init__(
@@ -39,10 +44,12 @@ class Teachers(Mapping[str, Teacher]):
         teachers: Mapping[str, Teacher],
         vocabulary: int,
         ends: Mapping[str, Sequence[int]] | None = None,
+        tokenizers: Mapping[str, tuple[str, PreTrainedTokenizerBase]] | None = None,
     ) -> None:
         self._teachers = dict(teachers)
         self.vocabulary = vocabulary
         self.ends = dict(ends or {})
+        self._tokenizers = dict(tokenizers or {})
 
     def __getitem__(self, name: str) -> Teacher:
         return self._teachers[name]
@@ -63,8 +70,9 @@ class Teachers(Mapping[str, Teacher]):
             return next(iter(self))
         name = prompt.teacher or DEFAULT
         if name not in self:
+            default = f", so it is for {DEFAULT!r}" if prompt.teacher is None else ""
             raise UserError(
-                f"prompt row {prompt.row} names teacher {prompt.teacher!r}; model.teacher has "
+                f"{prompt.place} names teacher {prompt.teacher!r}{default}; model.teacher has "
                 f"{sorted(self)}"
             )
         return name
@@ -77,6 +85,43 @@ class Teachers(Mapping[str, Teacher]):
         """
         for prompt in prompts:
             self.name_of(prompt)
+
+    def check_rendering(
+        self,
+        examples: Sequence[tuple[Prompt, Row]],
+        fmt: PromptFormat,
+        student: PreTrainedTokenizerBase,
+    ) -> None:
+        """Warn, once per teacher, if it was tuned on prompts that look otherwise than these.
+
+        Args:
+            examples: Prompts as the student's tokenizer has made them, and their rows.
+            fmt: How prompts are rendered.
+            student: The student's tokenizer.
+        """
+        for name, (source, tokenizer) in self._tokenizers.items():
+            for prompt, row in examples:
+                if self.name_of(prompt) != name:
+                    continue
+                try:
+                    theirs = encode([fmt.render(row, prompt.place, tokenizer)], tokenizer)[0]
+                except UserError:  # it has no template, or its template refuses the chat
+                    theirs = []
+                if list(prompt.token_ids) != theirs:
+                    texts = [str(student.decode(ids)) for ids in ([*prompt.token_ids], theirs)]
+                    remedy = f"set --model.tokenizer {source}"
+                    if tokenizer.chat_template is None:
+                        remedy = "it has no chat template; set --data.format.chat_template false"
+                    log.warning(
+                        "teacher %s would render %s as %s and reads %s, as the student does. If "
+                        "it was tuned on its own rendering, %s",
+                        source,
+                        prompt.place,
+                        _around(texts[1], texts[0]) if theirs else "nothing",
+                        _around(texts[0], texts[1]),
+                        remedy,
+                    )
+                    break
 
     def check_objective(self, objective: str, needs: Mapping[str, Gives]) -> None:
         """Make sure that the teachers give what an objective is made of.
@@ -124,10 +169,11 @@ def load_teachers(
     Raises:
         UserError: One cannot be loaded, or does not fit the student.
     """
-    loaded, ends = {}, {}
+    loaded, ends, tokenizers = {}, {}, {}
     for name, source in sources.items():
         theirs = load_tokenizer(source, trust_remote_code=trust_remote_code)
         check_tokenizers(tokenizer, theirs, source)
+        tokenizers[name] = (source, theirs)
         loaded[name] = load_model(source)
         check_models(student, loaded[name], tokenizer, source)
         ends[name] = eos_token_ids(loaded[name], theirs)
@@ -137,4 +183,14 @@ def load_teachers(
         name: LocalTeacher(model, vocabulary=vocabulary, temperature=temperature, offload=offload)
         for name, model in loaded.items()
     }
-    return Teachers(teachers, vocabulary, ends)
+    return Teachers(teachers, vocabulary, ends, tokenizers)
+
+
+def _around(text: str, other: str, width: int = 60) -> str:
+    """Quote a text where it differs from another, escaped."""
+    same = sum(
+        1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(text, other, strict=False))
+    )
+    start = max(0, same - width // 3)
+    part = text[start : start + width]
+    return f"{'...' * (start > 0)}{part!r}{'...' * (start + width < len(text))}"
