@@ -19,10 +19,10 @@ from typing import Any, ClassVar
 from lightning.pytorch import Callback, LightningModule, Trainer
 from torch.nn.parallel import DistributedDataParallel
 
-from callbacks.log_once import log_once
 from opd import extrapolation, memory
 from opd.errors import UserError
 from opd.ledger import Ledger
+from opd.log_once import log_once
 from opd.step import StepRequest
 from opd.weights import Companion, Device, Weights, copy_of
 from opd.world import World

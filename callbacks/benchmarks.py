@@ -6,8 +6,8 @@ from typing import Any
 
 from lightning.pytorch import Callback, LightningModule, Trainer
 
-from callbacks.log_once import log_once
 from opd.errors import UserError
+from opd.log_once import log_once
 from opd.module import OPDModule
 from opd.sharding import gathered
 from opd.strategies import FSDP1

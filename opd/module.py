@@ -22,6 +22,7 @@ from opd.answers import AnswerVerifier
 from opd.errors import UserError
 from opd.evaluation import evaluate, predict
 from opd.ledger import Ledger
+from opd.log_once import log_once
 from opd.metrics import (
     ROLLOUT_MAXIMA,
     ROLLOUT_MEANS,
@@ -336,10 +337,16 @@ class OPDModule(LightningModule):
         )
         output = take_step(self, batch, asked, self.optimizers(), self.lr_schedulers())
         self.ledger.synchronize(self.world.sum, self.world.size)
-        metrics = {**self.train_metrics.compute(), **output.update}
-        self.log_dict({**metrics, "step": float(output.t)})
+        measured = self.train_metrics.compute()
         self.train_metrics.reset()
-        return {"step": output, "loss": torch.tensor(metrics.get("opd/loss", 0.0))}
+        of_groups = self.train_metrics.names_of_groups
+        some = {name: value for name, value in measured.items() if name in of_groups}
+        every = {name: value for name, value in measured.items() if name not in of_groups}
+        self.log_dict({**every, **output.update, "step": float(output.t)})
+        often = self.trainer.log_every_n_steps  # type: ignore[attr-defined]  # set by a connector
+        if some and often and output.t % often == 0:
+            log_once(self.trainer, self, some)  # the next step may have none of a data set
+        return {"step": output, "loss": torch.tensor(every.get("opd/loss", 0.0))}
 
     def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:
         """Log the cost, that of searches included; runs after all callbacks."""

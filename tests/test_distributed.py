@@ -40,11 +40,14 @@ def losses(folder):
     return [float(r["opd/loss"]) for r in read_metrics(folder / "metrics.csv") if "opd/loss" in r]
 
 
-def metrics(folder):
-    """All metrics of rollouts, tokens and gradients, by step."""
-    rows = [row for row in read_metrics(folder / "metrics.csv") if "opd/loss" in row]
-    groups = ("opd/", "rollout/", "optim/")
-    return [{n: float(v) for n, v in row.items() if n.startswith(groups)} for row in rows]
+def metrics(folder, of="opd/loss"):
+    """All metrics of rollouts, tokens and gradients, by step; or of validations."""
+    kinds = ("opd/", "rollout/", "optim/") if of == "opd/loss" else ("val/",)
+    steps = {}
+    for row in read_metrics(folder / "metrics.csv"):  # data sets have a row of their own
+        values = {name: float(value) for name, value in row.items() if name.startswith(kinds)}
+        steps.setdefault(row["step"], {}).update(values)
+    return [values for values in steps.values() if of in values]
 
 
 def summary(folder):
@@ -58,15 +61,20 @@ def largest_difference(left, right):
 
 @pytest.fixture(scope="module")
 def dealt(tmp_path_factory):
-    """Options of a run that every number of processes must take alike; micro-batches are small."""
+    """Options of a run that every number of processes must take alike; micro-batches are small.
+
+    Two data sets, of which one has two prompts: a step has none of it on one rank, or on any.
+    """
     folder = tmp_path_factory.mktemp("dealt")
     rows = [
         {"prompt": f"{100 + i}+{250 + 3 * i}=", "answer": f"{350 + 4 * i:04d}"} for i in range(40)
     ]
-    prompts = folder / "prompts.jsonl"
-    prompts.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    data = ["--data.train", str(prompts), "--data.validation", str(prompts)]
-    return [*data, "--data.validation_limit", "9", "--model.micro_batch_tokens", "64"]
+    for name, part in [("many", rows[:38]), ("few", rows[38:])]:
+        lines = "".join(json.dumps(row) + "\n" for row in part)
+        (folder / f"{name}.jsonl").write_text(lines)
+    sources = f"{{many: {folder}/many.jsonl, few: {folder}/few.jsonl}}"
+    data = ["--data.train", sources, "--data.validation", sources]
+    return [*data, "--data.validation_limit", "7", "--model.micro_batch_tokens", "64"]
 
 
 @pytest.fixture(scope="module")
@@ -85,6 +93,13 @@ def test_two_processes_draw_the_same_rollouts_and_end_at_the_same_weights(
     assert len(metrics(two)) == 5
     for ours, expected in zip(metrics(two), metrics(one_process), strict=True):
         assert ours == pytest.approx(expected, rel=1e-4, abs=1e-6)
+        counts = [ours.get(f"rollout/tokens/data/{name}", 0) for name in ("many", "few")]
+        assert sum(counts) == ours["rollout/tokens"]
+    assert 0 < sum("opd/loss/data/few" in step for step in metrics(two)) < 5
+    validations = [metrics(folder, of="val/reverse_kl") for folder in (two, one_process)]
+    for ours, expected in zip(*validations, strict=True):
+        assert "val/accuracy/data/few" in ours
+        assert ours == pytest.approx(expected, rel=1e-3, abs=1e-6)
     for part in ("accuracy", "reverse_kl"):
         assert summary(two)[part] == pytest.approx(summary(one_process)[part], rel=1e-4)
     assert summary(two)["cost"]["train_tokens"] == summary(one_process)["cost"]["train_tokens"]

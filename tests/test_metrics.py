@@ -94,3 +94,18 @@ def test_metrics_are_means_of_all_values_not_means_of_means():
     assert metrics.compute() == {"a": 3.0, "s": 9.0, "m": 9.0}
     metrics.reset()
     assert metrics.compute() == {}
+
+
+def test_metrics_of_a_group_are_those_of_its_members():
+    metrics = StepMetrics(["a"], ["s"], ["m"], groups=["data/x", "data/y", "data/none"])
+    of_x = torch.tensor([True, False, True])
+    members = {"data/x": of_x, "data/y": ~of_x, "data/none": torch.zeros(3, dtype=torch.bool)}
+    values = torch.tensor([1.0, 5.0, 3.0])
+    metrics.update({"a": values, "s": values, "m": values}, members)
+    y_only = {"data/y": torch.ones(1, dtype=torch.bool)}
+    metrics.update({name: torch.tensor([9.0]) for name in "asm"}, y_only)
+    assert metrics.compute() == {
+        **{"a": 4.5, "s": 18.0, "m": 9.0},
+        **{"a/data/x": 2.0, "s/data/x": 4.0, "m/data/x": 3.0},
+        **{"a/data/y": 7.0, "s/data/y": 14.0, "m/data/y": 9.0},
+    }

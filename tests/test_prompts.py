@@ -560,7 +560,12 @@ def test_one_data_set_is_no_group(tmp_path):
 
 @pytest.mark.parametrize(
     ("sources", "message"),
-    [({}, "data.train is an empty mapping"), ({"a/b": "x.jsonl"}, "data.train: 'a/b' names metr")],
+    [
+        ({}, "data.train is an empty mapping"),
+        ("[a.jsonl]", r"data.train=\[a.jsonl\]: name one source, or several as a mapping"),
+        ("{a: 3}", r"data.train=\{a: 3\}: name one source, or several as a mapping"),
+        ({"a/b": "x.jsonl"}, "data.train: 'a/b' names metr"),
+    ],
 )
 def test_data_sets_need_names_that_metrics_can_have(sources, message):
     with pytest.raises(UserError, match=message):

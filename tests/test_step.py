@@ -8,7 +8,14 @@ from conftest import load
 
 from opd import sharding, stages
 from opd.errors import NonFiniteError
-from opd.metrics import token_metrics
+from opd.metrics import (
+    ROLLOUT_MAXIMA,
+    ROLLOUT_MEANS,
+    ROLLOUT_SUMS,
+    TOKEN_METRICS,
+    StepMetrics,
+    token_metrics,
+)
 from opd.module import OPDModule
 from opd.objectives import GeneralizedJSD, PolicyGradient, ReverseKL
 from opd.prompts import Prompt, PromptBatch, PromptFormat, tokenize_rows
@@ -127,6 +134,49 @@ def test_each_prompt_is_read_by_the_teacher_it_names(tiny):
     for name in ("three", None):
         with pytest.raises(ValueError, match=r"prompt row 4 names teacher .*\['one', 'two'\]"):
             module.teachers.check([Prompt(4, (5, 6), teacher=name)])
+    with pytest.raises(ValueError, match=r"^p.jsonl line 5 names teacher None, so it is for 'def"):
+        module.teachers.check([Prompt(4, (5, 6), where="p.jsonl line 5")])
+
+
+def test_data_sets_and_teachers_have_the_metrics_of_their_completions(tiny):
+    """Those that only they would have; an answer counts for the data set of its prompt."""
+    sources = {"one": str(tiny / "llama-teacher"), "two": str(tiny / "llama-student")}
+    module = OPDModule(str(tiny / "llama-student"), sources, max_new_tokens=6)
+    module.configure_model()
+    drawn = rollouts_of(module)
+    belongs = [
+        ("math", "two", "7"),
+        ("code", "one", None),
+        ("math", "one", "9"),
+        ("math", "two", None),
+    ]
+    of = [
+        dataclasses.replace(prompt, data_set=data, teacher=teacher, answer=answer)
+        for prompt, (data, teacher, answer) in zip(drawn.prompts.prompts[::2], belongs, strict=True)
+    ]
+    drawn.prompts.prompts = [prompt for prompt in of for _ in range(2)]
+    groups = ["data/math", "data/code", "teacher/one", "teacher/two"]
+
+    def metrics_of(rollouts, groups=()):
+        names = [*TOKEN_METRICS, *ROLLOUT_MEANS]
+        metrics = StepMetrics(names, ROLLOUT_SUMS, ROLLOUT_MAXIMA, groups=groups)
+        stages.count_rollouts(module, metrics, rollouts)
+        for micro in stages.micro_batches(module, rollouts):
+            values = stages.compare(module, stages.read(module, micro), None, token_metrics).values
+            stages.count_tokens(module, metrics, micro, values)
+        return metrics.compute()
+
+    together = metrics_of(drawn, groups)
+    for group in groups:
+        kind, _, name = group.partition("/")
+        field = {"data": "data_set", "teacher": "teacher"}[kind]
+        rows = [i for i, p in enumerate(drawn.prompts.prompts) if getattr(p, field) == name]
+        alone = metrics_of(drawn.select(rows))
+        assert ("rollout/accuracy" in alone) == (group != "data/code")  # it has no answers
+        ours = {n.removesuffix(f"/{group}"): v for n, v in together.items() if n.endswith(group)}
+        assert ours == pytest.approx(alone, rel=1e-4, abs=1e-6)
+    plain = {name: value for name, value in together.items() if name.count("/") == 1}
+    assert plain == metrics_of(drawn)
 
 
 def test_no_parameter_of_a_teacher_is_in_the_module(tiny):

@@ -337,6 +337,10 @@ def _by_name(key: str, sources: str | dict[str, str]) -> dict[str | None, str]:
         UserError: There are none, or a name does not do in the name of a metric.
     """
     if isinstance(sources, str):
+        if sources.startswith(("{", "[")):
+            raise UserError(
+                f"data.{key}={sources}: name one source, or several as a mapping from names to text"
+            )
         return {None: sources}
     if not sources:
         raise UserError(f"data.{key} is an empty mapping; name at least one data set")
