@@ -319,7 +319,7 @@ MUTANTS = [
     summary(
         'state_dict["initial"], state_dict["final"]', 'state_dict["final"], state_dict["final"]'
     ),
-    benchmarks("% self.every_n_steps and", "% self.every_n_steps or"),
+    benchmarks("not due and trainer", "not due or trainer"),
     benchmarks("trainer.global_step != trainer.max_steps", "True"),
     benchmarks("limit=self.limit", "limit=1"),
     loggers("< int(row", "<= int(row"),
@@ -549,8 +549,8 @@ MUTANTS = [
         "if not self.due(trainer.global_step):", "if not self.due(trainer.global_step + 1):", EFFOPD
     ),
     accelerator(
-        'with ledger.phase("search"), trainer',
-        'with ledger.phase("train"), trainer',
+        'ledger.phase("search"),',
+        'ledger.phase("train"),',
         f"{NUMBERS}::test_seconds_add_up",
     ),
     accelerator("if len(names) > 1:", "if len(names) > 2:", EFFOPD),
@@ -598,7 +598,7 @@ MUTANTS = [
         "missing = 0",
         "tests/test_distributed.py::test_unequal_completions_and_a_rank_without_prompts_do_not_deadlock[fsdp2-held_out]",
     ),
-    accelerator(", trainer.precision_plugin.train_step_context()", "", EFFOPD),
+    accelerator("            trainer.precision_plugin.train_step_context(),\n", "", EFFOPD),
     effopd("            move_to(0.0)\n", "", EFFOPD),
     effopd("            self.score.release()\n", "            pass\n", EFFOPD),
     scores("        self._readings = []\n", "        pass\n", SCORES),
