@@ -108,7 +108,7 @@ def warned(tiny, caplog, template, rows, ours=LLAMA_TEMPLATE, fmt=None):
     student.chat_template, teacher.chat_template = ours, template
     fmt = fmt or PromptFormat()
     prompts = tokenize_rows(rows, student, fmt, source="p.jsonl", unit="line")
-    teachers = Teachers({"default": None}, 300, {"default": ("org/teacher", teacher)})
+    teachers = Teachers({"default": None}, 300, tokenizers={"default": ("org/teacher", teacher)})
     caplog.clear()
     teachers.check_rendering(list(zip(prompts, rows, strict=True)), fmt, student)
     return [record.getMessage() for record in caplog.records]
