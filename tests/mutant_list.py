@@ -109,6 +109,12 @@ engine = of("opd/rollouts/transformers.py", ENGINE)
 rollouts = of("opd/rollouts/rollouts.py", TOKENS)
 teacher = of("opd/teachers/local.py", TOKENS)
 divergences = of("opd/objectives/divergences.py", TOKENS)
+loading = of("opd/models/load.py", "tests/test_loading.py")
+generation = of("opd/models/generation.py", "tests/test_models.py")
+hub = of("opd/models/hub.py", "tests/test_hub.py")
+checks = of("opd/models/checks.py", "tests/test_loading.py")
+checkpoint = of("opd/checkpoints.py", "tests/test_loading.py")
+PAIR = "tests/test_families.py::test_a_base_student_learns_its_instruct_teachers_end_and_keeps_it"
 loggers = of("opd/metrics_csv.py", FILES)
 
 MUTANTS = [
@@ -609,5 +615,40 @@ MUTANTS = [
         "        finally:\n            self.changed()\n",
         "        finally:\n            pass\n",
         EFFOPD,
+    ),
+    # models: what they are, what ends them, where they come from
+    loading("if missing or unexpected:", "if missing:"),
+    loading("if missing or unexpected:", "if unexpected:"),
+    loading("    if mismatched:", "    if False:"),
+    loading(" if not key.endswith(FORMER_BUFFERS)", ""),
+    loading("(Path(folder) / ADAPTER).is_file()", "False"),
+    loading("config.is_encoder_decoder or not", "not"),
+    loading('("output_router_logits", False)', '("output_router_logits", True)'),
+    loading("chosen = wanted or stored", "chosen = wanted"),
+    loading("for path in _own_code(model):", "for path in []:"),
+    loading('if attention not in (None, "sdpa"):', "if False:"),
+    loading("model.generation_config = saveable(", "_ = (", "tests/test_models.py"),
+    generation("own.union(*teachers.values()) if given is None", "own if given is None"),
+    generation("tuple(sorted(found & tokens))", "tuple(sorted(found))"),
+    generation("list(ids).count(token_id) > 1", "False"),
+    generation("top_k=0, top_p=1.0", "top_p=1.0", HARNESS),
+    harness(", generating_with(model, plain_sampling(ends))", ""),
+    harness('name.strip() for name in tasks.split(",")', 'name for name in tasks.split(",")'),
+    of("opd/module.py", PAIR)("if ends != own_ends:", "if False:"),
+    of("opd/module.py", PAIR)(", vocabulary=self.teachers.vocabulary\n", "\n"),
+    of("opd/teachers/teachers.py", PAIR)("(teachers, vocabulary, ends)", "(teachers, vocabulary)"),
+    engine(
+        "scores[:, self.sampler.vocabulary :]", "scores[:, self.sampler.vocabulary + 1 :]", ROLLOUTS
+    ),
+    of("opd/models/passes.py", "tests/test_loading.py")("if inner is model:", "if False:"),
+    checks("(differ(own[0, :2], own[1, :2]),", "(False,"),
+    checks("(differ(ours[2], own[0, :2]),", "(False,"),
+    checks('model.config._attn_implementation = "eager"', "pass"),
+    checkpoint("if beyond := sorted(ours - wanted.keys()):", "if beyond := []:"),
+    checkpoint("if found[name] != tuple(tensor.shape):", "if False:"),
+    hub("timeout=PATIENCE", "timeout=None"),
+    hub("revision=revision or None,\n", ""),
+    of("opd/cli/export.py", "tests/test_cli.py::test_export_is_all_or_nothing")(
+        "if is_new and", "if False and"
     ),
 ]

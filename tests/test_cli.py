@@ -3,9 +3,11 @@
 import json
 import subprocess
 import sys
+from unittest.mock import Mock
 
 import pytest
 from conftest import QUICKSTART, SHRUNK, assert_same, copy_of, load
+from safetensors import SafetensorError
 
 from opd.cli import COMMANDS, main
 from opd.embedded.build import build_model, build_tokenizer
@@ -130,6 +132,31 @@ def test_other_commands(capsys, tmp_path):
     assert "cannot be written" in error_of(capsys, *base, full)
     assert main(["fitt"]) == 2
     assert main([]) == 2
+
+
+FULL_DISK = {
+    "transformers.PreTrainedModel.save_pretrained": SafetensorError("I/O error: No space left"),
+    "pathlib.Path.write_text": OSError(28, "No space left on device"),  # of the card, the last file
+}
+
+
+@pytest.mark.parametrize("what", FULL_DISK)
+@pytest.mark.parametrize("exists", [True, False])
+def test_export_is_all_or_nothing(capsys, tmp_path, monkeypatch, what, exists):
+    folder = tmp_path / "out"
+    if exists:
+        folder.mkdir()
+    arguments = ["export", "--checkpoint", "embedded:base", "--output", str(folder)]
+    with monkeypatch.context() as patches:
+        patches.setattr(what, Mock(side_effect=FULL_DISK[what]))
+        line = error_of(capsys, *arguments)
+    assert "cannot be written" in line
+    assert "No space left" in line
+    assert folder.is_dir() == exists
+    assert [*tmp_path.rglob("*")] == ([folder] if exists else [])
+    assert main(arguments) == 0
+    assert {"config.json", "model.safetensors", "README.md"} <= {p.name for p in folder.iterdir()}
+    assert "http" not in (folder / "README.md").read_text()  # there is no page to link to
 
 
 def test_a_folder_with_a_run_is_not_overwritten_by_accident(capsys, vanilla, fit, tmp_path):

@@ -1,6 +1,7 @@
 """Llama and GPT-2 go through fit, evaluate and export; all commands see the same token ids."""
 
 import json
+import shutil
 
 import pytest
 import torch
@@ -11,9 +12,10 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from eval import harness
 from opd.cli import main
-from opd.models import load_model, load_tokenizer
+from opd.models import eos_token_ids, load_model, load_tokenizer
 from opd.prompts import PromptFormat, tokenize_rows
 
+SHARED = ["--data.batch_size", "6", "--samples.every_n_steps", "1"]
 QUESTIONS = [{"prompt": f"add {i} and 8", "answer": str(i + 8)} for i in range(12)]
 
 
@@ -98,6 +100,45 @@ def test_fit_export_evaluate(tiny, tmp_path, prompts, tasks, family):
         record = json.loads((output / "results.json").read_text())
         results.append((record["results"], (output / "samples_sums.jsonl").read_text()))
     assert results[0] == results[1]
+
+
+def padded(tiny, folder, entries):
+    """Save the student with padding in its vocabulary that it says more often than not."""
+    model = load_model(str(tiny / "llama-student"))
+    tokens = model.config.vocab_size
+    model.resize_token_embeddings(tokens + entries, mean_resizing=False)
+    with torch.no_grad():
+        model.get_output_embeddings().weight[tokens:] *= 30
+    model.save_pretrained(folder)
+    load_tokenizer(str(tiny / "llama-student")).save_pretrained(folder)
+    return str(folder)
+
+
+def test_a_base_student_learns_its_instruct_teachers_end_and_keeps_it(tiny, tmp_path, prompts):
+    """And never says what the teacher has no word for: its vocabulary is the smaller one."""
+    student = padded(tiny, tmp_path / "student", 64)
+    teacher = shutil.copytree(tiny / "llama-teacher", tmp_path / "teacher")
+    config = json.loads((teacher / "generation_config.json").read_text())
+    (teacher / "generation_config.json").write_text(json.dumps({**config, "eos_token_id": [1, 9]}))
+    models = ["--model.student", student, "--model.teacher", str(teacher)]
+    models += ["--model.max_new_tokens", "8"]
+    data = ["--data.train", str(prompts), "--data.validation", str(prompts)]
+    search = ["--trainer.callbacks+=callbacks.EffOPD"]
+    search += ["--model.verifier.format", "last_number", *SHARED]
+    options = ["--output", str(tmp_path / "run"), "--trainer.max_steps", "1", *models, *data]
+    assert main(["fit", "--config", QUICKSTART, *options, *search]) == 0
+    checkpoint, exported = tmp_path / "run" / "checkpoints" / "last.ckpt", tmp_path / "exported"
+    assert main(["export", "--checkpoint", str(checkpoint), "--output", str(exported)]) == 0
+    for source in (str(checkpoint), str(exported)):
+        model, tokenizer = load_model(source), load_tokenizer(source)
+        assert eos_token_ids(model, tokenizer) == (1, 9)
+        assert model.config.vocab_size == len(tokenizer) + 64
+    written = (tmp_path / "run" / "samples" / "step_000001.jsonl").read_text().splitlines()
+    said = [json.loads(line) for line in written]
+    assert max(max(sample["completion_ids"]) for sample in said) < len(tokenizer)
+    for sample in said:
+        ended = sample["completion_ids"][-1] in (1, 9)
+        assert sample["finish_reason"] == ("stop" if ended else "length")
 
 
 @pytest.mark.parametrize("source", ["embedded:base", "llama-student", "gpt2-student"])

@@ -7,6 +7,8 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from transformers import (
+    AttentionInterface,
+    AttentionMaskInterface,
     AutoModelForCausalLM,
     BartConfig,
     BartForConditionalGeneration,
@@ -21,6 +23,8 @@ from transformers import (
     LlamaForSequenceClassification,
     Qwen3MoeConfig,
     Qwen3MoeForCausalLM,
+    RwkvConfig,
+    RwkvForCausalLM,
     T5Config,
     T5ForConditionalGeneration,
 )
@@ -143,6 +147,11 @@ def t5():
     return T5ForConditionalGeneration(T5Config(vocab_size=40, **sizes))
 
 
+def rwkv():
+    sizes = {"hidden_size": 32, "attention_hidden_size": 32, "num_hidden_layers": 2}
+    return RwkvForCausalLM(RwkvConfig(vocab_size=40, **sizes))
+
+
 def classifier():
     return LlamaForSequenceClassification(LlamaConfig(**SIZES, pad_token_id=0))
 
@@ -153,6 +162,7 @@ def classifier():
         (bert, "BertLMHeadModel looks at tokens that follow: it is an encoder"),
         (bart, r"bart \(BartForConditionalGeneration\) is no causal language model of text"),
         (t5, r"t5 \(T5ForConditionalGeneration\) is no causal language model of text"),
+        (rwkv, "RwkvForCausalLM does not leave out padding on the left of a prompt"),
         (classifier, r"score\.weight \(saved as LlamaForSequenceClassification\)"),
     ],
 )
@@ -289,6 +299,18 @@ def test_an_attention_that_is_not_there_is_named(tiny, tmp_path, caplog):
     assert "was trained with flash_attention_2" in caplog.text
 
 
+def test_an_attention_for_gpus_is_not_tried_on_the_cpu(tiny, monkeypatch):
+    def attention(*arguments, **options):
+        raise RuntimeError("needs a GPU")
+
+    monkeypatch.setitem(AttentionInterface._global_mapping, "of_gpus", attention)
+    monkeypatch.setitem(AttentionMaskInterface._global_mapping, "of_gpus", lambda *a, **o: None)
+    model = load_model(str(tiny / "llama-student"), attn_implementation="of_gpus")
+    assert model.config._attn_implementation == "of_gpus"
+    with pytest.raises(RuntimeError, match="needs a GPU"):
+        model(torch.ones(1, 1, dtype=torch.long))
+
+
 @pytest.fixture
 def own_code(tiny, tmp_path, monkeypatch):
     """A Llama under a name that only its own three files of code know."""
@@ -319,6 +341,9 @@ def test_a_models_own_code_travels_with_it_and_runs_only_if_allowed(own_code, tm
     model = load_model(str(own_code), trust_remote_code=True)
     assert type(model).__name__ == "OwnForCausalLM"
     tokenizer = load_tokenizer(str(own_code), trust_remote_code=True)
+    assert {"configuration_own.py", "layers_own.py", "modeling_own.py"} <= {
+        *student_files(model, tokenizer)
+    }
     first, again = tmp_path / "first", tmp_path / "again"
     load_model(saved(model, tokenizer, first), trust_remote_code=True)
     shutil.rmtree(own_code)

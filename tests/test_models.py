@@ -1,5 +1,6 @@
 """Loading, separating head from body, and the start-up checks."""
 
+import json
 import shutil
 
 import pytest
@@ -155,6 +156,76 @@ def test_vocabularies_may_be_padded_but_must_cover_the_tokenizer(tiny):
     teacher.resize_token_embeddings(len(tokenizer) - 1)
     with pytest.raises(ValueError, match="teacher small: its vocabulary has"):
         models.check_models(student, teacher, tokenizer, "small")
+
+
+def test_all_that_end_a_model_end_its_completions(tiny, caplog):
+    """The generation config's and the tokenizer's, without those that are no tokens."""
+    source = str(tiny / "llama-student")
+    model, tokenizer = load_model(source), load_tokenizer(source)
+    for configured, expected in [(None, (1,)), (2, (1, 2)), ([2, 5, 2], (1, 2, 5)), ([], (1,))]:
+        model.generation_config.eos_token_id = configured
+        assert models.eos_token_ids(model, tokenizer) == expected
+    assert not caplog.text
+    model.generation_config.eos_token_id = [2, 99999, -1]
+    assert models.eos_token_ids(model, tokenizer) == (1, 2)
+    assert "is no token" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("teachers", "given", "expected", "said"),
+    [
+        ({"t": (0,)}, None, (0,), None),
+        ({"t": (0, 2)}, None, (0, 2), "teacher t ends with token [0, 2], the student with [0]"),
+        ({"t": (2,)}, None, (0, 2), "any of [0, 2] ends a completion. To choose, set"),
+        ({"s": (2,), "t": (3,)}, None, (0, 2, 3), "any of [0, 2, 3]"),
+        ({"t": (2,)}, [7], (7,), "it will find every end of a completion unlikely"),
+        ({"t": (2,)}, [2, 7], (2, 7), None),
+        ({"t": (2,)}, [], (), "all run to model.max_new_tokens"),
+    ],
+)
+def test_ends_are_those_of_student_and_teachers_or_those_asked_for(
+    caplog, teachers, given, expected, said
+):
+    assert models.ends_of_all((0,), teachers, given) == expected
+    assert said in caplog.text if said else not caplog.text
+
+
+@pytest.mark.parametrize("ids", [[99999], [-1], [1, 299], [1, 5, 1]])
+def test_an_end_that_is_no_token_or_there_twice_is_refused(tiny, ids):
+    tokenizer = load_tokenizer(str(tiny / "llama-student"))
+    models.check_eos_token_ids([1, 2], tokenizer)
+    with pytest.raises(ValueError, match=rf"eos_token_ids: {ids[-1]} is"):
+        models.check_eos_token_ids(ids, tokenizer)
+
+
+@pytest.mark.parametrize(
+    ("fields", "kept"),
+    [
+        ({"temperature": 0.9, "top_p": 0.6}, {"do_sample": True, "temperature": 0.9, "top_p": 0.6}),
+        ({"do_sample": False, "temperature": 0.9, "top_k": 5}, {"do_sample": False}),
+        ({"do_sample": True, "temperature": 0.9}, {"do_sample": True, "temperature": 0.9}),
+        ({"length_penalty": 2.0}, {}),
+    ],
+)
+def test_a_generation_config_that_cannot_be_saved_is_mended(tiny, tmp_path, fields, kept):
+    folder = shutil.copytree(tiny / "llama-student", tmp_path / "model")
+    own = {"bos_token_id": 0, "eos_token_id": [1, 2]}
+    (folder / "generation_config.json").write_text(json.dumps({**own, **fields}))
+    model = load_model(str(folder))
+    model.save_pretrained(tmp_path / "saved")
+    saved = json.loads((tmp_path / "saved" / "generation_config.json").read_text())
+    del saved["transformers_version"]
+    assert saved == {**own, **kept} or saved == {**own, **kept, "pad_token_id": None}
+
+
+@pytest.mark.parametrize(
+    ("dtype", "message"), [(torch.float64, "precision 32-true"), (torch.bfloat16, "to nothing")]
+)
+def test_master_weights_are_float32(tiny, dtype, message):
+    model = load_model(str(tiny / "llama-student"))
+    models.check_master_weights(model)
+    with pytest.raises(ValueError, match=message):
+        models.check_master_weights(model.to(dtype))
 
 
 def test_completions_must_fit_the_context(tiny):

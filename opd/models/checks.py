@@ -111,20 +111,23 @@ def check_master_weights(model: PreTrainedModel) -> None:
 
 @torch.no_grad()
 def check_passes(model: PreTrainedModel, source: str) -> None:
-    """Make sure that a model can be run the way that we do, on text alone.
+    """Make sure that a model can be run the way that we do, on text alone and padded on the left.
 
     Raises:
         UserError: It does not run; body and head, called one after the other, do not give its own
-            logits; or a token's logits depend on those that follow it.
+            logits; or a token's logits depend on those that follow it, or on padding.
     """
-    training = model.training
-    model.eval()
-    ids = torch.tensor([[1, 2, 3], [1, 2, 0]], device=model.device)
-    everything = torch.ones_like(ids, dtype=torch.bool)
+    ids = torch.tensor([[1, 2, 3], [1, 2, 0], [0, 1, 2]], device=model.device)
+    mask = torch.ones_like(ids, dtype=torch.bool)
+    mask[2, 0] = False
     name = type(model).__name__
+    training, attention = model.training, model.config._attn_implementation
+    model.eval()
     try:
-        ours = completion_logits(model, ids, everything, everything).view(*ids.shape, -1)
-        own = model(input_ids=ids, attention_mask=everything.long()).logits.float()
+        if attention not in (None, "sdpa", "eager"):  # others may need a GPU, and this is a CPU
+            model.config._attn_implementation = "eager"
+        ours = completion_logits(model, ids, mask, mask).split([3, 3, 2])
+        own = model(input_ids=ids[:2], attention_mask=mask[:2].long()).logits.float()
     except Exception as error:  # whatever a model needs besides text
         reason = " ".join(str(error).split())[:200]
         raise UserError(
@@ -132,6 +135,8 @@ def check_passes(model: PreTrainedModel, source: str) -> None:
             "a causal language model of text"
         ) from error
     finally:
+        if model.config._attn_implementation != attention:
+            model.config._attn_implementation = attention
         model.train(training)
     tolerance = 1e-3 if model.dtype == torch.float32 else 0.1
 
@@ -139,13 +144,13 @@ def check_passes(model: PreTrainedModel, source: str) -> None:
         atol = tolerance * float(own.abs().max())
         return not torch.allclose(left, right, rtol=tolerance, atol=atol)
 
-    if differ(own[0, :2], own[1, :2]):
-        raise UserError(
-            f"{source}: {name} looks at tokens that follow: it is an encoder, no causal language "
-            "model"
-        )
-    if differ(ours, own):
-        raise UserError(
-            f"{source}: {name} changes its logits after the output head in a way that is not "
-            "supported"
-        )
+    for wrong, what in [
+        (differ(own[0, :2], own[1, :2]), "looks at tokens that follow: it is an encoder"),
+        (
+            differ(torch.stack(ours[:2]), own),
+            "changes its logits after the output head in a way that is not supported",
+        ),
+        (differ(ours[2], own[0, :2]), "does not leave out padding on the left of a prompt"),
+    ]:
+        if wrong:
+            raise UserError(f"{source}: {name} {what}; name another causal language model")

@@ -3,10 +3,13 @@
 import json
 
 import pytest
+import torch
+from transformers import GenerationConfig
 
-from eval.harness import markdown_table, metrics_of
+from eval.harness import evaluate_model, markdown_table, metrics_of
 from opd.cli import main
 from opd.metrics_csv import read_metrics
+from opd.models import generating_with, load_model, load_tokenizer, plain_sampling
 from tasks.arithmetic.arithmetic import load, process_results
 
 
@@ -79,6 +82,78 @@ def test_evaluate_is_a_mean_over_problems_and_completions(tmp_path):
     assert results["seconds"] > 0
     table = (tmp_path / "scores" / "results.md").read_text()
     assert table.splitlines()[2:] == [f"| arithmetic/accuracy | {accuracy:.4f} |"]
+
+
+GREEDY_TRAPS = {
+    "suppress_tokens": [6, 7, 8, 9, 10, 11],
+    "repetition_penalty": 5.0,
+    "temperature": 0.01,
+    "top_k": 1,
+    "num_beams": 3,
+    "max_new_tokens": 2,
+    "min_new_tokens": 20,
+    "do_sample": True,
+    "forced_eos_token_id": 3,
+    "no_repeat_ngram_size": 1,
+}
+
+
+def answers_of(model, tokenizer) -> list:
+    results = evaluate_model(model, tokenizer, ["arithmetic"], limit=16)
+    return [record["resps"] for record in results["samples"]["arithmetic"]]
+
+
+def test_a_generation_config_changes_no_answer():
+    """How to sample, the task says: from the whole distribution, at its own temperature."""
+    model, tokenizer = load_model("embedded:base"), load_tokenizer("embedded:base")
+    expected = answers_of(model, tokenizer)
+    own = GenerationConfig(eos_token_id=model.generation_config.eos_token_id, **GREEDY_TRAPS)
+    model.generation_config = own
+    assert answers_of(model, tokenizer) == expected
+    assert model.generation_config is own
+
+
+def test_a_task_samples_from_all_tokens_unless_it_says_otherwise(tiny):
+    """As rollouts do; of itself, transformers would keep the 50 likeliest."""
+    model = load_model(str(tiny / "llama-student"))  # of 299 tokens, all about equally likely
+    with generating_with(model, plain_sampling([])), torch.random.fork_rng():
+        torch.manual_seed(0)
+        options = {"do_sample": True, "max_new_tokens": 1, "pad_token_id": 0}
+        said = model.generate(torch.ones(3000, 1, dtype=torch.long), **options)[:, 1]
+    assert len(said.unique()) > 250
+
+
+def test_every_end_of_the_model_ends_an_answer():
+    """Those of its generation config, which a student's checkpoint has, besides the tokenizer's."""
+    model, tokenizer = load_model("embedded:base"), load_tokenizer("embedded:base")
+    equals = tokenizer.convert_tokens_to_ids("=")
+    model.generation_config.eos_token_id = [model.generation_config.eos_token_id, equals]
+    for ((answer,),) in [tuple(map(tuple, answer)) for answer in answers_of(model, tokenizer)]:
+        assert "=" not in answer[:-1]
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--device", "cuda:7"], "--device cuda:7: cannot be used on this machine"),
+        (["--device", "toaster"], "--device toaster: cannot be used on this machine"),
+        (["--device", "meta"], "--device meta: cannot be used on this machine"),
+        (["--seed", "99999999999999999999999"], "must be between 0 and 2**63 - 1"),
+        (["--seed", "-1"], "--seed -1 must be between 0 and"),
+        (["--tasks", " , "], "--tasks names no task"),
+    ],
+)
+def test_what_cannot_be_used_is_named_before_a_model_is_loaded(capsys, options, message):
+    arguments = ["--model", "no/such", "--tasks", "arithmetic", *options]
+    assert main(["evaluate", *arguments]) == 2
+    assert message in capsys.readouterr().err
+
+
+def test_tasks_may_have_spaces_between_them(tmp_path):
+    results = evaluate(
+        tmp_path, "embedded:base", "--tasks", "arithmetic, arithmetic ,", "--limit=4"
+    )
+    assert results["problems"] == {"arithmetic": 4}
 
 
 def test_benchmarks_of_a_run_are_those_of_its_checkpoints(fit, tmp_path):

@@ -1,10 +1,12 @@
 """The transformers engine: what it samples, what it says of it, and what it leaves alone."""
 
+import dataclasses
+
 import pytest
 import torch
 from transformers import GenerationConfig
 
-from opd.models import eos_token_ids, load_model, load_tokenizer
+from opd.models import completion_logits, eos_token_ids, load_model, load_tokenizer
 from opd.prompts import PromptBatch, PromptFormat, tokenize_rows
 from opd.randomness import derive_seed
 from opd.rollouts import Sampler, TransformersEngine
@@ -139,6 +141,25 @@ def test_the_models_own_generation_config_does_not_leak_in(tiny):
     ours = sample(TransformersEngine(), model, batch, sampler, 1)
     assert torch.equal(ours.completion_ids, expected.completion_ids)
     assert model.generation_config is own
+
+
+@pytest.mark.parametrize("options", [{}, {"temperature": 0.7}, {"temperature": 0.0}, {"top_k": 5}])
+def test_tokens_beyond_the_vocabulary_have_no_probability(tiny, options):
+    """Log-probabilities are those of a softmax over the others alone."""
+    model, batch, sampler = pair(str(tiny / "llama-student"))
+    vocabulary = 60
+    sampler = dataclasses.replace(sampler, vocabulary=vocabulary, **options)
+    rollouts = sample(TransformersEngine(), model, batch.repeat(8), sampler, 0)
+    assert rollouts.completion_ids.max() < vocabulary
+    ids, mask, predicts = rollouts.inputs()
+    model.eval()
+    logits = completion_logits(model, ids, mask, predicts)[:, :vocabulary]
+    logits = logits / (sampler.temperature or 1.0)
+    if sampler.top_k:
+        logits[logits < logits.topk(sampler.top_k).values[:, -1:]] = -torch.inf
+    expected = logits.log_softmax(-1).gather(1, rollouts.tokens[:, None]).squeeze(1)
+    ours = rollouts.engine_logprobs[rollouts.mask]
+    torch.testing.assert_close(ours, expected, rtol=0, atol=1e-4)
 
 
 def test_completions_end_at_the_first_eos_even_where_it_is_the_padding():
