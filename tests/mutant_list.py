@@ -646,6 +646,9 @@ MUTANTS = [
     checks('model.config._attn_implementation = "eager"', "pass"),
     checkpoint("if beyond := sorted(ours - wanted.keys()):", "if beyond := []:"),
     checkpoint("if found[name] != tuple(tensor.shape):", "if False:"),
+    of("opd/strategies.py", "tests/test_loading.py")(
+        "if beyond := sorted(students - wanted.keys()):", "if beyond := []:"
+    ),
     hub("timeout=PATIENCE", "timeout=None"),
     hub("revision=revision or None,\n", ""),
     of("opd/cli/export.py", "tests/test_cli.py::test_export_is_all_or_nothing")(

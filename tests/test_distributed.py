@@ -33,7 +33,7 @@ from opd.checkpoints import newest_checkpoint
 from opd.cli import main
 from opd.errors import UserError
 from opd.metrics_csv import read_metrics
-from opd.models import load_model
+from opd.models import load_model, load_tokenizer
 
 
 def losses(folder):
@@ -303,6 +303,21 @@ def test_a_sharded_checkpoint_is_a_model_like_its_export(tmp_path, sharded_run):
         samples = (scores / "samples_arithmetic.jsonl").read_text()
         answers.append([json.loads(line)["resps"] for line in samples.splitlines()])
     assert answers[0] == answers[1]
+
+
+def test_a_generation_config_does_not_leak_into_rollouts_under_a_wrapper(tmp_path):
+    """FSDP1's stands for the student, and passes on what it is asked for, not what it is told."""
+    student = tmp_path / "student"
+    assert main(["export", "--checkpoint", "embedded:base", "--output", str(student)]) == 0
+    config = json.loads((student / "generation_config.json").read_text())
+    digits = load_tokenizer(str(student)).convert_tokens_to_ids(list("0123456789"))
+    (student / "generation_config.json").write_text(
+        json.dumps({**config, "suppress_tokens": digits})
+    )
+    options = ["--model.student", str(student), "--samples.every_n_steps", "1"]
+    run = launch(2, tmp_path / "run", *FSDP1, *options, steps=1)
+    samples = (run / "samples" / "step_000001.jsonl").read_text().splitlines()
+    assert any({*json.loads(line)["completion_ids"]} & {*digits} for line in samples)
 
 
 def test_shards_without_a_sharded_strategy_are_refused(tmp_path, sharded_run, capsys):

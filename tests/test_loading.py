@@ -6,6 +6,7 @@ import shutil
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from torch.distributed.checkpoint.state_dict_saver import save as save_shards
 from transformers import (
     AttentionInterface,
     AttentionMaskInterface,
@@ -33,6 +34,7 @@ from opd import checkpoints
 from opd.errors import UserError
 from opd.models import load_model, load_tokenizer, student_files
 from opd.models.load import TRUST
+from opd.strategies import _check_names
 
 SIZES = {
     "vocab_size": 40,
@@ -232,20 +234,53 @@ def test_broken_tokenizers_are_named_in_a_line(tiny, tmp_path):
             load_tokenizer(str(folder))
 
 
-def test_a_checkpoint_holds_exactly_the_students_weights(vanilla, tmp_path):
+def save_checkpoint(path, checkpoint, *, sharded):
+    """Write a file, or a folder with one shard."""
+    if not sharded:
+        torch.save(checkpoint, path)
+        return
+    rest = {key: value for key, value in checkpoint.items() if key != checkpoints.STATE_DICT}
+    save_shards({checkpoints.STATE_DICT: checkpoint[checkpoints.STATE_DICT]}, checkpoint_id=path)
+    torch.save(rest, path / checkpoints.META_FILE)
+
+
+@pytest.mark.parametrize("sharded", [False, True])
+def test_a_checkpoint_holds_exactly_the_students_weights(vanilla, tmp_path, sharded):
     whole = torch.load(vanilla / "checkpoints" / "last.ckpt", weights_only=True)
-    name = "student.model.norm.weight"
-    for state, message in [
-        ({k: t for k, t in whole["state_dict"].items() if k != name}, f"lacks 1 .* as {name}"),
-        (whole["state_dict"] | {"student.extra": torch.ones(1)}, "beyond .*, as student.extra"),
-        (whole["state_dict"] | {name: torch.ones(1)}, rf"{name} has shape \[1\], its config says"),
+    name, state = "student.model.norm.weight", whole["state_dict"]
+    for i, (changed, message) in enumerate(
+        [
+            ({key: t for key, t in state.items() if key != name}, f"lacks 1 .* as {name}"),
+            (state | {"student.extra": torch.ones(1)}, "beyond .*, as student.extra"),
+            (state | {name: torch.ones(1)}, rf"{name} has shape \[1\], its config says"),
+            (state | {"anchor.x": torch.ones(1)}, None),  # a callback's
+        ]
+    ):
+        path = tmp_path / f"{i}.ckpt"
+        save_checkpoint(path, {**whole, checkpoints.STATE_DICT: changed}, sharded=sharded)
+        if message is None:
+            loaded = load_model(str(path)).state_dict()
+            assert all(torch.equal(state[f"student.{key}"], t) for key, t in loaded.items())
+        else:
+            with pytest.raises(UserError, match=message):
+                load_model(str(path))
+
+
+def test_a_run_goes_on_from_exactly_the_weights_that_it_has():
+    """Under FSDP too, where a callback's tensors may be new, or those of one that is gone."""
+    ours = {"student.a": 0, "student.b": 0, "anchor.a": 0}
+    for names, message in [
+        ({"student.a"}, "lacks 1 tensors of this run, as student.b"),
+        ({"student.a", "student.b", "student.c"}, "1 weights beyond the run's, as student.c"),
+        ({"student.a", "student.b", "gone.a"}, None),
     ]:
-        torch.save({**whole, checkpoints.STATE_DICT: state}, tmp_path / "changed.ckpt")
-        with pytest.raises(UserError, match=message):
-            load_model(str(tmp_path / "changed.ckpt"))
-    state = whole["state_dict"] | {"anchor.x": torch.ones(1)}  # a callback's
-    torch.save({**whole, checkpoints.STATE_DICT: state}, tmp_path / "changed.ckpt")
-    load_model(str(tmp_path / "changed.ckpt"))
+        found = {name: 0 for name in ours if name in names}
+        available = [f"state_dict.{name}" for name in names]
+        if message is None:
+            _check_names("x.ckpt", ours, found, available)
+        else:
+            with pytest.raises(UserError, match=message):
+                _check_names("x.ckpt", ours, found, available)
 
 
 # --- how it wants to be run -----------------------------------------------------------------------
