@@ -271,7 +271,7 @@ def test_a_run_goes_on_from_exactly_the_weights_that_it_has():
     ours = {"student.a": 0, "student.b": 0, "anchor.a": 0}
     for names, message in [
         ({"student.a"}, "lacks 1 tensors of this run, as student.b"),
-        ({"student.a", "student.b", "student.c"}, "1 weights beyond the run's, as student.c"),
+        ({"student.a", "student.b", "student.c"}, "1 weights that this run has not, as student.c"),
         ({"student.a", "student.b", "gone.a"}, None),
     ]:
         found = {name: 0 for name in ours if name in names}
