@@ -619,6 +619,7 @@ MUTANTS = [
     # models: what they are, what ends them, where they come from
     loading("if missing or unexpected:", "if missing:"),
     loading("if missing or unexpected:", "if unexpected:"),
+    loading("if _has_one_matrix(as_configured):", "if False:"),
     loading("    if mismatched:", "    if False:"),
     loading(" if not key.endswith(FORMER_BUFFERS)", ""),
     loading("(Path(folder) / ADAPTER).is_file()", "False"),

@@ -122,6 +122,17 @@ def test_what_older_versions_saved_besides_or_under_other_names_is_no_fault(
     assert all(torch.equal(old[name], tensor) for name, tensor in expected.items())
 
 
+def test_a_head_beside_a_tied_one_is_refused_if_it_differs(tiny, untied, tmp_path):
+    folder = shutil.copytree(untied, tmp_path / "two")
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, "tie_word_embeddings": True}))
+    with pytest.raises(UserError, match="hold two that differ; set tie_word_embeddings to false"):
+        load_model(str(folder))
+    embedding = load_file(tiny / "llama-student" / "model.safetensors")["model.embed_tokens.weight"]
+    copy = also("lm_head.weight", embedding.clone())
+    load_model(with_weights(tiny / "llama-student", copy, tmp_path))
+
+
 def test_an_adapter_is_named(tiny, tmp_path):
     (tmp_path / "adapter_config.json").write_text("{}")
     with pytest.raises(UserError, match=r"only an adapter \(adapter_config.json\): merge it"):

@@ -263,7 +263,28 @@ def _read(
             "not that of the weights"
         )
     assert isinstance(model, PreTrainedModel)
+    _check_tied(source, model, config, options)
     return model
+
+
+def _check_tied(
+    source: str, model: PreTrainedModel, config: PretrainedConfig, options: dict[str, Any]
+) -> None:
+    """Refuse two matrices where the config says one: its checkpoint would be read as one."""
+    if _has_one_matrix(model):
+        return
+    with torch.device("meta"):
+        as_configured: Any = AutoModelForCausalLM.from_config(config, **options)
+    if _has_one_matrix(as_configured):
+        raise UserError(
+            f"{source}: its config says that output head and embedding are one, and its weights "
+            "hold two that differ; set tie_word_embeddings to false in its config.json"
+        )
+
+
+def _has_one_matrix(model: PreTrainedModel) -> bool:
+    head, embedding = model.get_output_embeddings(), model.get_input_embeddings()
+    return head is not None and head.weight is embedding.weight
 
 
 def _nothing(record: logging.LogRecord) -> bool:
