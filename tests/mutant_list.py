@@ -637,7 +637,10 @@ MUTANTS = [
     harness('name.strip() for name in tasks.split(",")', 'name for name in tasks.split(",")'),
     of("opd/module.py", PAIR)("if ends != own_ends:", "if False:"),
     of("opd/module.py", PAIR)(", vocabulary=self.teachers.vocabulary\n", "\n"),
-    of("opd/teachers/teachers.py", PAIR)("(teachers, vocabulary, ends)", "(teachers, vocabulary)"),
+    of("opd/teachers/teachers.py", PAIR)(
+        "(teachers, vocabulary, ends, tokenizers)",
+        "(teachers, vocabulary, None, tokenizers)",
+    ),
     engine(
         "scores[:, self.sampler.vocabulary :]", "scores[:, self.sampler.vocabulary + 1 :]", ROLLOUTS
     ),
