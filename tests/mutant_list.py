@@ -52,7 +52,10 @@ SAMPLES = f"{NUMBERS}::test_samples_are_what_the_student_was_asked_and_said"
 ENGINE = f"{NUMBERS}::test_engine_logprob_is_that_of_the_truncated_distribution"
 BENCHMARKS = f"{HARNESS}::test_benchmarks_of_a_run_are_those_of_its_checkpoints"
 
+PROMPTS = "tests/test_prompts.py"
 STEP = "tests/test_step.py"
+DEALT = "test_two_processes_draw_the_same_rollouts_and_end_at_the_same_weights"
+TWO = f"tests/test_distributed.py::{DEALT}[ddp]"
 TILES = "tests/test_tokens.py"
 SCORES = "tests/test_scores.py"
 UNIT_METRICS = "tests/test_metrics.py"
@@ -116,8 +119,44 @@ checks = of("opd/models/checks.py", "tests/test_loading.py")
 checkpoint = of("opd/checkpoints.py", "tests/test_loading.py")
 PAIR = "tests/test_families.py::test_a_base_student_learns_its_instruct_teachers_end_and_keeps_it"
 loggers = of("opd/metrics_csv.py", FILES)
+sources = of("opd/prompts/sources.py", PROMPTS)
+prompt_format = of("opd/prompts/format.py", PROMPTS)
+prompt_data = of("opd/prompts/datamodule.py", PROMPTS)
 
 MUTANTS = [
+    # prompts
+    sources('encoding="utf-8-sig"', 'encoding="utf-8"'),
+    sources("if len(row) < len(pairs):", "if False:"),
+    sources("if len(digits) > MAX_DIGITS:", "if len(digits) > 2 * MAX_DIGITS:"),
+    sources("name, split=split, revision=revision)", "name, split=split, revision=None)"),
+    prompt_format('turns[0]["role"] not in SYSTEM', "True"),
+    prompt_format("    return turns[:kept]", "    return turns[:-1]"),
+    prompt_format('"".join(texts)', '" ".join(texts)'),
+    prompt_format("    if name in row:\n        return row[name]\n", ""),
+    prompt_format("if isinstance(value, bool) or not", "if not"),
+    prompt_format(
+        "one.turns is None and not _begins_with_bos(one.text, tokenizer)", "one.turns is None"
+    ),
+    prompt_format("named = role in ROLES or", "named = True or"),
+    prompt_format(
+        "by_template(others, place, tokenizer) == text",
+        "by_template(others, place, tokenizer) == ''",
+    ),
+    prompt_format("text.rstrip().endswith(mark)", "text.endswith(mark)"),
+    prompt_format("if value_of(row, name) is None}", "if name not in row}"),
+    prompt_data('state["epoch"], state["prompts"]', 'self.epoch, state["prompts"]'),
+    prompt_data('state["position"] * self.batch_size', 'state["position"]'),
+    prompt_data("[len(prompt.token_ids), *prompt.token_ids]", "[*prompt.token_ids]"),
+    prompt_data("first_row += len(part.rows)", "first_row += 0"),
+    prompt_data(
+        "self._short(tokenized, part.source)[:limit]", "self._short(tokenized, part.source)"
+    ),
+    teachers("if self.name_of(prompt) != name:", "if False:", "tests/test_models.py"),
+    teachers("if list(prompt.token_ids) != theirs:", "if theirs:", "tests/test_models.py"),
+    # metrics of data sets and teachers
+    metrics("value[chosen.to(value.device)]", "value", UNIT_METRICS),
+    stages("members(module, metrics, answered)", "{}"),
+    module("log_once(self.trainer, self, some)", "self.log_dict(some)", TWO),
     # answers
     answers("    if left == right:\n        return True\n", ""),
     answers("return found[-1] if found", "return found[0] if found"),

@@ -139,6 +139,18 @@ def test_templates_that_render_the_prompts_of_the_run_alike_are_no_difference(ti
     assert not warned(tiny, caplog, OTHER, [{"prompt": "hi"}], fmt=plain)
 
 
+def test_a_teacher_is_judged_by_the_prompts_that_it_reads(tiny, caplog):
+    student, theirs, same = (load_tokenizer(str(tiny / "llama-student")) for _ in range(3))
+    theirs.chat_template = OTHER
+    rows = [{"prompt": "hi", "teacher": "same"}, {"prompt": "hi", "teacher": "other"}]
+    prompts = tokenize_rows(rows, student, PromptFormat())
+    tokenizers = {"same": ("org/same", same), "other": ("org/other", theirs)}
+    teachers = Teachers(dict.fromkeys(tokenizers), 300, tokenizers)
+    teachers.check_rendering(list(zip(prompts, rows, strict=True)), PromptFormat(), student)
+    (record,) = caplog.records
+    assert "teacher org/other would render rows row 1" in record.getMessage()
+
+
 def test_of_long_prompts_the_difference_is_shown(tiny, caplog):
     (line,) = warned(tiny, caplog, OTHER + "\n", [{"prompt": "hi\n" * 500}])
     assert len(line) < 500

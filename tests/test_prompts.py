@@ -389,8 +389,10 @@ def test_a_field_that_the_user_names_and_no_row_has_is_refused(tmp_path, field):
 
 def test_a_field_of_some_rows_is_a_field(tmp_path):
     train = write(tmp_path / "train.jsonl", {"prompt": "1+1="})
-    held_out = write(tmp_path / "held_out.jsonl", {"prompt": "1"}, {"prompt": "2", "gold": 3})
-    fmt = PromptFormat(answer_field="gold")
+    held_out = write(
+        tmp_path / "held_out.jsonl", {"prompt": "1"}, {"prompt": "2", "gold": {"is": 3}}
+    )
+    fmt = PromptFormat(answer_field="gold.is")
     module = PromptDataModule(train, held_out, tokenizer="embedded:base", format=fmt)
     module.setup("fit")
     assert [p.answer for p in module.prompts] == [None, None, "3"]

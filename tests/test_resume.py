@@ -173,3 +173,43 @@ def test_another_optimizer_or_student_cannot_go_on(fit, tiny, capsys):
         output = ["--output", str(tiny / "elsewhere"), "--model.max_new_tokens", "4"]
         assert main(["fit", "--config", QUICKSTART, *SHRUNK, *output, *options, *last]) == 2
         assert said in capsys.readouterr().err
+
+
+# --- resumed on other prompts ---
+
+SHOWN = ["--samples.every_n_steps", "1", "--samples.rollouts", "99", "--data.validation", "null"]
+
+
+def rows_by_step(folder):
+    files = sorted(folder.glob("samples/*.jsonl"))
+    return [{json.loads(line)["row"] for line in file.read_text().splitlines()} for file in files]
+
+
+def test_a_run_resumed_with_another_batch_size_has_every_prompt_once_an_epoch(fit, two_epochs):
+    """Twenty prompts: five, five, and then six at a time, until Lightning has ended two epochs."""
+    options = [*two_epochs[0][:2], *SHOWN]
+    fit("run", *options, "--data.batch_size", "5", steps=2)
+    run = fit("run", *options, "--data.batch_size", "6", "--ckpt_path", "last", steps=8)
+    steps = rows_by_step(run)
+    assert [len(rows) for rows in steps] == [5, 5, 6, 4, 6, 6, 6, 2]
+    for epoch in (steps[:4], steps[4:]):
+        assert set().union(*epoch) == set(range(20))
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (["--data.train", "embedded:test"], "there were 20 and are"),
+        (["--seed_everything", "5"], "seed_everything was 0 and is 5"),
+    ],
+)
+def test_a_run_is_not_resumed_on_other_prompts(fit, two_epochs, capsys, change, message):
+    options = [*two_epochs[0][:2], *SHOWN]
+    run = fit("run", *options, steps=1)
+    before = (run / "config.yaml").read_text()
+    arguments = [*options, *change, "--ckpt_path", "last", "--output", str(run)]
+    assert main(["fit", "--config", QUICKSTART, "--trainer.max_steps", "2", *arguments]) == 2
+    error = capsys.readouterr().err
+    assert message in error
+    assert "go on with the same data" in error
+    assert (run / "config.yaml").read_text() == before
