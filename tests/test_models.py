@@ -145,7 +145,7 @@ def test_a_teacher_is_judged_by_the_prompts_that_it_reads(tiny, caplog):
     rows = [{"prompt": "hi", "teacher": "same"}, {"prompt": "hi", "teacher": "other"}]
     prompts = tokenize_rows(rows, student, PromptFormat())
     tokenizers = {"same": ("org/same", same), "other": ("org/other", theirs)}
-    teachers = Teachers(dict.fromkeys(tokenizers), 300, tokenizers)
+    teachers = Teachers(dict.fromkeys(tokenizers), 300, tokenizers=tokenizers)
     teachers.check_rendering(list(zip(prompts, rows, strict=True)), PromptFormat(), student)
     (record,) = caplog.records
     assert "teacher org/other would render rows row 1" in record.getMessage()
