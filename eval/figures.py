@@ -54,7 +54,7 @@ def curves(runs: Sequence[Run]) -> Figure:
 
 
 def _curve(axis: Axes, run: Run, x: str, y: str, color: str) -> None:
-    points = [p for p in run.points if getattr(p, y) is not None]
+    points = [p for p in run.points if None not in (getattr(p, x), getattr(p, y))]
     axis.plot(
         [getattr(p, x) for p in points],
         [getattr(p, y) for p in points],
@@ -63,7 +63,7 @@ def _curve(axis: Axes, run: Run, x: str, y: str, color: str) -> None:
         linewidth=1.6,
     )
     for search in run.searches if x == "step" else []:
-        accepted = bool(search["coefficient"])
+        accepted = bool(search.get("coefficient"))
         axis.plot(
             search["step"],
             _interpolate(points, search["step"], y),

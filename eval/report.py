@@ -8,7 +8,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from eval.figures import curves, png
-from eval.runs import PHASES, Run, read_run
+from eval.files import write_files
+from eval.runs import Point, Run, check_target, read_runs
 from opd.errors import UserError
 
 TITLE = "<title>On-policy distillation</title>"  # by which a page is known as ours
@@ -33,8 +34,9 @@ def report(runs: list[str], output: str, target: float = 0.95) -> None:
     Raises:
         UserError: A run cannot be read, or the page would replace something else.
     """
-    records = [read_run(Path(run).expanduser()) for run in runs]
+    check_target(target)
     path = _page(output)
+    records = read_runs([Path(run).expanduser() for run in runs])
     picture = png(curves([run for run in records if run.points]))
     page = "\n".join(
         [
@@ -50,10 +52,9 @@ def report(runs: list[str], output: str, target: float = 0.95) -> None:
     )
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(page, encoding="utf-8")
-        path.with_suffix(".png").write_bytes(picture)
     except OSError as error:
         raise UserError(f"--output {output}: cannot be written ({error.strerror})") from error
+    write_files({path.with_suffix(".png"): picture, path: page})
     print(f"wrote {output}")
 
 
@@ -79,20 +80,19 @@ def run_table(runs: Sequence[Run], target: float) -> tuple[list[str], list[list[
     for run in runs:
         if not run.summary:
             continue
-        cost = run.summary["cost"]
-        seconds = sum(cost[f"{phase}_seconds"] for phase in PHASES)
+        cost, share = run.summary["cost"], run.search_share
         reached = run.reached(target)
         rows.append(
             [
                 run.name,
                 str(run.summary["steps"]),
                 f"{cost['rollout_tokens'] + cost['search_generated_tokens']:,.0f}",
-                f"{seconds:.1f}",
-                f"{cost['search_seconds'] / seconds:.0%}" if seconds else "-",
+                f"{run.seconds:.1f}",
+                "-" if share is None else f"{share:.0%}",
                 _change(run.summary["accuracy"]),
                 _change(run.summary["reverse_kl"]),
                 str(reached.step) if reached else "not reached",
-                f"{reached.seconds:.1f}" if reached else "not reached",
+                _seconds(reached) if reached else "not reached",
             ]
         )
     return header, rows
@@ -107,6 +107,10 @@ def benchmark_table(runs: Sequence[Run]) -> tuple[list[str], list[list[str]]]:
         if run.benchmarks
     ]
     return ["model", *names], rows
+
+
+def _seconds(point: Point) -> str:
+    return "-" if point.seconds is None else f"{point.seconds:.1f}"
 
 
 def _change(pair: dict[str, float | None]) -> str:
@@ -142,15 +146,17 @@ def _searches_section(runs: Sequence[Run]) -> str:
         rows = [
             [
                 str(search["step"]),
-                f"{search['coefficient']:g}" if search["coefficient"] else "refused",
-                ", ".join(f"{c['coefficient']:g}: {c['score']:.3f}" for c in search["candidates"]),
+                f"{search['coefficient']:g}" if search.get("coefficient") else "refused",
+                ", ".join(
+                    f"{c['coefficient']:g}: {c['score']:.3f}" for c in search.get("candidates", [])
+                ),
                 f"{search['seconds']:.2f}",
                 f"{search['tokens']:,}",
             ]
             for search in run.searches
         ]
         table = _table(["step", "coefficient", "candidates: score", "seconds", "tokens"], rows)
-        accepted = sum(bool(search["coefficient"]) for search in run.searches)
+        accepted = sum(bool(search.get("coefficient")) for search in run.searches)
         summary = f"{html.escape(run.name)}: {len(rows)} searches, {accepted} accepted"
         parts.append(f"<details><summary>{summary}</summary>{table}</details>")
     return "<h2>Extrapolations</h2>" + "".join(parts) if parts else ""

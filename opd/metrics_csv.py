@@ -11,6 +11,8 @@ from typing import Any
 from lightning.pytorch.loggers.logger import Logger
 from lightning.pytorch.utilities import rank_zero_only
 
+from opd.metrics_rows import read_metrics
+
 
 class MetricsCSV(Logger):
     """Appends rows to ``metrics.csv``; a resumed run replaces the rows that it does again.
@@ -62,10 +64,3 @@ class MetricsCSV(Logger):
             writer.writeheader()
             writer.writerows(rows)
         temporary.replace(self.path)
-
-
-def read_metrics(path: Path) -> list[dict[str, str]]:
-    """Read metrics.csv: one mapping per complete row, without its empty cells."""
-    with path.open(newline="", encoding="utf-8") as file:
-        rows = [row for row in csv.DictReader(file) if None not in row.values()]
-    return [{name: value for name, value in row.items() if value} for row in rows]

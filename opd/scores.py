@@ -214,7 +214,7 @@ def draw_training_prompts(
     if not prompts:
         raise UserError(
             f"{data.train}: no row has an answer ({data.format.answer_field!r}), so AnswerAccuracy "
-            "cannot judge; use TeacherKL, which needs no labels (configs/effopd/label_free.yaml)"
+            "cannot judge; use TeacherKL, which needs no labels (--config effopd/label_free)"
         )
     shuffler = torch.Generator().manual_seed(seed)
     return [prompts[i] for i in torch.randperm(len(prompts), generator=shuffler)[:count].tolist()]

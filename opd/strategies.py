@@ -70,7 +70,7 @@ def load_under(
     if not isinstance(strategy, DDPStrategy | SingleDeviceStrategy | None):
         raise UserError(
             f"trainer.strategy {type(strategy).__name__} cannot share out student and teacher; "
-            "use one of configs/strategy/"
+            "use --config strategy/ddp, strategy/fsdp1 or strategy/fsdp2"
         )
     return load()
 

@@ -1,15 +1,20 @@
 """The front door: bad input ends with exit code 2 and one line; good input with files."""
 
+import importlib.metadata
 import json
+import os
+import signal
 import subprocess
 import sys
+from pathlib import Path
 from unittest.mock import Mock
 
 import pytest
+import yaml
 from conftest import QUICKSTART, SHRUNK, assert_same, copy_of, load
 from safetensors import SafetensorError
 
-from opd.cli import COMMANDS, main
+from opd.cli import COMMANDS, main, recipes, run_folder
 from opd.embedded.build import build_model, build_tokenizer
 
 
@@ -105,7 +110,7 @@ def test_effopd_without_answers_names_the_label_free_preset(capsys, tmp_path):
     prompts = write(tmp_path / "p.jsonl", '{"prompt": "123+456="}\n' * 4)
     search = "--trainer.callbacks+=callbacks.EffOPD"
     line = fit_error(capsys, tmp_path, "--data.train", prompts, search)
-    assert "label_free.yaml" in line
+    assert "--config effopd/label_free" in line
 
 
 def test_wrong_effopd_option(capsys, tmp_path):
@@ -181,6 +186,106 @@ def test_help_names_every_command_and_explains_the_keys(capsys):
     for key in ("--output", "--model.student", "--model.max_new_tokens", "--data.batch_size"):
         assert key in text
     assert "Longest completion in tokens" in text
+
+
+@pytest.mark.parametrize(
+    ("typed", "said"),
+    [
+        (["fitt"], "did you mean fit?"),
+        (["evalaute"], "did you mean evaluate?"),
+        (["xyz"], "see opd --help"),
+    ],
+)
+def test_a_misspelt_command_is_told_the_near_one(capsys, typed, said):
+    assert main(typed) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert repr(typed[0]) in line
+    assert said in line
+
+
+def test_help_and_version(capsys):
+    assert main(["--help"]) == main(["help"]) == 0
+    one, other = capsys.readouterr().out.split("On-policy")[1:]
+    assert one.strip() == other.strip()
+    with pytest.raises(SystemExit) as ended:
+        main(["help", "report"])
+    assert ended.value.code == 0
+    assert "usage: opd report" in capsys.readouterr().out
+    assert main(["--version"]) == 0
+    assert capsys.readouterr().out == f"opd {importlib.metadata.version('opd')}\n"
+
+
+@pytest.mark.parametrize("arguments", [["--help"], ["report", "--help"]])
+def test_nobody_reads_what_is_printed(arguments):
+    """As in `opd --help | head -1`, where head ends before all is printed."""
+    reading, writing = os.pipe()
+    os.close(reading)
+    command = [sys.executable, "-m", "opd.cli", *arguments]
+    ran = subprocess.run(command, stdout=writing, stderr=subprocess.PIPE, text=True)
+    os.close(writing)
+    assert ran.stderr == ""
+    assert ran.returncode == 128 + signal.SIGPIPE
+
+
+def test_help_of_what_needs_no_training_does_not_load_lightning():
+    script = "import sys; from opd.cli import main; main(['--help']); main(['fitt'])\n"
+    script += "assert not {'torch', 'lightning', 'jsonargparse'} & set(sys.modules)"
+    subprocess.run([sys.executable, "-c", script], check=True, capture_output=True)
+
+
+NAMES = "effopd/label_free, effopd/line_search, effopd/paper, effopd/published_code, quickstart, "
+NAMES += "strategy/ddp, strategy/fsdp1, strategy/fsdp2"
+
+
+def lr_of(capsys, *configs: str) -> float:
+    """The learning rate that a configuration comes to."""
+    capsys.readouterr()
+    options = [word for config in configs for word in ("--config", config)]
+    with pytest.raises(SystemExit):
+        main(["fit", *options, "--print_config"])
+    config = yaml.safe_load(capsys.readouterr().out)
+    return config["model"]["optimizer"]["init_args"]["lr"]
+
+
+def test_recipes_have_names_and_a_path_is_a_path(capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert lr_of(capsys, "quickstart", "effopd/paper") == 1e-4
+    other = "model: {optimizer: {class_path: torch.optim.AdamW, init_args: {lr: 0.25}}}\n"
+    assert lr_of(capsys, "quickstart", other) == 0.25
+    (tmp_path / "quickstart").mkdir()  # a folder is no configuration
+    assert lr_of(capsys, "quickstart") == 1e-4
+    write(tmp_path / "quickstart.yaml", Path(QUICKSTART).read_text().replace("1.0e-4", "0.5"))
+    assert lr_of(capsys, "quickstart") == 1e-4
+    assert lr_of(capsys, "quickstart.yaml") == lr_of(capsys, "./quickstart.yaml") == 0.5
+    (tmp_path / "effopd").mkdir()
+    (tmp_path / "quickstart.yaml").rename(tmp_path / "effopd" / "paper")
+    assert lr_of(capsys, "effopd/paper") == 0.5
+
+
+@pytest.mark.parametrize("name", ["quickstrat", "./quickstart", "quick", "study/quickstart", ""])
+def test_an_unknown_recipe_is_told_the_names_there_are(capsys, tmp_path, monkeypatch, name):
+    monkeypatch.chdir(tmp_path)
+    line = error_of(capsys, "fit", "--config", name)
+    assert f"--config {name}: there is no such file" in line
+    assert line.endswith(f"there are {NAMES}")
+
+
+def test_a_path_of_a_checkout_elsewhere_is_told_the_name(capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    line = error_of(capsys, "fit", "--config", "configs/effopd/paper.yaml")
+    assert line.endswith("there is no such file here; by name it is effopd/paper")
+    assert error_of(capsys, "study", "--config", "quickstart").endswith("are study/quickstart")
+
+
+@pytest.mark.parametrize(
+    ("config", "recipe"),
+    [("quickstart", "quickstart"), ("effopd/paper", "paper"), (QUICKSTART, "quickstart")],
+)
+def test_a_run_folder_is_named_after_the_first_recipe(tmp_path, monkeypatch, config, recipe):
+    """A name has the folder that its path has."""
+    monkeypatch.chdir(tmp_path)
+    folder = run_folder.choose(None, [recipes.find(config), recipes.find("strategy/ddp")])
+    assert folder.parent == Path("runs") / recipe
 
 
 def test_commands_work_from_any_directory(tmp_path):

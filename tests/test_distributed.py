@@ -32,7 +32,7 @@ from eval.memory import GATHERED, memory
 from opd.checkpoints import newest_checkpoint
 from opd.cli import main
 from opd.errors import UserError
-from opd.metrics_csv import read_metrics
+from opd.metrics_rows import read_metrics
 from opd.models import load_model, load_tokenizer
 
 
@@ -325,7 +325,7 @@ def test_shards_without_a_sharded_strategy_are_refused(tmp_path, sharded_run, ca
     options = ["--output", folder, "--ckpt_path", "last", "--trainer.max_steps", "3"]
     assert main(["fit", "--config", QUICKSTART, *LINE_SEARCH, *options]) == 2
     error = capsys.readouterr().err
-    assert "holds shards; go on with --config configs/strategy/fsdp2.yaml" in error
+    assert "holds shards; go on with --config strategy/fsdp2" in error
 
 
 def test_predictions_of_all_ranks_are_put_together(tmp_path):

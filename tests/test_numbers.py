@@ -26,7 +26,7 @@ from lightning.pytorch import Callback
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 from opd.cli import main
-from opd.metrics_csv import read_metrics
+from opd.metrics_rows import read_metrics
 
 EMBEDDED = ROOT / "opd" / "embedded"
 SUMS = [

@@ -12,7 +12,8 @@ from conftest import QUICKSTART, SHRUNK, assert_same, copy_of, load, run_fit
 
 from opd.checkpoints import newest_checkpoint
 from opd.cli import main
-from opd.metrics_csv import MetricsCSV, read_metrics
+from opd.metrics_csv import MetricsCSV
+from opd.metrics_rows import read_metrics
 
 SEARCH = [
     "--trainer.callbacks+=callbacks.EffOPD",

@@ -30,7 +30,7 @@ from callbacks import RunCheckpoint
 from opd.checkpoints import STUDENT_FILES, find_all, newest_checkpoint, read_step
 from opd.cli import main, run_folder
 from opd.errors import UserError
-from opd.metrics_csv import read_metrics
+from opd.metrics_rows import read_metrics
 from opd.rollouts import TransformersEngine
 
 ONE_STEP = ["--data.validation_limit", "8", "--trainer.max_steps", "1"]

@@ -203,7 +203,7 @@ def test_a_run_logs_every_metric_of_the_contract(searched):
 
 
 def test_update_norm_is_the_norm_of_the_weights_change(vanilla):
-    from opd.metrics_csv import read_metrics
+    from opd.metrics_rows import read_metrics
 
     before, after = (load(vanilla, f"step=00000{step}.ckpt")["state_dict"] for step in (2, 3))
     change = torch.cat([(after[n] - before[n]).flatten().double() for n in before]).norm().item()

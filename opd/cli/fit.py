@@ -6,6 +6,7 @@ import contextlib
 import functools
 import operator
 import re
+import sys
 import types
 import typing
 import warnings
@@ -22,14 +23,13 @@ from lightning.pytorch.loggers import Logger, TensorBoardLogger
 
 from callbacks import RunCheckpoint, RunSummary, SampleWriter
 from opd import checkpoints
-from opd.cli import explain, ranks, run_folder
+from opd.cli import explain, ranks, recipes, run_folder
 from opd.errors import UserError
 from opd.metrics_csv import MetricsCSV
 from opd.module import OPDModule
 from opd.prompts import PromptDataModule
 from opd.strategies import ShardedStrategy
 
-SUBCOMMANDS = ("fit", "validate", "test", "predict")
 NOT_SAVED = ("output", "overwrite", "ckpt_path", "checkpoint.dirpath", "trainer.default_root_dir")
 PARSER_OPTIONS = {"exit_on_error": False}
 OURS = ("opd", "callbacks", "eval", "tasks")
@@ -49,7 +49,7 @@ class OPDCLI(LightningCLI):
 
     @classmethod
     def run(cls) -> OPDCLI:
-        """Parse sys.argv, build everything, run the subcommand."""
+        """Parse sys.argv, which begins with the subcommand, build everything and run it."""
         warnings.filterwarnings("ignore", message=".*LeafSpec.*is deprecated")  # Lightning's own
         warnings.filterwarnings("ignore", message=".*sync_dist=True.*")  # we log reduced values
         warnings.filterwarnings("ignore", message=".*ModelCheckpoint with manual optimization.*")
@@ -69,11 +69,24 @@ class OPDCLI(LightningCLI):
                 "enable_autolog_hparams": False,  # there are none, and it opens the events early
                 "callbacks": [RunSummary()],
             },
-            parser_kwargs={
-                **PARSER_OPTIONS,
-                **{name: dict(PARSER_OPTIONS) for name in SUBCOMMANDS},
-            },
+            parser_kwargs={**PARSER_OPTIONS, _asked(): dict(PARSER_OPTIONS)},
         )
+
+    @staticmethod
+    def subcommands() -> dict[str, set[str]]:
+        """The one that is asked for: a parser of each of the four takes a while."""
+        return {_asked(): LightningCLI.subcommands()[_asked()]}
+
+    def init_parser(self, **kwargs: Any) -> LightningArgumentParser:
+        """Make a parser whose ``--config`` takes names too."""
+        parser = LightningArgumentParser(**kwargs)
+        parser.add_argument(
+            "-c",
+            "--config",
+            action=recipes.ConfigAction,
+            help=f"YAML file, or one of {', '.join(recipes.names())}. Later ones win.",
+        )
+        return parser
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         """Add the run folder, our two configurable callbacks, and what follows from other keys."""
@@ -177,8 +190,8 @@ class OPDCLI(LightningCLI):
         path, sharded = self._options.ckpt_path, isinstance(self.trainer.strategy, ShardedStrategy)
         if path is not None and checkpoints.is_sharded(Path(path)) and not sharded:
             raise UserError(
-                f"--ckpt_path {path}: holds shards; go on with --config configs/strategy/fsdp2.yaml"
-                f", on any number of devices, or begin anew from it with --model.student {path}"
+                f"--ckpt_path {path}: holds shards; go on with --config strategy/fsdp2, "
+                f"on any number of devices, or begin anew from it with --model.student {path}"
             )
 
     @property
@@ -387,6 +400,11 @@ def _integers_first(hint: Any) -> Any:
     if not {int, float} <= set(members):
         return hint
     return functools.reduce(operator.or_, [int, *(m for m in members if m is not int)])
+
+
+def _asked() -> str:
+    """The subcommand, with which sys.argv begins."""
+    return sys.argv[1]
 
 
 def _seed(seed_everything: bool | int) -> int:

@@ -6,7 +6,10 @@ whose arguments and help come from their signatures.
 
 from __future__ import annotations
 
+import difflib
 import importlib
+import importlib.metadata
+import os
 import re
 import signal
 import sys
@@ -23,6 +26,7 @@ LOST_CONTACT = 1
 TERMINATED = 128 + signal.SIGTERM  # what a shell reports of a program that a signal has ended
 INTERRUPTED = 128 + signal.SIGINT
 NEGATIVE = re.compile(r"-\.?\d.*|-inf|-nan")
+NOBODY_READS = 128 + signal.SIGPIPE
 
 
 @dataclass(frozen=True)
@@ -61,39 +65,56 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     Returns:
         0; 2 where the user can put right what went wrong, and one line on stderr says what; 143
-        after SIGTERM, 130 after Ctrl-C; 1 if another rank is gone.
+        after SIGTERM, 130 after Ctrl-C; 141 if nobody reads what it prints any more, as in ``opd
+        --help | head -1``; 1 if another rank is gone.
     """
     args = list(sys.argv[1:] if argv is None else argv)
+    try:
+        try:
+            return _main(args)
+        finally:
+            sys.stdout.flush()  # here, where it can be handled, rather than when Python ends
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return NOBODY_READS
+
+
+def _main(args: list[str]) -> int:
+    if args[:1] == ["help"]:
+        args = [*args[1:2], "--help"]
     if not args or args[0] in ("-h", "--help"):
         print(_usage())
         return 0 if args else USAGE_ERROR
+    if args[0] == "--version":
+        print(f"opd {importlib.metadata.version('opd')}")
+        return 0
     name, *rest = _joined(args)
     if name not in COMMANDS:
-        print(f"opd: unknown command {name!r}; see opd --help", file=sys.stderr)
+        near = difflib.get_close_matches(name, COMMANDS, n=1)
+        hint = f"did you mean {near[0]}? See" if near else "see"
+        print(f"opd: unknown command {name!r}; {hint} opd --help", file=sys.stderr)
         return USAGE_ERROR
-    from jsonargparse import ArgumentError
-    from lightning.fabric.utilities.exceptions import MisconfigurationException
-    from lightning.pytorch.utilities.exceptions import SIGTERMException
-
     from opd.cli.yaml_keys import refuse_repeated_keys
 
     refuse_repeated_keys()
     try:
         run_command(name, rest)
-    except (UserError, ArgumentError, MisconfigurationException) as error:
-        _complain(name, f"error: {one_line(error)}")
-        return USAGE_ERROR
+    except BrokenPipeError:
+        raise
     except OSError as error:  # of a disk that is full or gone; what was saved before is whole
         _complain(name, f"error: {error}")
         return USAGE_ERROR
-    except SIGTERMException as stopped:
+    except KeyboardInterrupt:  # where there is nothing to save
+        _complain(name, "stopped by Ctrl-C")
+        return INTERRUPTED
+    except _usage_errors() as error:
+        _complain(name, f"error: {one_line(error)}")
+        return USAGE_ERROR
+    except _told_to_stop() as stopped:
         by_user = signal.SIGINT in stopped.args
         by = "Ctrl-C" if by_user else "SIGTERM"
         _complain(name, f"stopped by {by}; go on with --ckpt_path last")
         return INTERRUPTED if by_user else TERMINATED
-    except KeyboardInterrupt:  # where there is nothing to save
-        _complain(name, "stopped by Ctrl-C")
-        return INTERRUPTED
     except SystemExit as ended:
         if not isinstance(ended.__context__, KeyboardInterrupt):  # which Lightning turns into this
             raise
@@ -122,6 +143,23 @@ def _joined(args: Sequence[str]) -> list[str]:
     return joined
 
 
+# Python asks for these when something has been raised: Lightning takes seconds to import, and not
+# every command needs it.
+
+
+def _usage_errors() -> tuple[type[Exception], ...]:
+    from jsonargparse import ArgumentError
+    from lightning.fabric.utilities.exceptions import MisconfigurationException
+
+    return UserError, ArgumentError, MisconfigurationException
+
+
+def _told_to_stop() -> type[BaseException]:
+    from lightning.pytorch.utilities.exceptions import SIGTERMException
+
+    return SIGTERMException
+
+
 def _complain(name: str, message: str) -> None:
     """Print one line; processes other than the first say who they are."""
     rank = ranks.name()
@@ -138,7 +176,8 @@ def _is_lost_contact(error: RuntimeError) -> bool:
 def _usage() -> str:
     lines = ["On-policy distillation of language models.", "", "usage: opd COMMAND ...", ""]
     lines += [f"  {name:<10}{command.help}" for name, command in COMMANDS.items()]
-    return "\n".join([*lines, "", "opd COMMAND --help lists the options of one command."])
+    lines += ["", "opd COMMAND --help lists the options of one command; opd --version."]
+    return "\n".join(lines)
 
 
 def run_command(name: str, args: list[str]) -> Any:
@@ -153,6 +192,8 @@ def run_command(name: str, args: list[str]) -> Any:
         return _run_lightning([name, *args])
     from jsonargparse import ArgumentParser
 
+    from opd.cli import recipes
+
     module, _, function_name = command.function.partition(":")
     function: Callable[..., Any] = getattr(importlib.import_module(module), function_name)
     parser = ArgumentParser(prog=f"opd {name}", description=command.help, exit_on_error=False)
@@ -160,7 +201,9 @@ def run_command(name: str, args: list[str]) -> Any:
         parser.add_argument(command.positional, nargs="+", type=str)
     skip: set[str | int] = {command.positional} if command.positional else set()
     if command.runs_others:
-        parser.add_argument("--config", action="config", help="YAML file with these options")
+        names = ", ".join(recipes.names(studies=True))
+        help_ = f"YAML file with these options, or one of {names}"
+        parser.add_argument("--config", action=recipes.StudyAction, help=help_)
         skip.add("opd")
     parser.add_function_arguments(function, skip=skip)
     options = parser.parse_args(args).as_dict()

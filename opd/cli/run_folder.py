@@ -26,7 +26,7 @@ from pathlib import Path
 from opd import checkpoints
 from opd.cli import ranks
 from opd.errors import UserError
-from opd.metrics_csv import read_metrics
+from opd.metrics_rows import read_metrics
 
 log = logging.getLogger(__name__)
 
@@ -210,7 +210,10 @@ def has_progress(folder: Path) -> bool:
     if checkpoints.find_all(folder / "checkpoints"):
         return True
     metrics = folder / "metrics.csv"
-    return metrics.is_file() and any(row.get("step") != "0" for row in read_metrics(metrics))
+    try:
+        return metrics.is_file() and any(row["step"] != "0" for row in read_metrics(metrics))
+    except UserError:  # damaged: something has been there
+        return True
 
 
 def files(folder: Path) -> list[Path]:

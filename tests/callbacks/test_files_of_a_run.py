@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from opd.metrics_csv import read_metrics
+from opd.metrics_rows import read_metrics
 
 
 def test_samples_and_validations_of_a_run(fit):

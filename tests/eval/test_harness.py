@@ -8,7 +8,7 @@ from transformers import GenerationConfig
 
 from eval.harness import evaluate_model, markdown_table, metrics_of
 from opd.cli import main
-from opd.metrics_csv import read_metrics
+from opd.metrics_rows import read_metrics
 from opd.models import generating_with, load_model, load_tokenizer, plain_sampling
 from tasks.arithmetic.arithmetic import load, process_results
 

@@ -1,0 +1,70 @@
+"""Recipes, presets and studies by name: ``--config quickstart`` is ``configs/quickstart.yaml``.
+
+``configs/`` lies beside ``opd/``, in a checkout as in an installed wheel, so a name works from any
+folder. A path is a path: a file of the working directory comes first.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from jsonargparse import ActionConfigFile  # type: ignore[attr-defined]  # lazily exported
+
+from opd.errors import UserError
+
+CONFIGS = Path(__file__).parents[2] / "configs"
+STUDIES = "study/"  # the only names that `opd study` takes, and that no other command does
+LITERAL = "{:\n"  # of these a name has none, and YAML written out has one
+
+
+def names(*, studies: bool = False) -> list[str]:
+    """Names of the recipes and presets that are installed, or of the studies."""
+    found = (path.relative_to(CONFIGS) for path in CONFIGS.rglob("*.yaml"))
+    every = sorted(path.with_suffix("").as_posix() for path in found)
+    return [name for name in every if name.startswith(STUDIES) == studies]
+
+
+def find(text: str, option: str = "--config", *, studies: bool = False) -> str:
+    """Find a configuration.
+
+    Args:
+        text: Path of a file, or name of one in configs/.
+        option: What it was given for, for messages.
+        studies: Whether it is to be a study.
+
+    Returns:
+        Path of the file.
+
+    Raises:
+        UserError: There is neither.
+    """
+    if Path(text).expanduser().is_file():
+        return str(Path(text).expanduser())
+    known = names(studies=studies)
+    if text in known:
+        return str(CONFIGS / f"{text}.yaml")
+    name = text.removeprefix("configs/").removesuffix(".yaml")
+    if name in known:
+        raise UserError(f"{option} {text}: there is no such file here; by name it is {name}")
+    raise UserError(
+        f"{option} {text}: there is no such file, nor a configuration of that name; there are "
+        f"{', '.join(known)}"
+    )
+
+
+class ConfigAction(ActionConfigFile):
+    """``--config``: a path, a name, or YAML written out."""
+
+    studies = False
+
+    def __call__(self, parser: Any, cfg: Any, values: Any, option_string: Any = None) -> None:
+        if not set(LITERAL) & set(values):
+            values = find(values, studies=self.studies)
+        super().__call__(parser, cfg, values, option_string)
+
+
+class StudyAction(ConfigAction):
+    """``--config`` of ``opd study``."""
+
+    studies = True
