@@ -130,7 +130,7 @@ def test_other_commands(capsys, tmp_path):
     assert "--sampels" in error_of(capsys, *evaluate, "arithmetic", "--sampels", "3")
     assert "must be at least 1" in error_of(capsys, *evaluate, "arithmetic", "--samples", "0")
     assert "no such model" in error_of(capsys, "export", "--checkpoint", nope, "--output", nope)
-    assert "does not exist" in error_of(capsys, "report", nope, "--output", nope)
+    assert "does not exist" in error_of(capsys, "report", nope, "--output", f"{nope}.html")
     full = write(tmp_path / "file", "")
     base = ["export", "--checkpoint", "embedded:base", "--output"]
     assert "is not empty" in error_of(capsys, *base, str(tmp_path))
