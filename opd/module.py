@@ -138,6 +138,8 @@ class OPDModule(LightningModule):
         ]:
             if value <= 0:
                 raise UserError(f"model.{name}={value} must be above 0")
+        if not teacher:
+            raise UserError("model.teacher names no model")
         self.student_source = student
         self.teacher_sources = {DEFAULT: teacher} if isinstance(teacher, str) else teacher
         self.objective = objective or ReverseKL()
@@ -205,6 +207,15 @@ class OPDModule(LightningModule):
             ["opd/loss", *names], ROLLOUT_SUMS, ROLLOUT_MAXIMA, groups=train
         )
         self.evaluation_metrics = StepMetrics(names, ROLLOUT_SUMS, ROLLOUT_MAXIMA, groups=held_out)
+
+    @classmethod
+    def load_from_checkpoint(cls, *args: Any, **kwargs: Any) -> Any:
+        """Refuse: a checkpoint is a student, and does not know its teacher.
+
+        Raises:
+            UserError: Always.
+        """
+        raise UserError("name the checkpoint as a student: OPDModule(student=CHECKPOINT, ...)")
 
     # --- models ---------------------------------------------------------------------------------
 
@@ -330,6 +341,10 @@ class OPDModule(LightningModule):
         Returns:
             ``step``, the :class:`opd.step.StepOutput`; ``loss``, its mean over the global batch.
         """
+        if not isinstance(batch, PromptBatch):
+            raise UserError(
+                f"OPDModule is trained on prompts of a PromptDataModule, not on {type(batch)}"
+            )
         callbacks = self.trainer.callbacks  # type: ignore[attr-defined]  # set by a connector
         t = self.global_step + 1
         asked = StepRequest.merged(

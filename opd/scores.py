@@ -72,7 +72,7 @@ class AnswerAccuracy(CandidateScore):
         if num_examples < 1 or samples < 1 or temperature < 0:
             raise UserError(
                 f"AnswerAccuracy(num_examples={num_examples}, samples={samples}, "
-                f"temperature={temperature}): out of range"
+                f"temperature={temperature}): the first two must be at least 1, the last at least 0"
             )
         self.num_examples = num_examples
         self.samples = samples

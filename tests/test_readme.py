@@ -2,13 +2,16 @@
 
 import re
 import shlex
+import subprocess
+import sys
 
 import pytest
 import yaml
-from conftest import ROOT
+from conftest import ROOT, launch_environment
 
 from eval.memory import table
 from opd.cli import COMMANDS, main
+from opd.models import load_model
 
 README = (ROOT / "README.md").read_text()
 BLOCKS = dict(enumerate(re.findall(r"```(?:bash|yaml)\n(.*?)```", README, re.DOTALL)))
@@ -21,7 +24,6 @@ def commands() -> list[list[str]]:
 
 def test_every_command_runs_in_order(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    (tmp_path / "configs").symlink_to(ROOT / "configs")
     assert {command[0] for command in commands()} == set(COMMANDS) - {"study"}
     small = ["--data.validation_limit", "8", "--data.batch_size", "4"]
     for command in commands():
@@ -42,6 +44,15 @@ def test_the_example_configuration_is_accepted(tmp_path, capsys):
     preset = str(ROOT / "configs" / "effopd" / "label_free.yaml")
     options = ["--output", str(tmp_path / "run"), "--data.validation_limit", "4"]
     assert main(["fit", "--config", str(tmp_path / "mine.yaml"), "--config", preset, *options]) == 0
+
+
+def test_the_python_of_the_readme_runs(tmp_path):
+    """In a process of its own: it writes where it is, and loads what a user would load."""
+    (code,) = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+    assert len([line for line in code.splitlines() if line]) <= 10
+    command = [sys.executable, "-c", code]
+    subprocess.run(command, cwd=tmp_path, env=launch_environment(), check=True, timeout=120)
+    assert load_model(str(tmp_path / "distilled")).num_parameters() > 0
 
 
 @pytest.mark.parametrize("path", sorted((ROOT / "configs" / "effopd").glob("*.yaml")))

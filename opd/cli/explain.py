@@ -19,11 +19,7 @@ NOISE = re.compile(  # that only says that there are several types, or is of a t
     r"Expected a path but|Does not validate against|Subtypes|Errors$|Given value|Not a valid sub"
     r"|Subclass types expect|a class path|a dict with|Type typing|Expected a <class 'NoneTyp"
 )
-TYPES = {
-    "<class 'int'>": "an integer",
-    "<class 'float'>": "a number",
-    "<class 'bool'>": "a boolean",
-}
+TYPES = {"int": "an integer", "float": "a number", "bool": "true or false", "str": "text"}
 
 
 def one_line(error: BaseException) -> str:

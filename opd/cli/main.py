@@ -94,9 +94,6 @@ def _main(args: list[str]) -> int:
         hint = f"did you mean {near[0]}? See" if near else "see"
         print(f"opd: unknown command {name!r}; {hint} opd --help", file=sys.stderr)
         return USAGE_ERROR
-    from opd.cli.yaml_keys import refuse_repeated_keys
-
-    refuse_repeated_keys()
     try:
         run_command(name, rest)
     except BrokenPipeError:

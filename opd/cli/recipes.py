@@ -9,6 +9,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import yaml
 from jsonargparse import ActionConfigFile  # type: ignore[attr-defined]  # lazily exported
 
 from opd.errors import UserError
@@ -53,14 +54,49 @@ def find(text: str, option: str = "--config", *, studies: bool = False) -> str:
     )
 
 
+def check_yaml(text: str, where: str) -> None:
+    """Refuse what holds no options, or a key twice, of which the first would go without a word.
+
+    Raises:
+        UserError: It is such, or no YAML at all.
+    """
+    try:
+        node = yaml.compose(text, Loader=yaml.SafeLoader)
+    except yaml.YAMLError as error:
+        raise UserError(f"{where}: is no YAML ({' '.join(str(error).split())})") from error
+    if not isinstance(node, yaml.MappingNode | None):
+        raise UserError(f"{where}: must hold options, as KEY: VALUE")
+    _check_node(node, where)
+
+
+def _check_node(node: yaml.Node | None, where: str) -> None:
+    if isinstance(node, yaml.SequenceNode):
+        for part in node.value:
+            _check_node(part, where)
+    if isinstance(node, yaml.MappingNode):
+        lines: dict[str, int] = {}
+        for key, value in node.value:
+            line = key.start_mark.line + 1
+            if key.value in lines:
+                raise UserError(
+                    f"{where} line {line}: the key {key.value!r} is already there in line "
+                    f"{lines[key.value]}; put both together"
+                )
+            lines[key.value] = line
+            _check_node(value, where)
+
+
 class ConfigAction(ActionConfigFile):
     """``--config``: a path, a name, or YAML written out."""
 
     studies = False
 
     def __call__(self, parser: Any, cfg: Any, values: Any, option_string: Any = None) -> None:
-        if not set(LITERAL) & set(values):
+        if set(LITERAL) & set(values):
+            check_yaml(values, "--config")
+        else:
             values = find(values, studies=self.studies)
+            check_yaml(Path(values).read_text(encoding="utf-8", errors="replace"), values)
         super().__call__(parser, cfg, values, option_string)
 
 

@@ -16,7 +16,7 @@ from array import array
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import torch
 from lightning.pytorch import LightningDataModule
@@ -148,7 +148,7 @@ class PromptDataModule(LightningDataModule):
             as a mapping from a name of yours to one of these. Metrics of several data sets are
             logged for each of them too, as <metric>/data/<name>.
         validation: Held-out prompts, named alike. None: no validation.
-        tokenizer: Where the tokenizer comes from; the command line fills in the student.
+        tokenizer: Where the tokenizer comes from. Empty: that of the module which it is used with.
         batch_size: Prompts per optimizer step, all ranks together.
         validation_batch_size: Prompts per validation batch, all ranks together.
         validation_limit: Validate on the first so many prompts of each data set only. None: on all.
@@ -239,7 +239,7 @@ class PromptDataModule(LightningDataModule):
         Raises:
             UserError: A source is missing, broken or empty, or no prompt is short enough.
         """
-        tokenizer = load_tokenizer(self.tokenizer_source, trust_remote_code=self.trust_remote_code)
+        tokenizer = self._tokenizer()
         self.pad_id = pad_token_id(tokenizer)
         if stage != "fit" and not self._validation:
             raise UserError(f"opd {TrainerFn(stage).value} needs prompts: set --data.validation")
@@ -256,6 +256,12 @@ class PromptDataModule(LightningDataModule):
         self.validation_prompts = self.validation_prompts or self._tokenize(
             validation, tokenizer, self.validation_limit
         )
+
+    def _tokenizer(self) -> PreTrainedTokenizerBase:
+        own = getattr(self.trainer and self.trainer.lightning_module, "tokenizer", None)
+        if not self.tokenizer_source and own is not None:
+            return cast(PreTrainedTokenizerBase, own)
+        return load_tokenizer(self.tokenizer_source, trust_remote_code=self.trust_remote_code)
 
     def _read(self, sources: Mapping[str | None, str], split: str) -> list[_Rows]:
         parts = []

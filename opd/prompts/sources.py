@@ -68,6 +68,8 @@ def _path(source: str) -> Path:
 
 def _read_jsonl(path: Path) -> list[Row]:
     rows: list[Row] = []
+    if not path.exists():
+        raise UserError(f"{path}: there is no such file")
     try:
         text = path.read_text(encoding="utf-8-sig")
     except (OSError, ValueError) as error:

@@ -40,14 +40,14 @@ class Sampler:
     vocabulary: int | None = None
 
     def __post_init__(self) -> None:
-        for name, value, valid in [
-            ("max_new_tokens", self.max_new_tokens, self.max_new_tokens >= 1),
-            ("temperature", self.temperature, self.temperature >= 0),
-            ("top_p", self.top_p, 0 < self.top_p <= 1),
-            ("top_k", self.top_k, self.top_k >= 0),
+        for name, value, valid, wanted in [
+            ("max_new_tokens", self.max_new_tokens, self.max_new_tokens >= 1, "at least 1"),
+            ("temperature", self.temperature, self.temperature >= 0, "at least 0"),
+            ("top_p", self.top_p, 0 < self.top_p <= 1, "above 0 and at most 1, which keeps all"),
+            ("top_k", self.top_k, self.top_k >= 0, "at least 0, which keeps all"),
         ]:
             if not valid:
-                raise UserError(f"model.{name}={value} is out of range")
+                raise UserError(f"model.{name}={value} must be {wanted}")
 
 
 @dataclass

@@ -19,6 +19,7 @@ from transformers import (
     TopPLogitsWarper,
 )
 
+from opd.errors import UserError
 from opd.models import generating_with
 from opd.prompts import PromptBatch
 from opd.randomness import uniform
@@ -93,9 +94,14 @@ class TransformersEngine(RolloutEngine):
     Args:
         batch_size: Completions generated at a time; None: all at once.
         progress_seconds: Long rollouts log their progress so often.
+
+    Raises:
+        UserError: The batch size is not above 0.
     """
 
     def __init__(self, batch_size: int | None = None, progress_seconds: float = 30.0) -> None:
+        if batch_size is not None and batch_size < 1:
+            raise UserError(f"TransformersEngine.batch_size={batch_size} must be at least 1")
         self.batch_size = batch_size
         self.progress_seconds = progress_seconds
         self._student: PreTrainedModel | None = None
