@@ -27,6 +27,7 @@ SHORTEST_MARKER = 3  # characters; what is shorter than that stands in ordinary 
 WRITE_LIST = "write it as a JSON list of {role, content}, without quotes around it"
 CHAT = "must be a non-empty list of objects with a 'role' and a 'content'"
 KINDS = {
+    type(None): "null",
     bool: "true or false",
     int: "a number",
     float: "a number",
@@ -131,7 +132,8 @@ class PromptFormat:
                     raise UserError(f"{where}: {name!r} is a chat written as text; {WRITE_LIST}")
                 return value
             if not isinstance(value, list):
-                has = f"its {name!r} is {kind_of(value)}" if value is not None else ""
+                known = value is not None or name in row
+                has = f"its {name!r} is {kind_of(value)}" if known else ""
                 raise UserError(
                     f"{where}: needs a non-empty text {name!r} or a list {self.messages_field!r}; "
                     f"{has or f'it has {sorted(row)}'}"

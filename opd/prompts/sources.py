@@ -91,7 +91,8 @@ def _parse(line: str, where: str) -> Any:
     try:
         return json.loads(line, object_pairs_hook=_object, parse_int=_integer)
     except json.JSONDecodeError as error:
-        raise UserError(f"{where}: not valid JSON ({error})") from error
+        hint = "; write one JSON object a line" if line.lstrip().startswith("[") else ""
+        raise UserError(f"{where}: not valid JSON ({error}){hint}") from error
     except RecursionError as error:
         raise UserError(f"{where}: is nested too deeply") from error
     except UserError as error:
