@@ -20,7 +20,7 @@ COMMITS = {"main": "a" * 40, "tuned": "b" * 40}
 
 @pytest.fixture(autouse=True)
 def _ask_again():
-    hub._unreachable.cache_clear()
+    hub.unreachable.cache_clear()
 
 
 @pytest.fixture

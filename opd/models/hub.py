@@ -49,17 +49,17 @@ def fetch(source: str, *, weights: bool) -> str:
     if at and not revision:
         raise UserError(f"{source}: names no revision after the @")
     with _explained(source, name, revision):
-        unreachable = _unreachable(name, revision or None)
+        silent = unreachable(name, revision or None)
         try:
             return snapshot_download(
                 name,
                 revision=revision or None,
                 allow_patterns=[*FILES, *(WEIGHTS if weights else [])],
                 ignore_patterns=NOT_WANTED,
-                local_files_only=unreachable is not None,
+                local_files_only=silent is not None,
             )
         except LocalEntryNotFoundError as error:
-            reason = unreachable or f"the hub failed ({_one_line(error)})"
+            reason = silent or f"the hub failed ({_one_line(error)})"
             raise UserError(
                 f"{source}: is no folder or file here, {reason}, and there is no whole copy of it "
                 "in the hub's cache; name a folder, or see to it that the hub can be reached"
@@ -67,10 +67,13 @@ def fetch(source: str, *, weights: bool) -> str:
 
 
 @functools.cache  # a process waits once
-def _unreachable(name: str, revision: str | None) -> str | None:
-    """Ask the hub for a model, not for long; say why it does not answer, None if it does."""
+def unreachable(name: str, revision: str | None, kind: str = "model") -> str | None:
+    """Ask the hub for a model or ``dataset``, not for long; say why it does not answer, else None.
+
+    Where it does not, a line says that its cache is tried.
+    """
     try:
-        HfApi().model_info(name, revision=revision, timeout=PATIENCE)
+        HfApi().repo_info(name, revision=revision, repo_type=kind, timeout=PATIENCE)
     except (HfHubHTTPError, HFValidationError):
         return None  # an answer; perhaps there is a copy in the cache all the same
     except OfflineModeIsEnabled:

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
 from opd.embedded import arithmetic
 from opd.errors import UserError
+from opd.models import hub
 
 Row = Mapping[str, Any]
 MAX_DIGITS = 4300  # of a number that Python reads
@@ -150,16 +152,35 @@ def _read_hub(source: str, split: str, name: str | None, revision: str | None) -
             "name that file"
         )
     source = str(path) if path.is_dir() else source
+    silent = None if path.is_dir() else hub.unreachable(source, revision, "dataset")
     try:
-        return list(datasets.load_dataset(source, name, split=split, revision=revision))
+        with _cache_only() if silent else nullcontext():
+            return list(datasets.load_dataset(source, name, split=split, revision=revision))
     except Exception as error:  # the hub client raises dozens of unrelated types
-        if there_is := _available(source, split, name, revision):
+        if silent is None and (there_is := _available(source, split, name, revision)):
             raise UserError(f"{source}: {there_is}") from error
-        reason = f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
+        reason = silent or f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
         raise UserError(
             f"{source}: neither a .jsonl or .parquet file nor a data set on the hub with "
             f"split {split!r} ({reason})"
         ) from error
+
+
+@contextmanager
+def _cache_only() -> Iterator[None]:
+    """Keep the hub's clients from asking it over and over when it does not answer."""
+    import datasets.config
+    import huggingface_hub.constants
+
+    places = [huggingface_hub.constants, datasets.config]
+    before = [place.HF_HUB_OFFLINE for place in places]
+    try:
+        for place in places:
+            place.HF_HUB_OFFLINE = True
+        yield
+    finally:
+        for place, was in zip(places, before, strict=True):
+            place.HF_HUB_OFFLINE = was
 
 
 def _available(source: str, split: str, name: str | None, revision: str | None) -> str | None:

@@ -3,6 +3,7 @@
 import csv
 import json
 import re
+import shutil
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -10,6 +11,7 @@ import pytest
 from conftest import QUICKSTART
 
 from eval.figures import curves, steps_to_target
+from eval.report import report
 from eval.runs import Point, read_run
 from eval.study import study
 from opd.cli import main
@@ -207,22 +209,62 @@ def write_trial(folder: Path, reached: int | None, final: float, search_seconds:
         for step in range(1, end + 1)
     }
     write_run(folder, accuracies, costs, [])
-    (folder / "finished").touch()
 
 
-def test_study_compares_finished_trials(tmp_path, capsys, monkeypatch):
-    """None is run again. Medians over seeds; a dash where a seed did not reach the target."""
-    in_threads = lambda workers, *_: ThreadPoolExecutor(workers)  # noqa: E731
-    monkeypatch.setattr("eval.study.ProcessPoolExecutor", in_threads)  # starts at once
+@pytest.mark.parametrize(
+    ("file", "content", "said"),
+    [
+        ("summary.json", "[]", "summary.json"),
+        ("summary.json", '{"steps": 8}', "summary.json"),
+        ("summary.json", '{"steps": 8, "cost": {}', "summary.json: not valid JSON"),
+        ("metrics.csv", "a,b\n1,2\n", "metrics.csv line 1: not a metrics.csv"),
+        ("metrics.csv", "step,val/reverse_kl\n1,much\n", "val/reverse_kl must be a number"),
+        ("metrics.csv", b"\xff\xfe\n", "not a metrics.csv"),
+        ("evaluation/results.json", '{"results": [1]}', "results.json"),
+        ("evaluation/results.json", '{"results": {"a/b": "high"}}', "results.json"),
+    ],
+)
+def test_what_a_damaged_file_lacks_is_said_in_one_line(tortoise, tmp_path, file, content, said):
+    (tortoise / file).parent.mkdir(exist_ok=True)
+    (tortoise / file).write_bytes(content if isinstance(content, bytes) else content.encode())
+    page = tmp_path / "report.html"
+    with pytest.raises(UserError, match=re.escape(said)):
+        report([str(tortoise)], str(page))
+    assert not page.exists()
+
+
+class HandMade:
+    """Stands for the command line: a trial's folder is written at once; remembers what it ran."""
+
+    def __init__(self, trials: dict[str, list]) -> None:
+        self.trials = trials
+        self.ran: list[str] = []
+
+    def __call__(self, command: list[str]) -> int:
+        folder = Path(command[command.index("--output") + 1])
+        name, _, seed = folder.name.partition("_seed")
+        self.ran.append(folder.name)
+        shutil.rmtree(folder, ignore_errors=True)
+        write_trial(folder, *self.trials[name][int(seed)])
+        return 0
+
+
+@pytest.fixture
+def in_threads(monkeypatch):
+    """Trials run in this process."""
+    pool = lambda workers, *_: ThreadPoolExecutor(workers)  # noqa: E731
+    monkeypatch.setattr("eval.study.ProcessPoolExecutor", pool)
+
+
+@pytest.mark.usefixtures("in_threads")
+def test_study_compares_trials(tmp_path, capsys):
+    """Medians over seeds; a dash where a seed did not reach the target."""
     trials = {  # steps to 0.9 (None: not within 40), final accuracy, seconds of searches
         "vanilla_lr0.001": [(10, 0.95, 0.0), (30, 0.9, 0.0), (20, 0.92, 0.0)],
         "vanilla_lr0.0001": [(None, 0.5, 0.0), (40, 0.91, 0.0), (None, 0.25, 0.0)],
         "fast_lr0.001": [(10, 0.7, 5.0), (20, 0.9, 30.0), (10, 1.0, 1.25)],
         "fast_lr0.0001": [(10, 0.9, 0.0), (10, 0.9, 0.0), (10, 0.9, 0.0)],
     }
-    for name, seeds in trials.items():
-        for seed, trial in enumerate(seeds):
-            write_trial(tmp_path / f"{name}_seed{seed}", *trial)
     study(
         QUICKSTART,
         {"vanilla": None, "fast": None},
@@ -230,7 +272,7 @@ def test_study_compares_finished_trials(tmp_path, capsys, monkeypatch):
         str(tmp_path),
         target=0.9,
         max_steps=40,
-        opd=main,
+        opd=HandMade(trials),
     )
     table = (tmp_path / "results.md").read_text()
     rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in table.splitlines()]
@@ -253,3 +295,32 @@ def test_study_compares_finished_trials(tmp_path, capsys, monkeypatch):
         **{"search_share": 0.0, "final_accuracy": 0.9},
     }
     assert table in capsys.readouterr().out
+
+
+@pytest.mark.usefixtures("in_threads")
+def test_a_study_goes_on_with_trials_of_the_same_settings_only(tmp_path, capsys):
+    """Others, also those of a recipe or preset that has been edited, are run again and named."""
+    recipe, preset = tmp_path / "recipe.yaml", tmp_path / "preset.yaml"
+    recipe.write_text(Path(QUICKSTART).read_text())
+    preset.write_text("trainer: {max_epochs: 3}\n")
+    opd = HandMade({"a_lr0.001": [(10, 0.9, 0.0)] * 3, "b_lr0.001": [(10, 0.9, 0.0)] * 3})
+    accelerators = {"a": None, "b": str(preset)}
+
+    def runs(seeds: list[int], **options) -> list[str]:
+        opd.ran.clear()
+        output = str(tmp_path / "study")
+        study(str(recipe), accelerators, [1e-3], output, seeds, target=0.9, opd=opd, **options)
+        return sorted(opd.ran)
+
+    assert runs([0]) == ["a_lr0.001_seed0", "b_lr0.001_seed0"]
+    assert runs([0]) == []
+    assert runs([0, 1]) == ["a_lr0.001_seed1", "b_lr0.001_seed1"]
+    capsys.readouterr()
+    assert runs([0, 1], max_steps=60) == [f"{n}_lr0.001_seed{s}" for n in "ab" for s in (0, 1)]
+    assert (
+        "a_lr0.001_seed0: was made with --trainer.max_steps 128, not 60" in capsys.readouterr().out
+    )
+    preset.write_text("trainer: {max_epochs: 4}\n")
+    assert runs([0], max_steps=60) == ["b_lr0.001_seed0"]
+    recipe.write_text(recipe.read_text() + "# a word\n")
+    assert len(runs([0, 1], max_steps=60)) == 4
