@@ -385,8 +385,9 @@ def test_two_runs_at_once_in_one_folder(tmp_path, capsys):
     """The second is refused, and the folder is free again when the first has ended."""
     folder = tmp_path / "run"
     folder.mkdir()
-    with run_folder.alone_in(folder):
-        assert "another run is writing there" in refusal(capsys, command(folder))
+    first = run_folder.lock(folder)
+    assert "another run is writing there" in refusal(capsys, command(folder))
+    os.close(first)
     assert main([*command(folder), "--trainer.max_steps", "1"]) == 0
 
 

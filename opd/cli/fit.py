@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import contextlib
 import functools
 import operator
+import os
 import re
 import sys
 import types
@@ -43,9 +43,14 @@ class OPDCLI(LightningCLI):
     ``trainer.callbacks`` holds only what the user adds.
     """
 
+    _lock: int | None = None  # on the run folder
+
     def __init__(self, *args: Any, **kwargs: Any) -> None:
-        with contextlib.ExitStack() as self._held:
+        try:
             super().__init__(*args, **kwargs)
+        finally:
+            if self._lock is not None:
+                os.close(self._lock)
 
     @classmethod
     def run(cls) -> OPDCLI:
@@ -144,7 +149,7 @@ class OPDCLI(LightningCLI):
             options.output = options.trainer.default_root_dir = str(self.folder)
             options.checkpoint.dirpath = str(self.folder / "checkpoints")
             if ranks.name() is None:
-                self._held.enter_context(run_folder.alone_in(self.folder))
+                self._lock = run_folder.lock(self.folder)
         if self.subcommand == "fit":
             self._plan_fit()
             return

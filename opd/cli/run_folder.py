@@ -19,7 +19,7 @@ import os
 import re
 import tempfile
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -87,9 +87,11 @@ def choose(output: str | None, configs: Sequence[str]) -> Path:
     return folder
 
 
-@contextlib.contextmanager
-def alone_in(folder: Path) -> Iterator[None]:
-    """Keep other runs out of a folder; the system lets go of it when this process ends.
+def lock(folder: Path) -> int:
+    """Keep other runs out of a folder, until this process ends or closes what it is given.
+
+    Returns:
+        A file descriptor.
 
     Raises:
         UserError: Another run is in it.
@@ -105,10 +107,7 @@ def alone_in(folder: Path) -> Iterator[None]:
                 "until it has ended"
             ) from error
         log.debug("%s: cannot be locked (%s)", folder, error)  # some network file systems
-    try:
-        yield
-    finally:
-        os.close(place)
+    return place
 
 
 def plan(folder: Path, wanted: str | None, *, overwrite: bool) -> Start:
