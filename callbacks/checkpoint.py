@@ -151,6 +151,8 @@ class RunCheckpoint(ModelCheckpoint):
 
     def _save_now(self, trainer: Trainer) -> None:
         """Save this step, unless it has been, whatever the monitor and save_top_k say."""
+        if trainer.fast_dev_run:  # type: ignore[attr-defined]  # which is to leave nothing
+            return
         if self.monitor is None and self._newest_step != trainer.global_step:
             candidates = self._monitor_candidates(trainer)
             self._save_topk_checkpoint(trainer, candidates)

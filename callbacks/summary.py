@@ -51,7 +51,7 @@ class RunSummary(Callback):
 
     def write(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Write the file, in one go, on rank 0."""
-        if not trainer.is_global_zero:
+        if not trainer.is_global_zero or trainer.fast_dev_run:  # type: ignore[attr-defined]
             return
         ledger = getattr(pl_module, "ledger", None)
         costs = ledger.metrics() if ledger is not None else {}

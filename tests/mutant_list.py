@@ -77,7 +77,30 @@ EFFOPD = " ".join(
     )
 )
 
+BAD_INPUT = "tests/test_bad_input.py"
+LIGHTNING = "tests/test_lightning.py"
+FOLDER = "tests/test_run_folder.py"
+AT_ONCE = f"{FOLDER}::test_two_runs_at_once_in_one_folder"
+MEMORY = f"{FOLDER}::test_out_of_memory_saves_the_step_before_it_and_names_what_lowers_it"
+STUDIES = f"{HAND_MADE}::test_a_study_goes_on_with_trials_of_the_same_settings_only"
+OPTIONS = " ".join(
+    f"tests/test_resume.py::{name}"
+    for name in (
+        "test_a_resumed_run_takes_the_options_it_is_given",
+        "test_a_schedule_is_that_of_the_configuration_whatever_the_checkpoint_had",
+        "test_another_optimizer_or_student_cannot_go_on",
+    )
+)
+
 answers = of("opd/answers.py", ANSWERS)
+optimization = of("opd/optimization.py", f"{OPTIONS} {BAD_INPUT}")
+compatibility = of("opd/compatibility.py", BAD_INPUT)
+explain = of("opd/cli/explain.py", BAD_INPUT)
+recipes = of("opd/cli/recipes.py", BAD_INPUT)
+saving = of(
+    "callbacks/checkpoint.py",
+    f"{FOLDER}::test_a_resumed_run_keeps_as_many_checkpoints_as_an_unbroken_one",
+)
 runs = of("eval/runs.py", HAND_MADE)
 report = of("eval/report.py", f"{HAND_MADE}::test_report_says_what_the_runs_cost_and_reached")
 figures = of("eval/figures.py", HAND_MADE)
@@ -697,4 +720,36 @@ MUTANTS = [
     of("opd/cli/export.py", "tests/test_cli.py::test_export_is_all_or_nothing")(
         "if is_new and", "if False and"
     ),
+    # what a run is told: resumed, refused, explained
+    optimization("        group.update(options)\n", "        pass\n"),
+    optimization("scheduler.load_state_dict(at_step.state_dict())", "pass"),
+    optimization('if saved["optimizer"] != ours["optimizer"]:', "if False:"),
+    optimization("while scheduler is not None and taken < steps:", "while False:"),
+    optimization('told["lr"] = first["initial_lr"]', "pass"),
+    module("            optimization.apply(\n", "            (lambda *_: None)(\n", OPTIONS),
+    module('checkpoint["optimization"] = self._options', "pass", OPTIONS),
+    module("checkpoints.find_misfit(self.state_dict(), state)", "None", OPTIONS),
+    module("compatibility.check_trainer(self.trainer)", "pass", BAD_INPUT),
+    module("compatibility.check_monitors(", "str(", BAD_INPUT),
+    compatibility("    lightning.BatchSizeFinder: NO_BATCH,\n", ""),
+    compatibility("if trainer.gradient_clip_val:", "if False:"),
+    compatibility("if getattr(trainer, name) == 0:", "if False:"),
+    explain("reason = rest\n", "reason = line\n"),
+    explain("GIVEN.search(reason) or GIVEN.search(text)", "GIVEN.search(reason)"),
+    recipes("if key.value in lines:", "if False:"),
+    recipes("if not isinstance(node, yaml.MappingNode | None):", "if False:"),
+    of("opd/cli/fit.py", LIGHTNING)("[int, *(m for m in members if m is not int)]", "members"),
+    of("opd/cli/fit.py", LIGHTNING)("[*events, MetricsCSV(self.folder)]", "events"),
+    of("opd/cli/run_folder.py", AT_ONCE)(
+        "fcntl.flock(place, fcntl.LOCK_EX | fcntl.LOCK_NB)", "pass"
+    ),
+    of("opd/memory.py", MEMORY)("if not is_out_of_memory(error):", "if True:"),
+    of("opd/memory.py", MEMORY)("raise OutOfMemoryError(", "raise UserError("),
+    saving("or alone:", "and alone:", MEMORY),
+    saving("place in Path(previous).absolute().parents", "False"),
+    saving("state = moved if is_here else state_dict", "state = state_dict"),
+    saving("        return type(self).__name__\n", "        return super().state_key\n"),
+    saving("if trainer.fast_dev_run:", "if False:", LIGHTNING),
+    study("if earlier == made_with:", "if earlier:", STUDIES),
+    study("map(fingerprint, command)", "command", STUDIES),
 ]
