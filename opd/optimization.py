@@ -80,8 +80,6 @@ def options_of(optimizer: Optimizer, scheduler: LRScheduler | None) -> Options:
     """Describe what an optimizer and a fresh scheduler were told, so that it can be saved."""
     first = optimizer.param_groups[0]
     told = {name: value for name, value in first.items() if name not in ("params", "initial_lr")}
-    if scheduler is not None:
-        told["lr"] = first["initial_lr"]
     state = {} if scheduler is None else scheduler.state_dict()
     return {
         "optimizer": type(optimizer).__name__,

@@ -725,7 +725,6 @@ MUTANTS = [
     optimization("scheduler.load_state_dict(at_step.state_dict())", "pass"),
     optimization('if saved["optimizer"] != ours["optimizer"]:', "if False:"),
     optimization("while scheduler is not None and taken < steps:", "while False:"),
-    optimization('told["lr"] = first["initial_lr"]', "pass"),
     module("            optimization.apply(\n", "            (lambda *_: None)(\n", OPTIONS),
     module('checkpoint["optimization"] = self._options', "pass", OPTIONS),
     module("checkpoints.find_misfit(self.state_dict(), state)", "None", OPTIONS),
