@@ -17,6 +17,7 @@ from torch import Tensor
 
 from opd import checkpoints
 from opd.errors import NonFiniteError, OutOfMemoryError, UserError
+from opd.prompts import PromptLoader
 
 log = logging.getLogger(__name__)
 
@@ -43,6 +44,7 @@ class RunCheckpoint(ModelCheckpoint):
         self._newest_step = 0  # of what has been saved; of no step there is nothing to save
         self._writing = ""
         self._missing_said = False
+        self._steps_before = -1  # the batch that is being trained on
 
     # --- told to stop ---------------------------------------------------------------------------
 
@@ -103,6 +105,11 @@ class RunCheckpoint(ModelCheckpoint):
 
     # --- saving ---------------------------------------------------------------------------------
 
+    def on_train_batch_start(
+        self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int
+    ) -> None:
+        self._steps_before = trainer.global_step
+
     def on_train_batch_end(
         self,
         trainer: Trainer,
@@ -140,6 +147,9 @@ class RunCheckpoint(ModelCheckpoint):
         self, trainer: Trainer, pl_module: LightningModule, exception: BaseException
     ) -> None:
         alone = isinstance(exception, OutOfMemoryError) and trainer.world_size == 1
+        loader = trainer.train_dataloader
+        if alone and trainer.global_step == self._steps_before and isinstance(loader, PromptLoader):
+            loader.put_back()  # a run that has more memory takes the same step
         if isinstance(exception, NonFiniteError) or alone:  # all ranks have it, W is a step's
             self._save_now(trainer)
             log.warning("step %d is saved; go on with --ckpt_path last", self._newest_step)

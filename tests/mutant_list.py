@@ -745,6 +745,7 @@ MUTANTS = [
     of("opd/memory.py", MEMORY)("if not is_out_of_memory(error):", "if True:"),
     of("opd/memory.py", MEMORY)("raise OutOfMemoryError(", "raise UserError("),
     saving("or alone:", "and alone:", MEMORY),
+    saving("loader.put_back()", "pass", MEMORY),
     saving("place in Path(previous).absolute().parents", "False"),
     saving("state = moved if is_here else state_dict", "state = state_dict"),
     saving("        return type(self).__name__\n", "        return super().state_key\n"),

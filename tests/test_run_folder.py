@@ -16,6 +16,7 @@ from conftest import (
     QUICKSTART,
     QUIET,
     SHRUNK,
+    assert_same,
     copy_of,
     launch_environment,
     load,
@@ -379,6 +380,11 @@ def test_out_of_memory_saves_the_step_before_it_and_names_what_lowers_it(
     assert "rollouts" in line
     assert "9 GiB" in line
     assert read_step(folder / "checkpoints" / "last.ckpt") == 2
+    monkeypatch.setattr(TransformersEngine, "__call__", sample)
+    ends = ["--data.validation", "null", "--trainer.max_steps", "3"]
+    assert main([*command(folder, *ends), "--ckpt_path", "last"]) == 0
+    assert main([*command(tmp_path / "undisturbed", *ends)]) == 0
+    assert_same(load(folder)["state_dict"], load(tmp_path / "undisturbed")["state_dict"])
 
 
 def test_two_runs_at_once_in_one_folder(tmp_path, capsys):

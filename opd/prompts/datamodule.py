@@ -68,6 +68,7 @@ class PromptLoader:
         self.world_size = world_size
         self.epoch = 0
         self.position = 0  # prompts of this epoch already handed out, to all ranks together
+        self.batch_start = 0  # position before the last batch
 
     def __len__(self) -> int:
         return math.ceil(len(self.prompts) / self.batch_size)
@@ -78,9 +79,13 @@ class PromptLoader:
         order = self._order()
         while self.position < len(order):
             batch = order[self.position : self.position + self.batch_size]
-            self.position += len(batch)
+            self.batch_start, self.position = self.position, self.position + len(batch)
             chosen = batch[self.rank :: self.world_size]
             yield PromptBatch.collate([self.prompts[i] for i in chosen], self.pad_id)
+
+    def put_back(self) -> None:
+        """Count the last batch as not handed out: the step that was to take it has failed."""
+        self.position = self.batch_start
 
     def _order(self) -> list[int]:
         if self.seed is None:
