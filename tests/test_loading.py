@@ -5,6 +5,7 @@ import shutil
 
 import pytest
 import torch
+from conftest import run_fit
 from safetensors.torch import load_file, save_file
 from torch.distributed.checkpoint.state_dict_saver import save as save_shards
 from transformers import (
@@ -31,6 +32,7 @@ from transformers import (
 )
 
 from opd import checkpoints
+from opd.cli import main
 from opd.errors import UserError
 from opd.models import load_model, load_tokenizer, student_files
 from opd.models.load import TRUST
@@ -131,6 +133,32 @@ def test_a_head_beside_a_tied_one_is_refused_if_it_differs(tiny, untied, tmp_pat
     embedding = load_file(tiny / "llama-student" / "model.safetensors")["model.embed_tokens.weight"]
     copy = also("lm_head.weight", embedding.clone())
     load_model(with_weights(tiny / "llama-student", copy, tmp_path))
+
+
+@pytest.mark.parametrize("from_checkpoint", [False, True])
+def test_a_tied_model_stays_one_matrix_through_checkpoint_and_export(
+    tiny, tmp_path, from_checkpoint
+):
+    student, teacher = str(tiny / "llama-student"), str(tiny / "llama-teacher")
+    own = load_model(student)
+
+    def fit(name, source):
+        models = ["--model.student", source, "--model.teacher", teacher]
+        run_fit(tmp_path / name, *models, "--model.max_new_tokens", "4", steps=1)
+        return str(tmp_path / name / "checkpoints" / "last.ckpt")
+
+    checkpoint = fit("first", student)
+    if from_checkpoint:
+        checkpoint = fit("second", checkpoint)
+    loaded = load_model(checkpoint)
+    assert loaded.lm_head.weight is loaded.model.embed_tokens.weight
+    assert loaded.num_parameters() == own.num_parameters()
+    assert main(["export", "--checkpoint", checkpoint, "--output", str(tmp_path / "hf")]) == 0
+    assert load_file(tmp_path / "hf" / "model.safetensors").keys() == own_names(student)
+
+
+def own_names(folder):
+    return load_file(f"{folder}/model.safetensors").keys()
 
 
 def test_an_adapter_is_named(tiny, tmp_path):

@@ -73,10 +73,11 @@ def check_context(context: int | None, role: str, prompt_tokens: int, new_tokens
         UserError: ``prompt_tokens`` + ``new_tokens`` exceed it.
     """
     if context is not None and prompt_tokens + new_tokens > context:
+        left = context - prompt_tokens
+        remedy = f"lower max_new_tokens to {left} or " if left > 0 else "lower "
         raise UserError(
             f"model.max_new_tokens={new_tokens} and prompts of up to {prompt_tokens} tokens do not "
-            f"fit the {role}'s context of {context} tokens; lower max_new_tokens to "
-            f"{max(context - prompt_tokens, 0)} or data.max_prompt_tokens"
+            f"fit the {role}'s context of {context} tokens; {remedy}data.max_prompt_tokens"
         )
 
 
@@ -114,8 +115,9 @@ def check_passes(model: PreTrainedModel, source: str) -> None:
     """Make sure that a model can be run the way that we do, on text alone and padded on the left.
 
     Raises:
-        UserError: It does not run; body and head, called one after the other, do not give its own
-            logits; or a token's logits depend on those that follow it, or on padding.
+        UserError: It does not run, or gives no numbers; body and head, called one after the other,
+            do not give its own logits; or a token's logits depend on those that follow it, or on
+            padding.
     """
     ids = torch.tensor([[1, 2, 3], [1, 2, 0], [0, 1, 2]], device=model.device)
     mask = torch.ones_like(ids, dtype=torch.bool)
@@ -138,6 +140,11 @@ def check_passes(model: PreTrainedModel, source: str) -> None:
         if model.config._attn_implementation != attention:
             model.config._attn_implementation = attention
         model.train(training)
+    if not own.isfinite().all():
+        raise UserError(
+            f"{source}: {name} gives logits that are NaN or infinite: its weights are damaged, or "
+            "the training that they come from has diverged"
+        )
     tolerance = 1e-3 if model.dtype == torch.float32 else 0.1
 
     def differ(left: Tensor, right: Tensor) -> bool:

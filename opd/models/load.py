@@ -89,6 +89,11 @@ def model_folder(source: str, *, weights: bool = False) -> Iterator[str]:
                 (folder / Path(name).name).write_bytes(content)
             yield str(folder)
     elif path.is_dir():
+        if not (path / "config.json").is_file() and (path / "checkpoints").is_dir():
+            raise UserError(
+                f"{source}: is a run folder; name a checkpoint in it, as "
+                f"{path / 'checkpoints' / 'last.ckpt'}"
+            )
         yield str(path)
     elif (bare := Path(source.rpartition("@")[0]).expanduser()) != Path() and bare.exists():
         raise UserError(f"{source}: {bare} is a folder or file here, which has no revisions")
@@ -109,7 +114,10 @@ def load_tokenizer(source: str, *, trust_remote_code: bool = False) -> PreTraine
         UserError: There is none at ``source``.
     """
     with model_folder(source) as folder, _explained(source, folder, "tokenizer"):
-        return AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code)
+        tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code)
+        if len(tokenizer) == len(tokenizer.get_added_vocab()):  # made from a model's config alone
+            raise UserError(f"{source}: holds no tokenizer; save that of its family there too")
+    return tokenizer
 
 
 def load_model(
@@ -150,6 +158,7 @@ def load_model(
         else:
             with no_init_weights(), nullcontext() if weights else torch.device("meta"):
                 model = AutoModelForCausalLM.from_config(config, **options)
+            model.tie_weights()  # which the context above has left out
             if weights:
                 checkpoints.read_student(path, model.state_dict())
         assert isinstance(model, PreTrainedModel)
