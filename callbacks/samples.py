@@ -10,6 +10,7 @@ from typing import Any
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_only
 
+from callbacks.earlier_run import refuse_to_replace
 from opd.errors import UserError
 from opd.module import OPDModule
 from opd.rollouts import rollout_records
@@ -23,9 +24,14 @@ class SampleWriter(Callback):
         every_n_steps: Steps between files; 0: none in training.
         rollouts: Completions per file, of this step's rank 0; 0: none in training.
 
+    Attributes:
+        overwrite: Whether files of an earlier run may go; the command line guards its folder.
+
     Raises:
         UserError: One of them is negative.
     """
+
+    overwrite = False
 
     def __init__(self, every_n_steps: int = 10, rollouts: int = 16) -> None:
         for name, value in [("every_n_steps", every_n_steps), ("rollouts", rollouts)]:
@@ -33,6 +39,16 @@ class SampleWriter(Callback):
                 raise UserError(f"samples.{name}={value} must not be negative; 0 writes none")
         self.every_n_steps = every_n_steps
         self.rollouts = rollouts
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Look for an earlier run's files.
+
+        Raises:
+            UserError: There are some.
+        """
+        names = {"fit": ["samples/step_*.jsonl"], "predict": ["predictions.jsonl"]}
+        if not self.overwrite:
+            refuse_to_replace(trainer, names.get(stage, []))
 
     @rank_zero_only
     def on_train_batch_end(

@@ -11,6 +11,7 @@ from typing import Any
 from lightning.pytorch import Callback, LightningModule, Trainer
 
 from callbacks.accelerator import Accelerator
+from callbacks.earlier_run import refuse_to_replace
 
 PACKAGES = ("opd", "lightning", "torch", "transformers", "lm-eval")
 
@@ -20,12 +21,26 @@ class RunSummary(Callback):
 
     The first validation is that of the untrained student (the Trainer's sanity check, over all
     validation prompts), the last one is repeated at the end of the fit if steps came after it.
+
+    Attributes:
+        overwrite: Whether the file of an earlier run may go; the command line guards its folder.
     """
+
+    overwrite = False
 
     def __init__(self) -> None:
         self.initial: dict[str, float] = {}
         self.final: dict[str, float] = {}
         self.validated_step = -1
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Look for an earlier run's file.
+
+        Raises:
+            UserError: There is one.
+        """
+        if stage == "fit" and not self.overwrite:
+            refuse_to_replace(trainer, ["summary.json"])
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if trainer.state.fn != "fit":
@@ -66,6 +81,7 @@ class RunSummary(Callback):
             "versions": {name: importlib.metadata.version(name) for name in PACKAGES},
         }
         path = Path(trainer.default_root_dir) / "summary.json"
+        path.parent.mkdir(parents=True, exist_ok=True)
         temporary = path.with_suffix(".json.tmp")
         temporary.write_text(json.dumps(summary, indent=2) + "\n", encoding="utf-8")
         os.replace(temporary, path)

@@ -3,8 +3,18 @@
 import json
 
 import pytest
+from lightning.pytorch import Trainer
 
+from callbacks import RunSummary, SampleWriter
+from opd import OPDModule, PromptDataModule
+from opd.errors import UserError
 from opd.metrics_rows import read_metrics
+
+QUIETLY = {"enable_progress_bar": False, "enable_model_summary": False, "accelerator": "cpu"}
+
+
+def contents(folder):
+    return {str(p.relative_to(folder)): p.read_bytes() for p in folder.rglob("*") if p.is_file()}
 
 
 def test_samples_and_validations_of_a_run(fit):
@@ -52,3 +62,25 @@ def test_the_seconds_of_the_last_validation_are_in_the_summary(vanilla):
     logged = [float(r["cost/validation_seconds"]) for r in rows if "cost/validation_seconds" in r]
     cost = json.loads((vanilla / "summary.json").read_text())["cost"]
     assert cost["validation_seconds"] > 1.001 * logged[-1]  # logged with eight digits
+
+
+def test_callbacks_of_python_replace_no_earlier_run(tmp_path):
+    """Names of files are the same in every run: each run needs a folder of its own."""
+    module = OPDModule("embedded:base", "embedded:teacher", max_new_tokens=4)
+    data = PromptDataModule("embedded:train", "embedded:test", batch_size=4, validation_limit=4)
+
+    def trainer(*callbacks):
+        options = {"max_steps": 1, "logger": False, "enable_checkpointing": False, **QUIETLY}
+        return Trainer(default_root_dir=tmp_path / "run", callbacks=list(callbacks), **options)
+
+    trainer(RunSummary(), SampleWriter(every_n_steps=1)).fit(module, data)
+    trainer(SampleWriter()).predict(module, data)
+    before = contents(tmp_path / "run")
+    assert before.keys() == {"summary.json", "samples/step_000001.jsonl", "predictions.jsonl"}
+    refused = pytest.raises(UserError, match="is there from an earlier run; move it away")
+    for callback in (RunSummary(), SampleWriter(every_n_steps=1)):
+        with refused:
+            trainer(callback).fit(module, data)
+    with refused:
+        trainer(SampleWriter()).predict(module, data)
+    assert contents(tmp_path / "run") == before
