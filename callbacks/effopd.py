@@ -23,6 +23,7 @@ without communication.
 from __future__ import annotations
 
 import dataclasses
+import logging
 from typing import Any, ClassVar, Literal
 
 from lightning.pytorch import LightningModule, Trainer
@@ -31,11 +32,13 @@ from torch.optim import Optimizer
 
 from callbacks.accelerator import Accelerator
 from opd import extrapolation
-from opd.extrapolation import Score
+from opd.extrapolation import Score, SearchResult
 from opd.scores import AnswerAccuracy, CandidateScore
 from opd.step import StepRequest
 from opd.weights import Device
 from opd.world import World
+
+log = logging.getLogger(__name__)
 
 
 class EffOPD(Accelerator):
@@ -82,6 +85,7 @@ class EffOPD(Accelerator):
         self.anchor_kind = anchor
         self.optimizer_state = optimizer_state
         self.seed = seed
+        self._warned = False
 
     def due(self, t: int) -> bool:
         return self.schedule(t)
@@ -123,6 +127,7 @@ class EffOPD(Accelerator):
         finally:
             self.score.release()
         move_to(result.coefficient)
+        self._warn_if_blind(result, world.rank)
         kept: list[Tensor] = base if self.anchor_kind == "raw" else self.weights.shards(self.names)
         extrapolation.copy_weights(anchor, kept)
         if result.coefficient and self.optimizer_state == "reset":
@@ -139,6 +144,17 @@ class EffOPD(Accelerator):
             "candidates": float(len(result.tried)),
             "direction_norm": norm,
         }
+
+    def _warn_if_blind(self, result: SearchResult, rank: int) -> None:
+        """Say, once, that a search has decided without evidence: all scores were the same."""
+        scores = {result.score_before, *(tried.score for tried in result.tried)}
+        if len(result.tried) > 1 and len(scores) == 1 and rank == 0 and not self._warned:
+            self._warned = True
+            log.warning(
+                "EffOPD: %s gives W and all %d candidates the same score, %g, and so decides "
+                "nothing; TeacherKL (--config effopd/label_free) tells weights apart",
+                *(type(self.score).__name__, len(result.tried), result.score_before),
+            )
 
 
 def _zero_state(optimizer: Optimizer) -> None:

@@ -272,3 +272,11 @@ def test_held_out_rollouts_are_kept_out_of_the_gradient(fit):
     assert 0.7 < cost["train_tokens"] / cost["rollout_tokens"] < 0.8
     assert cost["teacher_tokens"] == cost["rollout_tokens"]
     assert cost["search_generated_tokens"] == 0
+
+
+@pytest.mark.parametrize(("score", "blind"), [("AnswerAccuracy", True), ("TeacherKL", False)])
+def test_a_search_that_cannot_tell_weights_apart_says_so_once(fit, caplog, score, blind):
+    """One token answers nothing: all candidates have an accuracy of 0."""
+    search = ["--trainer.callbacks+=callbacks.EffOPD", f"--trainer.callbacks.score={score}"]
+    fit("run", *search, "--model.max_new_tokens", "1", steps=2)
+    assert caplog.text.count("gives W and all 5 candidates the same score, 0") == blind
