@@ -55,7 +55,7 @@ def check_trainer(trainer: Trainer) -> None:
 
 
 def check_monitors(trainer: Trainer, logged: Iterable[str]) -> None:
-    """Refuse to watch a metric that will never come; after the first validation.
+    """Refuse to watch a metric that will never come.
 
     Args:
         trainer: Whose callbacks.
@@ -69,9 +69,9 @@ def check_monitors(trainer: Trainer, logged: Iterable[str]) -> None:
         monitor = getattr(callback, "monitor", None)
         if isinstance(monitor, str) and monitor not in names and monitor.startswith(_prefixes()):
             near = [name for name in names if name.partition("/")[0] == monitor.partition("/")[0]]
+            instead = f"there are {', '.join(near)}" if near else "this run does not validate"
             raise UserError(
-                f"{type(callback).__name__}.monitor {monitor}: there is no such metric; there are "
-                f"{', '.join(near)}"
+                f"{type(callback).__name__}.monitor {monitor}: there is no such metric; {instead}"
             )
 
 

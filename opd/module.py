@@ -8,13 +8,13 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import logging
 from collections.abc import Sequence
 from typing import Any, Literal
 
 import torch
 from lightning.pytorch import Callback, LightningModule
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
-from lightning.pytorch.utilities import rank_zero_warn
 from transformers import PreTrainedModel
 
 from opd import checkpoints, compatibility, models, optimization, sharding
@@ -43,6 +43,8 @@ from opd.strategies import load_under
 from opd.teachers import DEFAULT, Teachers, load_teachers
 from opd.weights import Weights
 from opd.world import World
+
+log = logging.getLogger(__name__)
 
 
 def _adamw(params: Any) -> torch.optim.Optimizer:
@@ -271,6 +273,10 @@ class OPDModule(LightningModule):
             UserError: Completions do not fit a context, or the master weights are not float32.
         """
         self._check_run()
+        data = getattr(self.trainer, "datamodule", None)
+        has_prompts = not isinstance(data, PromptDataModule) or data.validation_prompts
+        if not (has_prompts and self.trainer.limit_val_batches):
+            compatibility.check_monitors(self.trainer, TRAIN_METRICS)
         models.check_master_weights(self.student)
         models.check_precision(str(self.trainer.precision))
 
@@ -323,10 +329,12 @@ class OPDModule(LightningModule):
             return
         different = optimization.differences(self._saved_options, self._options)
         if different:
-            rank_zero_warn(
-                f"resumed at step {self.global_step} with other options than the checkpoint was "
-                f"saved with; they hold from here on: {'; '.join(different)}"
-            )
+            if self.global_rank == 0:
+                log.warning(
+                    "resumed at step %d with other options of optimizer or schedule than the "
+                    "checkpoint was saved with; they hold from here on: %s",
+                    *(self.global_step, "; ".join(different)),
+                )
             (optimizer,) = self.trainer.optimizers
             schedulers = [config.scheduler for config in self.trainer.lr_scheduler_configs]
             optimization.apply(

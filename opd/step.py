@@ -35,6 +35,7 @@ from opd.stages import Distillation, Reading
 from opd.weights import Weights
 from opd.world import World
 
+ADVICE = "; lower the learning rate and go on from an earlier checkpoint, or look at that prompt"
 LOT = "lot"  # column: a number in [0, 1] per completion, evenly spaced over the global batch
 
 
@@ -242,7 +243,7 @@ def check_finite(
     rank = int(bad.argmax())
     raise NonFiniteError(
         f"step {t}, rank {rank}: the {what} of prompt row {world.broadcast(found, rank)} is "
-        f"not finite; the weights are those of step {t - 1}"
+        f"not finite; the weights are those of step {t - 1}{ADVICE}"
     )
 
 
@@ -278,7 +279,7 @@ def apply_gradients(
     if not math.isfinite(grad_norm):
         raise NonFiniteError(
             f"step {t}: the gradient's norm is {grad_norm}, although every loss is finite; the "
-            f"weights are those of step {t - 1}"
+            f"weights are those of step {t - 1}{ADVICE}"
         )
     learning_rate = float(optimizer.param_groups[0]["lr"])
     before = weights.copy(list(weights.parameters()))

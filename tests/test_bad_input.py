@@ -12,6 +12,7 @@ import pytest
 from conftest import QUICKSTART, QUIET, ROOT, SHRUNK
 
 from opd.cli import main
+from opd.models.load import EMBEDDED
 
 LINES = (ROOT / "tests" / "bad_input.txt").read_text("utf-8").splitlines()
 CASES = list(zip(LINES[::2], map(str.strip, LINES[1::2]), strict=True))
@@ -41,6 +42,9 @@ FILES = {
     "twice.yaml": "model: {}\ntrainer: {}\nmodel: {}\n",
     "broken.yaml": "model: [\n",
     "list.yaml": "- 1\n",
+    "empty.yaml": "# nothing\n",
+    "run/checkpoints/README": "",
+    "model/config.json": (EMBEDDED / "base" / "config.json").read_bytes(),
     "damaged/summary.json": "{",
     "damaged/metrics.csv": "step\n",
     "results/results.json": '{"results": {"a/b": 0.5}}',
@@ -52,7 +56,7 @@ def folder(tmp_path_factory):
     place = tmp_path_factory.mktemp("bad_input")
     for name, content in FILES.items():
         path = place / name
-        path.parent.mkdir(exist_ok=True)
+        path.parent.mkdir(parents=True, exist_ok=True)
         path.write_bytes(content if isinstance(content, bytes) else content.encode())
     (place / "empty").mkdir()
     return place

@@ -143,15 +143,27 @@ def rates(folder):
     return [float(row["optim/lr"]) for row in rows if row.get("optim/lr")]
 
 
-def test_a_resumed_run_takes_the_options_it_is_given(fit):
+def test_a_resumed_run_takes_the_options_it_is_given(fit, caplog):
     fit("run", "--model.optimizer.lr", "1e-3", steps=2)
     decay = ["--model.optimizer.lr", "1e-4", "--model.optimizer.weight_decay", "0.5"]
-    with pytest.warns(UserWarning, match=r"lr 0.001 -> 0.0001; weight_decay 0.0 -> 0.5"):
-        folder = fit("run", *decay, "--ckpt_path", "last", steps=3)
+    folder = fit("run", *decay, "--ckpt_path", "last", steps=3)
+    assert "lr 0.001 -> 0.0001; weight_decay 0.0 -> 0.5" in caplog.text
     assert rates(folder) == pytest.approx([1e-3, 1e-3, 1e-4])
     assert load(folder)["optimizer_states"][0]["param_groups"][0]["weight_decay"] == 0.5
     moments = load(folder)["optimizer_states"][0]["state"][0]
     assert moments["step"] == 3  # which the checkpoint has brought
+
+
+def test_a_resumed_run_says_which_options_are_others(fit, caplog):
+    fit("run", steps=1)
+    fit("run", "--ckpt_path", "last", steps=2)
+    assert "other options" not in caplog.text
+    others = ["--model.temperature", "0.5", "--samples.rollouts", "3"]
+    fit("run", "--ckpt_path", "last", *others, steps=3)
+    (said,) = [r.getMessage() for r in caplog.records if "other options" in r.getMessage()]
+    assert "model.temperature 1.0 -> 0.5" in said
+    assert "samples.rollouts 16 -> 3" in said
+    assert said.count(" -> ") == 2
 
 
 @pytest.mark.parametrize("before", [2, 4, None])

@@ -79,6 +79,17 @@ def cause(error: BaseException) -> BaseException:
 
 def raised_in(error: BaseException) -> str:
     """Return the package whose code has raised an error, as ``lightning``; empty if unknown."""
-    frames = list(traceback.walk_tb(error.__traceback__))
-    name = str(frames[-1][0].f_globals.get("__name__", "")) if frames else ""
-    return name.partition(".")[0]
+    return next(iter(_modules(error)), "").partition(".")[0]
+
+
+def is_refusal_of_lightning(error: BaseException) -> bool:
+    """Whether Lightning has raised an error, or what one of its loggers stands for: wandb has."""
+    modules = _modules(error)
+    loggers = any(name.startswith("lightning.pytorch.loggers.") for name in modules)
+    return loggers or raised_in(error) == "lightning"
+
+
+def _modules(error: BaseException) -> list[str]:
+    """Name the modules that an error has come through, the one that has raised it first."""
+    frames = [frame for frame, _ in traceback.walk_tb(error.__traceback__)]
+    return [str(frame.f_globals.get("__name__", "")) for frame in reversed(frames)]

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
+import logging
 import operator
 import os
 import re
@@ -10,7 +12,7 @@ import sys
 import types
 import typing
 import warnings
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from enum import Enum
 from pathlib import Path
 from typing import Any
@@ -31,8 +33,14 @@ from opd.prompts import PromptDataModule
 from opd.strategies import ShardedStrategy
 
 NOT_SAVED = ("output", "overwrite", "ckpt_path", "checkpoint.dirpath", "trainer.default_root_dir")
-PARSER_OPTIONS = {"exit_on_error": False}
+UNTOLD = re.compile(  # what may differ after a resume, or is told where it is made to hold
+    rf"({'|'.join(map(re.escape, NOT_SAVED))}|config|trainer\.(max_\w+|logger|enable_\w+)"
+    r"|model\.(optimizer|scheduler))\b"
+)
+PARSER_OPTIONS = {"exit_on_error": False, "allow_abbrev": False}
 OURS = ("opd", "callbacks", "eval", "tasks")
+
+log = logging.getLogger(__name__)
 
 
 class OPDCLI(LightningCLI):
@@ -44,11 +52,15 @@ class OPDCLI(LightningCLI):
     """
 
     _lock: int | None = None  # on the run folder
+    _made: Sequence[Path] = ()  # folders that were not there before
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         try:
             super().__init__(*args, **kwargs)
         finally:
+            for folder in self._made:  # if the run has left nothing there
+                with contextlib.suppress(OSError):
+                    folder.rmdir()
             if self._lock is not None:
                 os.close(self._lock)
 
@@ -145,10 +157,12 @@ class OPDCLI(LightningCLI):
             options.trainer.devices, options.trainer.num_nodes = size
         self.folder: Path | None = None
         if self.subcommand in ("fit", "predict") or options.output is not None:
-            self.folder = run_folder.choose(options.output, [str(c) for c in options.config or []])
+            configs = [str(config) for config in options.config or []]
+            self.folder, made = run_folder.choose(options.output, configs)
             options.output = options.trainer.default_root_dir = str(self.folder)
             options.checkpoint.dirpath = str(self.folder / "checkpoints")
             if ranks.name() is None:
+                self._made = made
                 self._lock = run_folder.lock(self.folder)
         if self.subcommand == "fit":
             self._plan_fit()
@@ -218,7 +232,7 @@ class OPDCLI(LightningCLI):
         elif loggers in (None, True):
             kwargs["logger"] = False
         try:
-            return super().instantiate_trainer(**kwargs)
+            trainer = super().instantiate_trainer(**kwargs)
         except (TypeError, ValueError) as error:
             raise UserError(str(error)) from error
         except RuntimeError as error:
@@ -227,6 +241,10 @@ class OPDCLI(LightningCLI):
                     f"trainer.callbacks: {twice[1]} is there twice; keep one"
                 ) from error
             raise
+        for callback in trainer.callbacks:  # type: ignore[attr-defined]  # set by a connector
+            if isinstance(callback, RunSummary | SampleWriter):
+                callback.overwrite = True  # what may go, the run folder decides
+        return trainer
 
     def _run_subcommand(self, subcommand: str) -> None:
         """Run it; if a fit ends before it has done a step, what it was to replace comes back.
@@ -242,7 +260,7 @@ class OPDCLI(LightningCLI):
             if start is not None:
                 start.undo()
             early = start is None or not start.settled
-            if early and isinstance(error, Exception) and explain.raised_in(error) == "lightning":
+            if early and isinstance(error, Exception) and explain.is_refusal_of_lightning(error):
                 raise UserError(explain.one_line(error)) from error
             raise
 
@@ -352,6 +370,22 @@ class RunStart(SaveConfigCallback):
             self.settled = True
             if trainer.is_global_zero:
                 run_folder.settle(self.start.folder)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the options, so that a resumed run can say which of them are others."""
+        return {"options": self._told()}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Say which options are not those that the checkpoint was saved with."""
+        before, now = state_dict["options"], self._told()
+        names = [name for name in {**before, **now} if before.get(name) != now.get(name)]
+        if names and ranks.name() is None:
+            what = "; ".join(f"{name} {before.get(name)} -> {now.get(name)}" for name in names)
+            log.warning("resumed with other options than the checkpoint was saved with: %s", what)
+
+    def _told(self) -> dict[str, str]:
+        options = vars(self.config.as_flat())
+        return {key: str(value) for key, value in options.items() if not UNTOLD.match(key)}
 
     def undo(self) -> None:
         """Bring the old run back, if this one has done no step."""

@@ -193,7 +193,9 @@ def run_command(name: str, args: list[str]) -> Any:
 
     module, _, function_name = command.function.partition(":")
     function: Callable[..., Any] = getattr(importlib.import_module(module), function_name)
-    parser = ArgumentParser(prog=f"opd {name}", description=command.help, exit_on_error=False)
+    parser = ArgumentParser(
+        prog=f"opd {name}", description=command.help, exit_on_error=False, allow_abbrev=False
+    )
     if command.positional:
         parser.add_argument(command.positional, nargs="+", type=str)
     skip: set[str | int] = {command.positional} if command.positional else set()

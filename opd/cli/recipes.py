@@ -64,7 +64,9 @@ def check_yaml(text: str, where: str) -> None:
         node = yaml.compose(text, Loader=yaml.SafeLoader)
     except yaml.YAMLError as error:
         raise UserError(f"{where}: is no YAML ({' '.join(str(error).split())})") from error
-    if not isinstance(node, yaml.MappingNode | None):
+    if node is None:
+        raise UserError(f"{where}: is empty; it must hold options, as KEY: VALUE")
+    if not isinstance(node, yaml.MappingNode):
         raise UserError(f"{where}: must hold options, as KEY: VALUE")
     _check_node(node, where)
 

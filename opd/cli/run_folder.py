@@ -58,12 +58,15 @@ class Start:
     replaces: tuple[Path, ...] = ()
 
 
-def choose(output: str | None, configs: Sequence[str]) -> Path:
-    """Return the run folder, made and writable.
+def choose(output: str | None, configs: Sequence[str]) -> tuple[Path, list[Path]]:
+    """Make the run folder and see that it can be written to.
 
     Args:
         output: What ``--output`` names.
         configs: Configuration files, whose first names the default folder.
+
+    Returns:
+        The folder; the folders that were not there before, the innermost first.
 
     Raises:
         UserError: It cannot be written, or ranks that a launcher has started cannot know it.
@@ -79,12 +82,13 @@ def choose(output: str | None, configs: Sequence[str]) -> Path:
         raise UserError(f"--output {output!r}: names no folder; leave it out for runs/RECIPE/TIME")
     os.environ[OUTPUT_VARIABLE] = output
     folder = Path(output).expanduser()
+    made = [place for place in (folder, *folder.parents) if not place.exists()]
     try:
         folder.mkdir(parents=True, exist_ok=True)
         tempfile.TemporaryFile(dir=folder).close()
     except OSError as error:
         raise UserError(f"--output {output}: cannot be written ({error.strerror})") from error
-    return folder
+    return folder, made
 
 
 def lock(folder: Path) -> int:
@@ -167,6 +171,16 @@ def find_checkpoint(folder: Path | None, wanted: str | None) -> Path | None:
         path = Path(wanted).expanduser()
         if not path.exists():
             raise UserError(f"--ckpt_path {wanted}: there is no such checkpoint")
+        if path.is_dir() and (path / "checkpoints").is_dir():
+            raise UserError(
+                f"--ckpt_path {wanted}: is a run folder; name a checkpoint in its checkpoints/, or "
+                f"--output {wanted} --ckpt_path last"
+            )
+        if (path / "config.json").is_file():
+            raise UserError(
+                f"--ckpt_path {wanted}: is a model, nothing to go on from; train it with "
+                f"--model.student {wanted}"
+            )
         checkpoints.read(path)
         return path
     if folder is None:

@@ -261,11 +261,22 @@ class PromptDataModule(LightningDataModule):
         self.validation_prompts = self.validation_prompts or self._tokenize(
             validation, tokenizer, self.validation_limit
         )
+        if train and len(self.train_prompts) < self.batch_size:
+            log.warning(
+                "data.batch_size is %d, and there are %d prompts to train on: each step takes all "
+                "of them, and no more",
+                *(self.batch_size, len(self.train_prompts)),
+            )
 
     def _tokenizer(self) -> PreTrainedTokenizerBase:
         own = getattr(self.trainer and self.trainer.lightning_module, "tokenizer", None)
         if not self.tokenizer_source and own is not None:
             return cast(PreTrainedTokenizerBase, own)
+        if not self.tokenizer_source:
+            raise UserError(
+                "PromptDataModule: name a tokenizer, PromptDataModule(tokenizer=STUDENT, ...), or "
+                "set it up with an OPDModule, by trainer.fit(module, data)"
+            )
         return load_tokenizer(self.tokenizer_source, trust_remote_code=self.trust_remote_code)
 
     def _read(self, sources: Mapping[str | None, str], split: str) -> list[_Rows]:
@@ -355,10 +366,10 @@ def _by_name(key: str, sources: str | dict[str, str]) -> dict[str | None, str]:
         return {None: sources}
     if not sources:
         raise UserError(f"data.{key} is an empty mapping; name at least one data set")
-    for name in sources:
+    for name in map(str, sources):  # YAML reads 1 as a number
         if not re.fullmatch(r"[^\s/]+", name):
             raise UserError(f"data.{key}: {name!r} names metrics; use no spaces and no slashes")
-    return dict(sources.items())
+    return {str(name): source for name, source in sources.items()}
 
 
 def _several(sources: Mapping[str | None, str]) -> list[str]:
