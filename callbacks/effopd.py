@@ -148,7 +148,7 @@ class EffOPD(Accelerator):
     def _warn_if_blind(self, result: SearchResult, rank: int) -> None:
         """Say, once, that a search has decided without evidence: all scores were the same."""
         scores = {result.score_before, *(tried.score for tried in result.tried)}
-        if len(result.tried) > 1 and len(scores) == 1 and rank == 0 and not self._warned:
+        if len(scores) == 1 < len(result.tried) and rank == 0 and not self._warned:
             self._warned = True
             log.warning(
                 "EffOPD: %s gives W and all %d candidates the same score, %g, and so decides "

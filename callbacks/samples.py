@@ -40,15 +40,14 @@ class SampleWriter(Callback):
         self.every_n_steps = every_n_steps
         self.rollouts = rollouts
 
-    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Look for an earlier run's files.
 
         Raises:
             UserError: There are some.
         """
-        names = {"fit": ["samples/step_*.jsonl"], "predict": ["predictions.jsonl"]}
         if not self.overwrite:
-            refuse_to_replace(trainer, names.get(stage, []))
+            refuse_to_replace(trainer, ["samples/step_*.jsonl"])
 
     @rank_zero_only
     def on_train_batch_end(
@@ -75,6 +74,8 @@ class SampleWriter(Callback):
         write_jsonl(path, records[: self.rollouts])
 
     def on_predict_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if not self.overwrite:
+            refuse_to_replace(trainer, ["predictions.jsonl"])
         write_jsonl(self._predictions(trainer), [])
 
     def on_predict_batch_end(

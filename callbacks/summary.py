@@ -33,13 +33,13 @@ class RunSummary(Callback):
         self.final: dict[str, float] = {}
         self.validated_step = -1
 
-    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Look for an earlier run's file.
 
         Raises:
             UserError: There is one.
         """
-        if stage == "fit" and not self.overwrite:
+        if not self.overwrite:
             refuse_to_replace(trainer, ["summary.json"])
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:

@@ -729,14 +729,32 @@ MUTANTS = [
     module('checkpoint["optimization"] = self._options', "pass", OPTIONS),
     module("checkpoints.find_misfit(self.state_dict(), state)", "None", OPTIONS),
     module("compatibility.check_trainer(self.trainer)", "pass", BAD_INPUT),
-    module("compatibility.check_monitors(", "str(", BAD_INPUT),
+    module("check_monitors(self.trainer, [*results, *TRAIN_METRICS])", "LOGGED", BAD_INPUT),
+    module("check_monitors(self.trainer, TRAIN_METRICS)", "LOGGED", BAD_INPUT),
     compatibility("    lightning.BatchSizeFinder: NO_BATCH,\n", ""),
     compatibility("if trainer.gradient_clip_val:", "if False:"),
     compatibility("if getattr(trainer, name) == 0:", "if False:"),
     explain("reason = rest\n", "reason = line\n"),
     explain("GIVEN.search(reason) or GIVEN.search(text)", "GIVEN.search(reason)"),
     recipes("if key.value in lines:", "if False:"),
-    recipes("if not isinstance(node, yaml.MappingNode | None):", "if False:"),
+    recipes("if not isinstance(node, yaml.MappingNode):", "if False:"),
+    recipes("if node is None:", "if False:"),
+    loading("            model.tie_weights()  # which", "            pass  # which"),
+    loading("if len(tokenizer) == len(tokenizer.get_added_vocab()):", "if False:", BAD_INPUT),
+    checks("if not own.isfinite().all():", "if False:"),
+    effopd(
+        "len(scores) == 1 < len(result.tried)",
+        "True",
+        "tests/callbacks/test_effopd.py::test_a_search_that_cannot_tell_weights_apart_says_so_once",
+    ),
+    summary("if not self.overwrite:", "if False:"),
+    of("callbacks/samples.py", FILES)(
+        'refuse_to_replace(trainer, ["samples/step_*.jsonl"])', "pass"
+    ),
+    of("callbacks/earlier_run.py", FILES)("and trainer.ckpt_path is None", ""),
+    of("opd/cli/fit.py", "tests/test_resume.py::test_a_resumed_run_says_which_options_are_others")(
+        "if names and ranks.name() is None:", "if False:"
+    ),
     of("opd/cli/fit.py", LIGHTNING)("[int, *(m for m in members if m is not int)]", "members"),
     of("opd/cli/fit.py", LIGHTNING)("[*events, MetricsCSV(self.folder)]", "events"),
     of("opd/cli/run_folder.py", AT_ONCE)(

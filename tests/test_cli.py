@@ -284,8 +284,18 @@ def test_a_path_of_a_checkout_elsewhere_is_told_the_name(capsys, tmp_path, monke
 def test_a_run_folder_is_named_after_the_first_recipe(tmp_path, monkeypatch, config, recipe):
     """A name has the folder that its path has."""
     monkeypatch.chdir(tmp_path)
-    folder = run_folder.choose(None, [recipes.find(config), recipes.find("strategy/ddp")])
+    configs = [recipes.find(config), recipes.find("strategy/ddp")]
+    folder, made = run_folder.choose(None, configs)
     assert folder.parent == Path("runs") / recipe
+    assert made == [folder, Path("runs") / recipe, Path("runs")]
+
+
+def test_a_refused_run_leaves_no_empty_folder(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "runs").mkdir()
+    refused = ["fit", "--config", "quickstart", "--model.student", "nothing/here/at/all"]
+    assert main([*refused, "--output", "runs/some/where"]) == 2
+    assert [path.name for path in tmp_path.rglob("*")] == ["runs"]
 
 
 def test_commands_work_from_any_directory(tmp_path):

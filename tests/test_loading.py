@@ -431,3 +431,13 @@ def test_a_models_own_code_travels_with_it_and_runs_only_if_allowed(own_code, tm
         }
         theirs = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True)
         assert type(theirs).__name__ == "OwnForCausalLM"
+
+
+def test_a_model_whose_weights_are_no_numbers_is_refused(untied, tmp_path):
+    def spoil(name, tensor):
+        if name == "lm_head.weight":
+            tensor[3, 3] = torch.nan
+        return [(name, tensor)]
+
+    with pytest.raises(UserError, match="logits that are NaN or infinite: its weights are damaged"):
+        load_model(with_weights(untied, spoil, tmp_path))

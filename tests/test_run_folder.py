@@ -92,8 +92,9 @@ def test_a_folder_of_somebody_else_is_refused_and_left_alone(tmp_path, name, wan
     (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
     (tmp_path / name).write_text("step,a\n1,2\n")
     before = contents(tmp_path)
+    folder, _ = run_folder.choose(str(tmp_path), [])
     with pytest.raises(UserError, match="holds no run of opd"):
-        run_folder.plan(run_folder.choose(str(tmp_path), []), wanted, overwrite=overwrite)
+        run_folder.plan(folder, wanted, overwrite=overwrite)
     assert contents(tmp_path) == before
 
 

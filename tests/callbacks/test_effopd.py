@@ -280,3 +280,4 @@ def test_a_search_that_cannot_tell_weights_apart_says_so_once(fit, caplog, score
     search = ["--trainer.callbacks+=callbacks.EffOPD", f"--trainer.callbacks.score={score}"]
     fit("run", *search, "--model.max_new_tokens", "1", steps=2)
     assert caplog.text.count("gives W and all 5 candidates the same score, 0") == blind
+    assert caplog.text.count("the same score") == blind

@@ -69,11 +69,18 @@ def test_callbacks_of_python_replace_no_earlier_run(tmp_path):
     module = OPDModule("embedded:base", "embedded:teacher", max_new_tokens=4)
     data = PromptDataModule("embedded:train", "embedded:test", batch_size=4, validation_limit=4)
 
-    def trainer(*callbacks):
-        options = {"max_steps": 1, "logger": False, "enable_checkpointing": False, **QUIETLY}
-        return Trainer(default_root_dir=tmp_path / "run", callbacks=list(callbacks), **options)
+    def trainer(*callbacks, max_steps=1):
+        options = {"logger": False, "enable_checkpointing": False, **QUIETLY}
+        return Trainer(
+            default_root_dir=tmp_path / "run",
+            callbacks=list(callbacks),
+            max_steps=max_steps,
+            **options,
+        )
 
-    trainer(RunSummary(), SampleWriter(every_n_steps=1)).fit(module, data)
+    first = trainer(RunSummary(), SampleWriter(every_n_steps=1))
+    first.fit(module, data)
+    first.save_checkpoint(tmp_path / "first.ckpt")
     trainer(SampleWriter()).predict(module, data)
     before = contents(tmp_path / "run")
     assert before.keys() == {"summary.json", "samples/step_000001.jsonl", "predictions.jsonl"}
@@ -84,3 +91,5 @@ def test_callbacks_of_python_replace_no_earlier_run(tmp_path):
     with refused:
         trainer(SampleWriter()).predict(module, data)
     assert contents(tmp_path / "run") == before
+    trainer(RunSummary(), max_steps=2).fit(module, data, ckpt_path=tmp_path / "first.ckpt")
+    assert json.loads((tmp_path / "run" / "summary.json").read_text())["steps"] == 2
