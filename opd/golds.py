@@ -30,6 +30,7 @@ _TRANSLATION = str.maketrans(_CHARACTERS)
 _SUPERSCRIPTS = str.maketrans("⁰¹²³⁴⁵⁶⁷⁸⁹⁻₀₁₂₃₄₅₆₇₈₉", "0123456789-0123456789")
 _FUNCTIONS = r"arc(?:sin|cos|tan)|sin|cos|tan|cot|sec|csc|log|ln|exp|max|min|gcd|lcm|det"
 _GROUP = r"\{([^{}]*)\}"
+_DEEP_GROUP = r"\{((?:[^{}]|\{[^{}]*\})*)\}"
 _END = r"(?![A-Za-z])"  # of a command's or a word's letters
 _ALONE = r"(?<![\\A-Za-z])"  # before a word that lacks its backslash
 _GRID = r"(?<!\\)"  # `\\ ` ends the row of a matrix; `\ ` is a space
@@ -79,7 +80,7 @@ _SUBSTITUTIONS: list[tuple[str, _Replacement]] = [
     (r"\\sqrt\s*\(([^()]*)\)(?!\s*\^)", r"\\sqrt{\1}"),
     (r"\\sqrt\s*([\dA-Za-z])", r"\\sqrt{\1}"),
     (r"\\(frac|binom)\s*([\dA-Za-z])", r"\\\1{\2}"),
-    (rf"\\(frac|binom)\s*{_GROUP}\s*([\dA-Za-z])", r"\\\1{\2}{\3}"),
+    (rf"\\(frac|binom)\s*{_DEEP_GROUP}\s*([\dA-Za-z])", r"\\\1{\2}{\3}"),
     # TeX raises one digit; who leaves out the braces of several means them all
     (r"([_^])\s*([-+]?\d+(?:\.\d+)?|[A-Za-z])", r"\1{\2}"),
     # numbers

@@ -5,6 +5,7 @@ equal, but which is not accepted because the reading that makes it equal is in d
 """
 
 import itertools
+import random
 import threading
 import time
 
@@ -346,11 +347,50 @@ def test_cleaning_what_is_clean_changes_nothing():
             assert same_mathematics(text, clean), text
 
 
+def test_cleaning_any_text_twice_is_cleaning_it_once():
+    pieces = ["1", "24", "000", "3.0", ",", ".", "$", "{", "}", r"\boxed{", r"\frac", r"\sqrt", "x"]
+    pieces += [
+        "^",
+        "_",
+        "5e",
+        r"\text{",
+        "or",
+        r"\%",
+        r"\left(",
+        ")",
+        "[",
+        r"\{",
+        r"\}",
+        r"\,",
+        "~",
+    ]
+    pieces += [
+        r"\!",
+        "pi",
+        "inf",
+        "<=",
+        r"\circ",
+        "percent",
+        r"\mathrm{",
+        "cm",
+        "-",
+        "/",
+        r"\\",
+        "&",
+    ]
+    pieces += [" ", " or ", ", ", "\N{SQUARE ROOT}", "\N{SUPERSCRIPT TWO}", "\N{MINUS SIGN}"]
+    draw = random.Random(0)
+    for _ in range(3000):
+        clean = clean_reference("".join(draw.choices(pieces, k=draw.randrange(1, 10))))
+        assert clean_reference(clean) == clean
+
+
 @pytest.mark.parametrize(
     ("text", "clean"),
     [
         (r"\boxed{204}", "204"),
-        ("27.0", "27"),
+        ("27.0.", "27"),
+        (r"\frac{\sqrt2}3", r"\frac{\sqrt{2}}{3}"),
         ("1,024", "1024"),
         ("1, 024", "1, 024"),
         ("4.5e33", r"4.5 \times 10^{33}"),
