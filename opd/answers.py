@@ -11,25 +11,23 @@ import functools
 import importlib.util
 import logging
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass
-from fractions import Fraction
 from typing import Literal
 
 import regex  # as re, but with a time limit; it also holds outside of the main thread
 
+from opd.equality import same_mathematics, same_number_or_text
 from opd.errors import UserError
+from opd.golds import LONGEST, clean_reference
 
 log = logging.getLogger(__name__)
 
 SECONDS = 1.0  # that one check of others' code may take; the usual one takes a thousandth of it
-LONGEST_RATIO = 200  # digits that are calculated with; longer fractions are compared as text
-LONGEST_MATHEMATICS = 1000  # characters that math_verify is given
 
 _DIGITS = r"(?:\d{1,3}(?:,\d{3})+(?!\d)|\d+)"  # a comma separates groups of three, or numbers
 _SIGN = r"(?:(?<![\d)])[-+])?"  # after a number or a bracket it is an operator
 _NUMBER = re.compile(rf"{_SIGN}{_DIGITS}(?:\.\d+)?(?:/\d+)?")
-_DECIMAL = re.compile(r"([-+]?)(\d*)(?:\.(\d*))?(?:[eE]([-+]?\d{1,18}))?", re.ASCII)
-_GROUPED = re.compile(r"[-+]?\d{1,3}(?:,\d{3})+(?:\.\d+)?(?:/\d+)?", re.ASCII)
 _BRACES = re.compile(r"\\boxed\s*\{|[{}]")
 
 
@@ -77,65 +75,6 @@ def _warn_once(what: str, example: str) -> None:
     )
 
 
-def _normalise(text: str) -> str:
-    return re.sub(r"\s+", "", text).lstrip("$").rstrip("$.")
-
-
-def _as_decimal(text: str) -> tuple[str, str, int] | None:
-    """Bring a decimal into the one form (sign, digits, e) of sign 0.digits 10^e; no arithmetic."""
-    match = _DECIMAL.fullmatch(text)
-    if match is None or not (match[2] or match[3]):
-        return None
-    whole, fraction = match[2], match[3] or ""
-    digits = (whole + fraction).lstrip("0")
-    shift = len(digits) - len(fraction)
-    if not digits:
-        return "", "", 0
-    return match[1].replace("+", ""), digits.rstrip("0"), shift + int(match[4] or 0)
-
-
-def _as_ratio(text: str) -> Fraction | None:
-    """Read a fraction or a decimal that is short enough to calculate with."""
-    numerator, slash, denominator = text.partition("/")
-    if len(text) > LONGEST_RATIO or (slash and not denominator.isdigit()):
-        return None
-    decimal = _as_decimal(numerator)
-    if decimal is None or abs(decimal[2]) > LONGEST_RATIO:
-        return None
-    try:
-        return Fraction(text)
-    except (ValueError, ZeroDivisionError):
-        return None
-
-
-def same_number_or_text(answer: str, reference: str) -> bool:
-    """Whether two answers are the same number, or the same text but for white space and ``$``."""
-    left, right = _normalise(answer), _normalise(reference)
-    if left == right:
-        return True
-    left, right = (t.replace(",", "") if _GROUPED.fullmatch(t) else t for t in (left, right))
-    if "/" not in left + right:
-        a = _as_decimal(left)
-        return a is not None and a == _as_decimal(right)
-    ratio = _as_ratio(left)
-    return ratio is not None and ratio == _as_ratio(right)
-
-
-def same_mathematics(answer: str, reference: str) -> bool:
-    """Whether two LaTeX answers are equivalent, by math_verify in a process that can be stopped.
-
-    An answer that is too long, or takes too long, is not.
-    """
-    from opd.mathematics import equivalent
-
-    if len(answer) > LONGEST_MATHEMATICS or len(reference) > LONGEST_MATHEMATICS:
-        return False
-    verdict = equivalent(answer, reference, SECONDS)
-    if verdict is None:
-        _warn_once("model.verifier.equivalence", "math")
-    return bool(verdict)
-
-
 @dataclass(frozen=True)
 class AnswerVerifier:
     r"""Decides whether a completion is right.
@@ -143,7 +82,8 @@ class AnswerVerifier:
     Args:
         format: Where the answer stands: boxed (the last \boxed{}), last_number, or a regular
             expression with one group, of which the last match counts.
-        equivalence: number (same number or same text), or math (LaTeX, needs math_verify).
+        equivalence: number (same number or same text), or math (`opd/equality.py`; needs
+            math_verify, whose parser reads the LaTeX).
     """
 
     format: str = "boxed"
@@ -174,11 +114,70 @@ class AnswerVerifier:
             return extract_last_number(completion)
         return extract_pattern(completion, self.format)
 
-    def __call__(self, completion: str, reference: str) -> bool:
-        """Whether the completion's answer equals the reference."""
+    def __call__(
+        self,
+        completion: str,
+        reference: str,
+        *,
+        tolerance: str | float | None = None,
+        unit: str | None = None,
+    ) -> bool:
+        """Whether the completion's answer equals the reference; see `same`."""
         answer = self.extract(completion)
-        if answer is None:
+        return answer is not None and self.same(answer, reference, tolerance=tolerance, unit=unit)
+
+    def same(
+        self,
+        answer: str,
+        reference: str,
+        *,
+        tolerance: str | float | None = None,
+        unit: str | None = None,
+    ) -> bool:
+        """Whether two answers are equal; an empty one equals nothing.
+
+        Args:
+            answer: What `extract` has returned.
+            reference: The right answer, or another completion's.
+            tolerance: Largest absolute difference of numbers; several, separated by commas, are
+                those of the reference's answers in their order. Only for equivalence math.
+            unit: The reference's unit, which an answer may leave out. Only for equivalence math.
+
+        Raises:
+            UserError: A tolerance that is no number or does not fit, or with equivalence number.
+        """
+        if not answer.strip() or not reference.strip():
             return False
-        if same_number_or_text(answer, reference):
-            return True
-        return self.equivalence == "math" and same_mathematics(answer, reference)
+        if self.equivalence == "number":
+            if tolerance is not None or unit is not None:
+                raise UserError("a tolerance or a unit needs a verifier with equivalence: math")
+            return same_number_or_text(answer, reference)
+        if max(len(answer), len(reference)) > LONGEST:
+            return same_number_or_text(answer, reference)
+        verdict = same_mathematics(answer, reference, tolerance, unit, SECONDS)
+        if verdict is None:
+            _warn_once("model.verifier.equivalence", "math")
+        return bool(verdict)
+
+
+def group_answers(answers: Sequence[str | None], verifier: AnswerVerifier) -> list[int | None]:
+    """Return the group of each answer, by equality to the group's first answer.
+
+    Groups are numbered from 0 in the order in which they are seen. An answer that is missing
+    belongs to none: its group is None. Each distinct text is compared once with each group.
+    """
+    groups: dict[str, int] = {}  # by text, as it is compared
+    firsts: list[str] = []  # the first answer of each group
+    found: list[int | None] = []
+    for answer in answers:
+        if answer is None:
+            found.append(None)
+            continue
+        text = clean_reference(answer) if verifier.equivalence == "math" else answer.strip()
+        if text not in groups:
+            equal = (i for i, first in enumerate(firsts) if verifier.same(answer, first))
+            groups[text] = next(equal, len(firsts))
+            if groups[text] == len(firsts):
+                firsts.append(answer)
+        found.append(groups[text])
+    return found

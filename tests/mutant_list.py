@@ -31,6 +31,7 @@ def of(file: str, tests: str) -> Callable[..., Mutant]:
 HAND_MADE = "tests/eval/test_hand_made_runs.py"
 HARNESS = "tests/eval/test_harness.py"
 ANSWERS = "tests/test_answer_table.py"
+EQUALITY = "tests/test_equality.py"
 COMMA = "test_a_comma_separates_groups_of_three_or_numbers"
 EXTRAPOLATION = "tests/test_extrapolation.py"
 FILES = "tests/callbacks/test_files_of_a_run.py"
@@ -93,6 +94,9 @@ OPTIONS = " ".join(
 )
 
 answers = of("opd/answers.py", ANSWERS)
+equality = of("opd/equality.py", EQUALITY)
+golds = of("opd/golds.py", EQUALITY)
+mathematics = of("opd/mathematics.py", EQUALITY)
 optimization = of("opd/optimization.py", f"{OPTIONS} {BAD_INPUT}")
 compatibility = of("opd/compatibility.py", BAD_INPUT)
 explain = of("opd/cli/explain.py", BAD_INPUT)
@@ -181,17 +185,57 @@ MUTANTS = [
     stages("members(module, metrics, answered)", "{}"),
     module("log_once(self.trainer, self, some)", "self.log_dict(some)", TWO),
     # answers
-    answers("    if left == right:\n        return True\n", ""),
     answers("return found[-1] if found", "return found[0] if found"),
     answers("found[-1].group(1)", "found[0].group(1)"),
-    answers('.lstrip("$").rstrip("$.")', '.lstrip("$").rstrip("$")'),
-    answers('.lstrip("$").rstrip("$.")', '.strip("$.")', why="no number starts with a full stop"),
-    answers('re.sub(r"\\s+", "", text)', "text"),
-    answers(
-        "        if answer is None:\n            return False", "        answer = answer or ''"
+    answers("answer is not None and self.same", "self.same"),
+    answers("if not answer.strip() or not reference.strip():", "if False:", EQUALITY),
+    answers("if tolerance is not None or unit is not None:", "if False:", EQUALITY),
+    answers('if self.equivalence == "number":', "if False:", "tests/test_answers.py"),
+    answers("            found.append(None)\n", "            found.append(0)\n", EQUALITY),
+    answers("groups[text] == len(firsts)", "True", EQUALITY),
+    equality(
+        "    if left == right:\n        return True\n    left, right = (t",
+        "    left, right = (t",
+        ANSWERS,
     ),
-    answers("        if same_number_or_text(answer, reference):\n            return True\n", ""),
-    answers('return self.equivalence == "math" and same', "return same", "tests/test_answers.py"),
+    equality('.lstrip("$").rstrip("$.")', '.lstrip("$").rstrip("$")', ANSWERS),
+    equality(
+        '.lstrip("$").rstrip("$.")',
+        '.strip("$.")',
+        ANSWERS,
+        why="no number starts with a full stop",
+    ),
+    equality(r'r"\s+(?!\d)|(?<!\d)\s+"', r'r"\s+"', ANSWERS),
+    equality("if not answer or not reference:", "if False:"),
+    equality("<= (tolerance or 0)", "< (tolerance or 1)"),
+    equality("self.unordered(_elements(left), right.parts, self.tolerances)", "True"),
+    equality("place(partner[j], tried)", "False"),
+    equality("if j not in partner or place", "if True or place"),
+    equality("if len(left) != len(right):", "if len(left) < len(right):"),
+    equality("return len(names) < 2 or all", "return True or all"),
+    equality('        if left.kind == "set":\n            a = self.distinct(a)\n', ""),
+    equality("left_unit and right_unit and left_unit != right_unit", "False"),
+    equality("right_unit = right_unit or self.unit", "pass"),
+    equality("if left.name and right.name and left.name != right.name:", "if False:"),
+    equality(
+        "self.seconds -= spent", "pass", why="the process has its own limit for each question"
+    ),
+    equality("if len(cases[0] | cases[1]) > 1:", "if False:"),
+    equality("if any(_NOT_CALCULATED.search(text) for text in (left, right)):", "if False:"),
+    equality("if int(found[2]) < int(found[3])", "if False"),
+    equality(r'return _PRODUCT.sub(r"\\cdot ", text)', "return text"),
+    equality("        if left.kind != right.kind:\n            return False\n", ""),
+    equality("plain.casefold() if", "plain if"),
+    equality('text.replace(r"\\pm", "-").replace(r"\\mp", "+")', 'text.replace(r"\\pm", "-")'),
+    golds("if opened > closed else", "if False else", EQUALITY),
+    golds("    for _ in range(10):", "    for _ in range(1):", EQUALITY),
+    golds(r'r"\1 \\times 10^{\2}"', r'r"\1e\2"', EQUALITY),
+    mathematics("return a.free_symbols == b.free_symbols and", "return"),
+    mathematics("signal.setitimer(signal.ITIMER_PROF, seconds)", "pass"),
+    mathematics("real + sympy.I * imaginary", "real"),
+    mathematics("if type(a) is not type(b) or", "if"),
+    mathematics("if inequality and not", "if False and not"),
+    mathematics("part.is_Float and part._prec == 1", "False"),
     # the ledger
     ledger("self._new[name] += tokens", "self._new[name] = tokens"),
     ledger("+= _now() - start", "= _now() - start"),
@@ -421,14 +465,16 @@ MUTANTS = [
     module("self.evaluation_metrics.reset()", "pass", VALIDATION),
     # answers, as they are judged in time
     answers("return bool(verdict)", "return not bool(verdict)", "tests/test_answers.py"),
-    answers("a is not None and a == _as_decimal(right)", "a == _as_decimal(right)"),
-    answers("a is not None and a == _as_decimal(right)", "a is not None"),
-    answers("ratio is not None and ratio == _as_ratio(right)", "ratio is not None"),
+    equality("a is not None and a == _as_decimal(right)", "a == _as_decimal(right)", ANSWERS),
+    equality("a is not None and a == _as_decimal(right)", "a is not None", ANSWERS),
+    equality("ratio is not None and ratio == _as_ratio(right)", "ratio is not None", ANSWERS),
     answers("if boxed and begin > start:", "if boxed and start < 0:"),
     answers("if boxed and begin > start:", "if begin > start:"),
-    answers('t.replace(",", "") if _GROUPED.fullmatch(t)', 't.replace(",", "") if t'),
-    answers("shift + int(match[4] or 0)", "shift"),
-    answers('whole, fraction = match[2], match[3] or ""', 'whole, fraction = match[2], ""'),
+    equality('t.replace(",", "") if _GROUPED.fullmatch(t)', 't.replace(",", "") if t', ANSWERS),
+    equality("shift + int(match[4] or 0)", "shift", ANSWERS),
+    equality(
+        'whole, fraction = match[2], match[3] or ""', 'whole, fraction = match[2], ""', ANSWERS
+    ),
     answers("(?<![\\d)])[-+]", "[-+]", f"tests/test_answers.py::{COMMA}"),
     answers('_NUMBER = re.compile(rf"{_SIGN}', '_NUMBER = re.compile(rf"'),
     # metrics of tokens, and of what searches and predictions look at

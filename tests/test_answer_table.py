@@ -2,7 +2,8 @@
 
 import pytest
 
-from opd.answers import AnswerVerifier, extract_pattern, same_number_or_text
+from opd.answers import AnswerVerifier, extract_pattern
+from opd.equality import same_number_or_text
 
 BOXED = [
     (r"\boxed{42}", "42", True),
@@ -41,6 +42,7 @@ BOXED = [
     (r"\boxed{2.5E-2}", "0.025", True),
     (r"\boxed{1/0}", "1/0", True),  # the same text
     (r"\boxed{1/0}", "2/0", False),
+    (r"\boxed{2 1/3}", "7", False),  # nor is it 21/3
     (r"\boxed{A}", "A", True),
     (r"\boxed{A}", "a", False),
     ("", "", False),
