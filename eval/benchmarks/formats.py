@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import itertools
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -45,12 +45,12 @@ class Format:
 
 
 def answer(record: Record, benchmark: Benchmark) -> Doc:
-    """Make a problem with a gold that is text: a number, an expression, or several of them."""
+    """Make a problem with a gold that is text: a number, an expression, or several of them.
+
+    Of a list of golds the first counts: in OlympiadBench the others are other ways to write it.
+    """
     gold = record["answer"]
-    if isinstance(gold, Sequence) and not isinstance(gold, str):
-        parts = [str(part).strip() for part in gold]
-        gold = parts[0] if len(parts) == 1 else ", ".join(part.strip("$") for part in parts)
-    reference = str(gold)
+    reference = str(gold[0] if isinstance(gold, list) else gold)
     if benchmark.answer_after is not None:
         reference = reference.rpartition(benchmark.answer_after)[2]
     reference = reference.strip()

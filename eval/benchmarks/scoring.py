@@ -121,8 +121,12 @@ def without_unit(answer: str, unit: str) -> str:
 
 
 def within(answer: str, reference: str, tolerance: str) -> bool:
-    """Whether numbers, of which there may be several, differ by no more than their tolerances."""
-    given, wanted, allowed = map(_numbers, (answer, reference, tolerance))
+    """Whether numbers, of which there may be several, differ by no more than their tolerances.
+
+    A tolerance may hold for all, or each has its own, of which some may be left empty.
+    """
+    given, wanted = _numbers(answer), _numbers(reference)
+    allowed = _numbers(",".join(part.strip() or "0" for part in tolerance.split(",")))
     if not given or not wanted or not allowed or len(given) != len(wanted):
         return False
     if len(allowed) == 1:

@@ -41,7 +41,10 @@ def minerva(i: int) -> Row:
 def olympiadbench(i: int) -> Row:
     return {
         **{"id": i, "question": f"How many apples are in basket {i}?", "solution": [SECRET]},
-        **{"final_answer": [f"${90001 + i}$"], "context": "There are baskets." if i % 2 else None},
+        **{
+            "final_answer": [f"${90001 + i}$", SECRET],
+            "context": "There are baskets." if i % 2 else None,
+        },
         **{"error": "0.5" if i == 2 else None, "unit": "kg" if i == 1 else None},
         **{"is_multiple_answer": False, "answer_type": "Numerical", "subfield": "Algebra"},
     }

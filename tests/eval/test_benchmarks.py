@@ -494,6 +494,8 @@ def test_an_answer_may_have_a_unit_and_a_tolerance(problems):
     assert not score(r"\boxed{90002.4}", docs[1]).right
     assert within("1.05,2", "1,2.2", "0.1,0.5")
     assert not within("1.05,3", "1,2.2", "0.1,0.5")
+    assert within("1.05,2", "1,2", "0.1,")
+    assert not within("1.05,2.01", "1,2", "0.1,")
     assert not within("1", "1,2", "0.1")
     assert not within("x", "1", "0.1")
     assert not within("nan", "1", "0.1")
