@@ -16,6 +16,7 @@ from lm_eval.models.huggingface import HFLM
 from lm_eval.tasks import TaskManager
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from eval.benchmarks import use_data
 from opd.errors import UserError
 from opd.models import (
     Dtype,
@@ -44,6 +45,7 @@ def evaluate(
     seed: int = 0,
     trust_remote_code: bool = False,
     overwrite: bool = False,
+    data: str | None = None,
 ) -> None:
     """Evaluate a model on lm-eval tasks.
 
@@ -61,6 +63,8 @@ def evaluate(
         seed: Seed of the sampling.
         trust_remote_code: Let a hub model run its own code.
         overwrite: Replace results that are in the folder, instead of refusing.
+        data: Folder with copies of benchmarks: DATA/TASK.parquet, .jsonl, .csv or .arrow, or a
+            folder DATA/TASK of such files. None: they come from the hub.
 
     Raises:
         UserError: An option is out of range, or the folder cannot be written or holds results.
@@ -73,6 +77,8 @@ def evaluate(
             raise UserError(f"--{option} {value} must be at least 1")
     if not 0 <= seed < 2**63:
         raise UserError(f"--seed {seed} must be between 0 and 2**63 - 1")
+    if data is not None:
+        use_data(data)
     where = usable_device(device)
     folder = _output_folder(output, overwrite=overwrite)
     start = time.perf_counter()
@@ -246,19 +252,21 @@ def load_tasks(manager: TaskManager, names: Sequence[str], samples: int) -> list
     Raises:
         UserError: A task scores only the first of several samples.
     """
-    if samples == 1:
-        return list(names)
     own = own_tasks()
     single = [name for name in names if name not in own.all_tasks]
-    if single:
+    if single and samples > 1:
         raise UserError(
             f"--samples {samples}: lm-eval's {', '.join(single)} scores only the first completion; "
             f"use --samples 1, or a task of tasks/ ({', '.join(own.all_tasks)})"
         )
     every = {"name": "samples", "filter": [{"function": "take_first_k", "k": samples}]}
-    overridden = [{"task": name, "repeats": samples, "filter_list": [every]} for name in names]
+    overridden = [
+        {"task": name, "repeats": samples, "filter_list": [every]}
+        for name in names
+        if name not in single
+    ]
     group = {"group": "several_samples", "task": overridden}
-    return list(manager.load([group])["tasks"].values())
+    return [*manager.load([group])["tasks"].values(), *single]
 
 
 def metrics_of(results: Mapping[str, Any]) -> dict[str, float]:

@@ -1,1 +1,1 @@
-"""lm-eval tasks: YAML files, and the functions that they name beside them."""
+"""Benchmarks: a YAML for each, which is its lm-eval task; what they share is in ``_shared``."""

@@ -30,6 +30,7 @@ def of(file: str, tests: str) -> Callable[..., Mutant]:
 
 HAND_MADE = "tests/eval/test_hand_made_runs.py"
 HARNESS = "tests/eval/test_harness.py"
+TABLE = "tests/eval/test_benchmarks.py"
 ANSWERS = "tests/test_answer_table.py"
 EQUALITY = "tests/test_equality.py"
 COMMA = "test_a_comma_separates_groups_of_three_or_numbers"
@@ -115,7 +116,13 @@ ledger = of("opd/ledger.py", "tests/test_ledger.py")
 metrics = of("opd/metrics.py", TOKENS)
 extrapolation = of("opd/extrapolation.py", EXTRAPOLATION)
 arithmetic = of("opd/embedded/arithmetic.py", "tests/test_embedded_arithmetic.py")
-task = of("tasks/arithmetic/arithmetic.py", HARNESS)
+table = of("eval/benchmarks/table.py", TABLE)
+formats = of("eval/benchmarks/formats.py", TABLE)
+programs = of("eval/benchmarks/code.py", TABLE)
+rows = of("eval/benchmarks/rows.py", TABLE)
+scoring = of("eval/benchmarks/scoring.py", TABLE)
+problems = of("eval/benchmarks/tasks.py", TABLE)
+statistics = of("eval/statistics.py", TABLE)
 samples = of("callbacks/samples.py", FILES)
 summary = of("callbacks/summary.py", FILES)
 benchmarks = of("callbacks/benchmarks.py", BENCHMARKS)
@@ -314,11 +321,87 @@ MUTANTS = [
         "        if problem:\n            yield",
     ),
     arithmetic('f"{split}:{seed}:{DIGITS}"', 'f"{split}:{DIGITS}"'),
-    task("sum(right) / len(right)", "float(right[0])"),
-    task("sum(right) / len(right)", "float(any(right))"),
-    task("for completion in completions]", "for completion in completions[:1]]"),
-    task("VERIFIER(completion, doc", "not VERIFIER(completion, doc"),
-    task('rows("test")', 'rows("train")'),
+    # benchmarks
+    table("None if revision == NONE_SEEN else revision", "revision"),
+    table("int(memory * 2**30)", "int(memory * 10**9)"),
+    table("if unknown := sorted(map(str, set(given) - known)):", "if unknown := sorted([]):"),
+    table("value is not None and value < 1", "value is not None and value < 0"),
+    table("(isinstance(value, bool) and kind is not bool)", "False"),
+    formats("rpartition(benchmark.answer_after)[2]", "partition(benchmark.answer_after)[0]"),
+    formats("gold[0] if isinstance(gold, list) else gold", "gold"),
+    formats("str(option).strip() for option", "str(option) for option"),
+    formats("LETTERS[order.index(0)]", "LETTERS[order[0]]"),
+    formats("hashlib.sha256(identity.strip().encode()).digest()", "str(hash(identity)).encode()"),
+    formats("% len(orders)]", "% 6]"),
+    formats('[record.get("context"), record["problem"]]', '[record["problem"]]'),
+    programs("check({record['function']})", "check"),
+    programs('*_texts(record["imports"] or [])', "*[]"),
+    programs('"prefix": problem,', '"prefix": "",'),
+    programs('if not first <= _day(record["date"]) <= last:', "if False:"),
+    programs("if not first <= _day(", "if not first < _day("),
+    programs('<= _day(record["date"]) <= last', '<= _day(record["date"]) < last'),
+    programs(
+        'kind = "call" if function else "stdin"\n    cases = [_case',
+        'kind = "stdin"\n    cases = [_case',
+    ),
+    programs("cases += [_case(case, kind) for case in json.loads(private)]", "pass"),
+    programs('"cases": fields["cases"] + cases}', '"cases": fields["cases"]}'),
+    programs('"cases": fields["cases"] + cases}', '"cases": cases}'),
+    programs('raise ValueError(f"compressed tests ask for {module}.{name}")', "return print"),
+    programs("if not stream.eof:", "if False:"),
+    programs(
+        "if not start.startswith(pickle.PROTO):", "if False:", why="broken zlib is found before"
+    ),
+    programs("_begins_well(packed)", "pass"),
+    programs("output[0] if single else output", "output"),
+    programs('if not pairs:\n        raise LeftOut("no tests")', "if False:\n        pass"),
+    programs('if record["interaction"]:', "if False:"),
+    programs('not record["complete"] or not cases', "not cases"),
+    programs('not record["complete"] or not cases', 'not record["complete"]'),
+    programs('(record["mode"] or "stdio") != "stdio"', "False"),
+    programs("int(float(memory) * 2**20)", "int(float(memory) * 10**6)"),
+    programs('checker=record["checker"] or None', "checker=None"),
+    programs('("Note", record["note"]),', ""),
+    programs("opened, block = fence, []\n        else", "pass\n        else"),
+    programs("line.removeprefix(opened[1])", "line"),
+    programs("return first + prefix + _FUTURE", "return prefix + first + _FUTURE"),
+    programs('*(f"from {module} import *"', '*(f"import {module}"'),
+    rows("if count <= benchmark.rows:", "if True:", why="the number is refused in the end"),
+    rows("if count != benchmark.rows:", "if count < benchmark.rows:"),
+    rows("if count != benchmark.rows:", "if count > benchmark.rows:"),
+    rows("if len(found) > 1:", "if False:"),
+    rows(
+        "paths = sorted(path for path in",
+        "paths = list(path for path in",
+        why="most file systems sort",
+    ),
+    rows("!= benchmark.copy.sha256", "== ''"),
+    rows(
+        "benchmark.config, split=benchmark.split, revision=revision",
+        "benchmark.config, split=benchmark.split",
+    ),
+    rows('name, repo_type="dataset", revision=revision', 'name, repo_type="dataset"'),
+    scoring("answers.append(bare)", "pass"),
+    scoring("bool(tolerance and within(given, reference, tolerance))", "False"),
+    scoring("abs(a - b) <= c", "abs(a - b) <= 2 * c"),
+    scoring("len(given) != len(wanted)", "False"),
+    scoring("return numbers if all(map(math.isfinite, numbers)) else None", "return numbers"),
+    scoring("completion if boxed is None else boxed", "completion"),
+    scoring("_LETTER.fullmatch(", "_LETTER.search("),
+    scoring('answer is not None and answer == doc["reference"]', "answer is not None"),
+    scoring("if self.sandbox is None:", "if False:"),
+    scoring('with_prefix(doc["prefix"], code), tests', "code, tests"),
+    scoring("if answer is None or answer in numbers:", "if answer in numbers:"),
+    scoring("CodeScorer(sandbox) if benchmark", "CodeScorer() if benchmark"),
+    problems("if identity in docs:", "if False:"),
+    problems("if empty and name not in", "if False and name not in"),
+    problems("len(docs) != benchmark.problems", "False"),
+    problems("if first is not None and not", "if False and not"),
+    problems("left_out[str(reason)] += 1", "left_out[str(reason)] = 1"),
+    problems("verdict_of(completion) or scorer(completion, doc)", "scorer(completion, doc)"),
+    problems("verdict.answer is not None for", "verdict.right for"),
+    statistics('f"avg@{n}": c / n', 'f"avg@{n}": float(right[0])'),
+    statistics('f"avg@{n}": c / n', 'f"avg@{n}": float(any(right))'),
     # eval: runs
     runs(
         "return next((p for p in self.points if (p.accuracy or 0.0) >= accuracy), None)",

@@ -339,12 +339,12 @@ def test_benchmarks_score_the_sharded_student_while_it_trains(tmp_path):
     callback = ["--trainer.callbacks+=callbacks.Benchmarks", "--trainer.callbacks.limit", "8"]
     callback += ["--trainer.callbacks.tasks", "[arithmetic]"]
     run = launch(2, tmp_path / "run", *FSDP2, *callback, steps=1)
-    (row,) = [r for r in read_metrics(run / "metrics.csv") if "bench/arithmetic/accuracy" in r]
+    (row,) = [r for r in read_metrics(run / "metrics.csv") if "bench/arithmetic/avg@1" in r]
     checkpoint = str(run / "checkpoints" / "last.ckpt")
     out = ["--output", str(tmp_path / "scores"), "--limit", "8", "--batch_size", "64"]
     assert main(["evaluate", "--model", checkpoint, "--tasks", "arithmetic", *out]) == 0
     scores = json.loads((tmp_path / "scores" / "results.json").read_text())["results"]
-    assert float(row["bench/arithmetic/accuracy"]) == scores["arithmetic/accuracy"]
+    assert float(row["bench/arithmetic/avg@1"]) == scores["arithmetic/avg@1"]
 
 
 def test_a_loss_that_is_not_a_number_stops_all_ranks_and_keeps_the_weights(tmp_path):

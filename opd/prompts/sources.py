@@ -154,7 +154,7 @@ def _read_hub(source: str, split: str, name: str | None, revision: str | None) -
     source = str(path) if path.is_dir() else source
     silent = None if path.is_dir() else hub.unreachable(source, revision, "dataset")
     try:
-        with _cache_only() if silent else nullcontext():
+        with cache_only() if silent else nullcontext():
             return list(datasets.load_dataset(source, name, split=split, revision=revision))
     except Exception as error:  # the hub client raises dozens of unrelated types
         if silent is None and (there_is := _available(source, split, name, revision)):
@@ -167,7 +167,7 @@ def _read_hub(source: str, split: str, name: str | None, revision: str | None) -
 
 
 @contextmanager
-def _cache_only() -> Iterator[None]:
+def cache_only() -> Iterator[None]:
     """Keep the hub's clients from asking it over and over when it does not answer."""
     import datasets.config
     import huggingface_hub.constants

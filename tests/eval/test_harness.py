@@ -6,11 +6,18 @@ import pytest
 import torch
 from transformers import GenerationConfig
 
-from eval.harness import evaluate_model, markdown_table, metrics_of
+from eval.benchmarks.tasks import process_results
+from eval.harness import evaluate_model, load_tasks, markdown_table, metrics_of, own_tasks
 from opd.cli import main
+from opd.embedded.arithmetic import rows
 from opd.metrics_rows import read_metrics
 from opd.models import generating_with, load_model, load_tokenizer, plain_sampling
-from tasks.arithmetic.arithmetic import load, process_results
+
+ASKED = rows("test")[0]["prompt"]
+
+
+def asked() -> list:
+    return list(own_tasks().load(["arithmetic"])["tasks"]["arithmetic"].eval_docs)
 
 
 @pytest.mark.parametrize(
@@ -23,16 +30,24 @@ from tasks.arithmetic.arithmetic import load, process_results
     ],
 )
 def test_avg_at_k_is_the_share_of_right_completions(completions, share):
-    doc = {"prompt": "123+456=", "answer": "0579"}
-    assert process_results(doc, [completions]) == {"accuracy": pytest.approx(share)}
+    (doc,) = [doc for doc in asked() if doc["prompt"] == ASKED]
+    metrics = process_results(doc | {"reference": "0579"}, [completions])
+    assert metrics[f"avg@{len(completions)}"] == pytest.approx(share)
 
 
 def test_the_task_asks_the_test_problems():
-    rows = list(load()["test"])
-    assert len(rows) == 512
-    for row in rows:
-        left, right = map(int, row["prompt"].removesuffix("=").split("+"))
-        assert row["answer"] == f"{left + right:04d}"
+    docs = asked()
+    assert [doc["prompt"] for doc in docs] == [row["prompt"] for row in rows("test")]
+    assert len(docs) == 512
+    for doc in docs:
+        left, right = map(int, doc["prompt"].removesuffix("=").split("+"))
+        assert doc["reference"] == f"{left + right:04d}"
+
+
+def test_one_sample_is_one_sample_whatever_the_task_says():
+    for samples in (1, 3):
+        (task,) = load_tasks(own_tasks(), ["arithmetic"], samples)
+        assert task.config.repeats == samples
 
 
 def test_metrics_of_keeps_scores_and_drops_the_rest():
@@ -66,22 +81,22 @@ def test_evaluate_is_a_mean_over_problems_and_completions(tmp_path):
     text = (tmp_path / "scores" / "samples_arithmetic.jsonl").read_text()
     records = [json.loads(line) for line in text.splitlines()]
     shares, firsts = [], []
-    for record, row in zip(records, load()["test"], strict=False):
-        assert record["doc"] == row
+    for record, doc in zip(records, asked(), strict=False):
+        assert record["doc"] == doc
         (completions,) = record["resps"]
-        verdicts = [right(completion, row["answer"]) for completion in completions]
+        verdicts = [right(completion, doc["reference"]) for completion in completions]
         assert len(verdicts) == 3
         shares.append(sum(verdicts) / 3)
         firsts.append(verdicts[0])
     assert len(shares) == 12
     accuracy = sum(shares) / 12
     assert 0 < accuracy != pytest.approx(sum(firsts) / 12)
-    assert results["results"] == {"arithmetic/accuracy": pytest.approx(accuracy)}
+    assert results["results"]["arithmetic/avg@3"] == pytest.approx(accuracy)
     assert results["problems"] == {"arithmetic": 12}
     assert (results["samples"], results["limit"], results["seed"]) == (3, 12, 5)
     assert results["seconds"] > 0
     table = (tmp_path / "scores" / "results.md").read_text()
-    assert table.splitlines()[2:] == [f"| arithmetic/accuracy | {accuracy:.4f} |"]
+    assert table.splitlines()[2] == f"| arithmetic/avg@3 | {accuracy:.4f} |"
 
 
 GREEDY_TRAPS = {
@@ -163,11 +178,11 @@ def test_benchmarks_of_a_run_are_those_of_its_checkpoints(fit, tmp_path):
     save = ["--checkpoint.every_n_train_steps=1", "--checkpoint.save_top_k=-1"]
     save += ["--trainer.limit_val_batches=0", "--model.optimizer.lr=0.0005"]
     run = fit("run", *callback, *save, steps=3)
-    name = "bench/arithmetic/accuracy"
+    name = "bench/arithmetic/avg@1"
     logged = [(r["step"], float(r[name])) for r in read_metrics(run / "metrics.csv") if name in r]
     assert [step for step, _ in logged] == ["2", "3"]
     for step, value in logged:
         checkpoint = str(run / "checkpoints" / f"step={int(step):06d}.ckpt")
         scores = evaluate(tmp_path / step, checkpoint, "--limit", "24")
-        assert scores["results"]["arithmetic/accuracy"] == pytest.approx(value)
+        assert scores["results"]["arithmetic/avg@1"] == pytest.approx(value)
     assert logged[0][1] != logged[1][1]

@@ -1,0 +1,27 @@
+"""Benchmarks of reasoning models: one table, one converter a format, one scorer a kind.
+
+``tasks/`` holds the table, a YAML for each benchmark, which is its lm-eval task too. A row of a
+data set becomes a problem (``formats``, ``code``), a completion gets a verdict (``scoring``), and a
+problem its metrics (``tasks``). A new benchmark of a known format is one more YAML.
+"""
+
+from eval.benchmarks.rows import data_folder, load_rows, use_data
+from eval.benchmarks.scoring import Completion, Sandbox, Scorer, Verdict, scorer_of
+from eval.benchmarks.table import Benchmark, benchmarks, read_benchmark
+from eval.benchmarks.tasks import Problems, load_problems
+
+__all__ = [
+    "Benchmark",
+    "Completion",
+    "Problems",
+    "Sandbox",
+    "Scorer",
+    "Verdict",
+    "benchmarks",
+    "data_folder",
+    "load_problems",
+    "load_rows",
+    "read_benchmark",
+    "scorer_of",
+    "use_data",
+]

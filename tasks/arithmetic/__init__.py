@@ -1,1 +1,0 @@
-"""Adding two three-digit numbers."""
