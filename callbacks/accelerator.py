@@ -28,6 +28,16 @@ from opd.weights import Companion, Device, Weights, copy_of
 from opd.world import World
 
 
+class WatchesAccelerators:
+    """A callback that wants to know when weights are moved, wherever it stands among the others."""
+
+    def before_acceleration(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Called after the optimizer's step, before an accelerator moves the weights."""
+
+    def after_acceleration(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Called when it has."""
+
+
 class Accelerator(Callback, ABC):
     """Moves the weights between steps.
 
@@ -145,6 +155,10 @@ class Accelerator(Callback, ABC):
     ) -> None:
         if not self.due(trainer.global_step):
             return
+        callbacks: list[Callback] = trainer.callbacks  # type: ignore[attr-defined]  # by a connector
+        watching = [c for c in callbacks if isinstance(c, WatchesAccelerators)]
+        for callback in watching:
+            callback.before_acceleration(trainer, pl_module)
         start, world = time.perf_counter(), World(trainer.strategy)
         ledger: Ledger = getattr(pl_module, "ledger", Ledger())
         tokens_before = ledger.totals["search_tokens"]
@@ -164,6 +178,8 @@ class Accelerator(Callback, ABC):
         logged = {**metrics, "seconds": seconds, "tokens": tokens}
         named = {f"{self.label}/{name}": value for name, value in logged.items()}
         log_once(trainer, pl_module, named)
+        for callback in watching:
+            callback.after_acceleration(trainer, pl_module)
 
     # --- checkpoints ----------------------------------------------------------------------------
 

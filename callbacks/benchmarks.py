@@ -2,29 +2,38 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from lightning.pytorch import Callback, LightningModule, Trainer
 
+from callbacks.accelerator import Accelerator, WatchesAccelerators
+from opd import extrapolation
 from opd.errors import UserError
 from opd.log_once import log_once
 from opd.module import OPDModule
 from opd.sharding import gathered
-from opd.strategies import FSDP1
+
+if TYPE_CHECKING:
+    from eval.harness import Settings
 
 
-class Benchmarks(Callback):
-    """Evaluates the student with lm-eval every so many steps and at the end.
+class Benchmarks(Callback, WatchesAccelerators):
+    """Evaluates the student on lm-eval tasks after some steps, and at the end.
 
-    Every rank does all problems, so that none waits for another. Callbacks act in their order:
-    put it after EffOPD to evaluate the weights that a search has kept.
+    It samples with the run's own engine, as ``opd evaluate`` does, from seeds of its own: training
+    goes on bit for bit as without it. Completions are divided over ranks, whatever the strategy.
 
     Args:
         tasks: Names of lm-eval tasks, built in or from the folder tasks/.
         every_n_steps: Steps between evaluations; 0: only at the end.
+        schedule: Further steps, as EffOPD's: powers_of_two, 'every N', a step, or a list of these.
+        around_searches: Evaluate before and after each search of EffOPD or another accelerator too;
+            what was before is logged as ``bench/<task>/<metric>/before``.
         samples: Completions per problem.
         limit: Evaluate the first so many problems only.
-        batch_size: Problems per batch.
+        max_new_tokens: Longest completion in tokens. None: as the task says.
+        batch_size: Completions sampled at a time.
+        allow_code_execution: Run the programs that the student writes, in a sandbox.
 
     Raises:
         UserError: A number is out of range, or there is no task.
@@ -34,9 +43,13 @@ class Benchmarks(Callback):
         self,
         tasks: list[str],
         every_n_steps: int = 100,
+        schedule: str | int | list[str | int] | None = None,
+        around_searches: bool = False,
         samples: int = 1,
         limit: int | None = None,
+        max_new_tokens: int | None = None,
         batch_size: int = 64,
+        allow_code_execution: bool = False,
     ) -> None:
         if not tasks:
             raise UserError("callbacks.Benchmarks.tasks names no task")
@@ -44,25 +57,45 @@ class Benchmarks(Callback):
             ("every_n_steps", every_n_steps, 0),
             ("samples", samples, 1),
             ("limit", 1 if limit is None else limit, 1),
+            ("max_new_tokens", 1 if max_new_tokens is None else max_new_tokens, 1),
             ("batch_size", batch_size, 1),
         ]:
             if value < least:
                 raise UserError(f"callbacks.Benchmarks.{name}={value} must be at least {least}")
         self.tasks = tasks
         self.every_n_steps = every_n_steps
+        self.schedule = None if schedule is None else extrapolation.parse_schedule(schedule)
+        self.around_searches = around_searches
         self.samples = samples
         self.limit = limit
+        self.max_new_tokens = max_new_tokens
         self.batch_size = batch_size
+        self.allow_code_execution = allow_code_execution
+
+    def due(self, t: int) -> bool:
+        """Whether to evaluate after step t."""
+        every = bool(self.every_n_steps) and t % self.every_n_steps == 0
+        return every or (self.schedule is not None and self.schedule(t))
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        if not isinstance(pl_module, OPDModule) or isinstance(trainer.strategy, FSDP1):
-            raise UserError(
-                "callbacks.Benchmarks needs opd's module, and another strategy than FSDP1; use opd "
-                "evaluate on its checkpoints"
-            )
-        from eval.harness import load_tasks, task_manager  # loads lm-eval: only when it is used
+        """Look for the tasks, or say so before a step.
 
-        load_tasks(task_manager(self.tasks), self.tasks, self.samples)  # or say so before a step
+        Raises:
+            UserError: A task is unknown or cannot be had, or the module is none of ours.
+        """
+        if not isinstance(pl_module, OPDModule):
+            raise UserError("callbacks.Benchmarks needs opd's module; use opd evaluate")
+        from eval.harness import load_tasks  # loads lm-eval: only when it is used
+
+        load_tasks(self.tasks, self._settings(pl_module))
+
+    def before_acceleration(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if self.around_searches:
+            self._evaluate(trainer, pl_module, "/before")
+
+    def after_acceleration(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if self.around_searches:
+            self._evaluate(trainer, pl_module)
 
     def on_train_batch_end(
         self,
@@ -72,21 +105,42 @@ class Benchmarks(Callback):
         batch: Any,
         batch_idx: int,
     ) -> None:
-        from eval.harness import evaluate_model, metrics_of
+        t = trainer.global_step
+        callbacks: list[Callback] = trainer.callbacks  # type: ignore[attr-defined]  # by a connector
+        searched = any(isinstance(c, Accelerator) and c.due(t) for c in callbacks)
+        if self.around_searches and searched:
+            return  # has been done
+        if self.due(t) or t == trainer.max_steps:
+            self._evaluate(trainer, pl_module)
 
-        due = self.every_n_steps and trainer.global_step % self.every_n_steps == 0
-        if not due and trainer.global_step != trainer.max_steps:
-            return
+    def _evaluate(self, trainer: Trainer, pl_module: LightningModule, suffix: str = "") -> None:
+        from eval.completions import Completions
+        from eval.harness import evaluate_model
+        from eval.runs import metrics_of
+
         assert isinstance(pl_module, OPDModule)
+        world = pl_module.world
         with gathered(pl_module.student), trainer.precision_plugin.train_step_context():
             results = evaluate_model(
                 pl_module.student,
                 pl_module.tokenizer,
                 self.tasks,
-                samples=self.samples,
-                limit=self.limit,
-                batch_size=self.batch_size,
-                seed=pl_module.seed,
+                pl_module.engine,
+                self._settings(pl_module),
+                completions=Completions(rank=world.rank, world_size=world.size),
             )
-        scores = {f"bench/{name}": value for name, value in metrics_of(results).items()}
-        log_once(trainer, pl_module, scores)
+        scores = world.broadcast(metrics_of(results["results"]))
+        named = {f"bench/{name}{suffix}": value for name, value in scores.items()}
+        log_once(trainer, pl_module, named)
+
+    def _settings(self, pl_module: OPDModule) -> Settings:
+        from eval.harness import Settings
+
+        return Settings(
+            samples=self.samples,
+            limit=self.limit,
+            max_new_tokens=self.max_new_tokens,
+            batch_size=self.batch_size,
+            seed=pl_module.seed,
+            allow_code_execution=self.allow_code_execution,
+        )

@@ -53,6 +53,37 @@ def curves(runs: Sequence[Run]) -> Figure:
     return figure
 
 
+def bench_curves(runs: Sequence[Run]) -> Figure:
+    """Scores of callbacks.Benchmarks against steps: a panel for each task's score.
+
+    Of the metrics of our tasks that is avg@n; lengths and shares are in metrics.csv.
+    """
+    found = {name for run in runs for name in run.benches}
+    ours = {name.partition("/")[0] for name in found if "/avg@" in name}
+    names = sorted(n for n in found if n.partition("/")[0] not in ours or "/avg@" in n)
+    columns = min(len(names), 3)
+    figure, axes = plt.subplots(
+        -(-len(names) // columns),
+        columns,
+        figsize=(4 * columns, 3.2 * -(-len(names) // columns)),
+        squeeze=False,
+    )
+    for axis, name in itertools.zip_longest(axes.flat, names):
+        if name is None:
+            axis.axis("off")
+            continue
+        for i, run in enumerate(runs):
+            if points := run.benches.get(name):
+                steps, values = zip(*points, strict=True)
+                axis.plot(steps, values, color=f"C{i % 10}", label=run.name, marker=".")
+        axis.set_title(name, size=10)
+        axis.set_xlabel("optimizer steps")
+        axis.grid(alpha=0.3)
+        axis.legend(frameon=False, fontsize=8)
+    figure.tight_layout()
+    return figure
+
+
 def _curve(axis: Axes, run: Run, x: str, y: str, color: str) -> None:
     points = [p for p in run.points if None not in (getattr(p, x), getattr(p, y))]
     axis.plot(

@@ -1,224 +1,178 @@
-"""Evaluate a live student, a checkpoint, a folder, a hub id or an embedded model with lm-eval."""
+"""Score a model that is in memory with lm-eval: a checkpoint's, or the live student of a run."""
 
 from __future__ import annotations
 
 import functools
-import json
 import logging
-import time
-from collections.abc import Mapping, Sequence
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
-from lm_eval.evaluator import simple_evaluate
-from lm_eval.models.huggingface import HFLM
+import lm_eval.api.task
+from lm_eval.evaluator import evaluate as run_tasks
 from lm_eval.tasks import TaskManager
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from eval.benchmarks import use_data
+from eval.benchmarks import Scorer, benchmarks, scorer_of
+from eval.completions import Completions
+from eval.engine_lm import EngineLM, GeneratedElsewhere
 from opd.errors import UserError
-from opd.models import (
-    Dtype,
-    context_length,
-    eos_token_ids,
-    generating_with,
-    load_model,
-    load_tokenizer,
-    plain_sampling,
-)
+from opd.rollouts import RolloutEngine
 
 TASKS = Path(__file__).parent.parent / "tasks"
-RESULTS = ("results.json", "results.md")
+FEWSHOT_SEED = 1234  # lm-eval's own
 
 
-def evaluate(
-    model: str,
-    tasks: str,
-    samples: int = 1,
-    limit: int | None = None,
-    output: str | None = None,
-    batch_size: int = 128,
-    chat_template: bool = True,
-    dtype: Dtype = "float32",
-    device: str | None = None,
-    seed: int = 0,
-    trust_remote_code: bool = False,
-    overwrite: bool = False,
-    data: str | None = None,
-) -> None:
-    """Evaluate a model on lm-eval tasks.
+@dataclass(frozen=True)
+class Settings:
+    """What is asked of tasks beyond what they say themselves; None: as they say.
 
     Args:
-        model: Hub id, perhaps with @REVISION (branch, tag or commit), folder, checkpoint of opd
-            fit, embedded:base or embedded:teacher.
-        tasks: Names of lm-eval tasks, separated by commas; those in tasks/ come first.
-        samples: Completions per problem; the score is their mean (avg@k).
+        samples: Completions per problem.
         limit: Use the first so many problems of each task only.
-        output: Folder for results.json, results.md and samples. None: print only.
-        batch_size: Sequences per batch.
+        temperature: Of the sampling; 0 is greedy.
+        top_p: Nucleus sampling.
+        top_k: Top-k sampling; 0 keeps all tokens.
+        max_new_tokens: Longest completion in tokens.
         chat_template: Render prompts with the tokenizer's chat template, where it has one.
-        dtype: Dtype of the weights.
-        device: Device to run on. None: the GPU where there is one.
+        chat_template_kwargs: Passed to the chat template, for example {enable_thinking: false}.
+        system_prompt: System message before each prompt.
         seed: Seed of the sampling.
-        trust_remote_code: Let a hub model run its own code.
-        overwrite: Replace results that are in the folder, instead of refusing.
-        data: Folder with copies of benchmarks: DATA/TASK.parquet, .jsonl, .csv or .arrow, or a
-            folder DATA/TASK of such files. None: they come from the hub.
+        batch_size: Completions sampled at a time; changes no completion but by rounding.
+        allow_code_execution: Run the programs that a model writes, for tasks that need it.
 
     Raises:
-        UserError: An option is out of range, or the folder cannot be written or holds results.
+        UserError: A number is out of range.
     """
-    names = list(dict.fromkeys(name.strip() for name in tasks.split(",") if name.strip()))
-    if not names:
-        raise UserError("--tasks names no task")
-    for option, value in [("samples", samples), ("limit", limit), ("batch_size", batch_size)]:
-        if value is not None and value < 1:
-            raise UserError(f"--{option} {value} must be at least 1")
-    if not 0 <= seed < 2**63:
-        raise UserError(f"--seed {seed} must be between 0 and 2**63 - 1")
-    if data is not None:
-        use_data(data)
-    where = usable_device(device)
-    folder = _output_folder(output, overwrite=overwrite)
-    start = time.perf_counter()
-    loaded = load_model(model, dtype=dtype, trust_remote_code=trust_remote_code)
-    torch.nn.Module.to(loaded, where)
-    tokenizer = load_tokenizer(model, trust_remote_code=trust_remote_code)
-    results = evaluate_model(
-        loaded,
-        tokenizer,
-        names,
-        samples=samples,
-        limit=limit,
-        batch_size=batch_size,
-        chat_template=chat_template,
-        seed=seed,
-    )
-    scores = metrics_of(results)
-    summary = {
-        "model": model,
-        "samples": samples,
-        "limit": limit,
-        "seed": seed,
-        "seconds": round(time.perf_counter() - start, 1),
-        "results": scores,
-        "problems": {
-            task: counts["effective"] for task, counts in results.get("n-samples", {}).items()
-        },
-    }
-    table = markdown_table(model, scores, samples)
-    if folder is not None:
-        (folder / "results.json").write_text(json.dumps(summary, indent=2) + "\n", "utf-8")
-        (folder / "results.md").write_text(table, "utf-8")
-        for task, records in results.get("samples", {}).items():
-            with (folder / f"samples_{task}.jsonl").open("w", encoding="utf-8") as file:
-                file.writelines(json.dumps(r, default=str) + "\n" for r in records)
-    print(table, end="")
+
+    samples: int | None = None
+    limit: int | None = None
+    temperature: float | None = None
+    top_p: float | None = None
+    top_k: int | None = None
+    max_new_tokens: int | None = None
+    chat_template: bool = True
+    chat_template_kwargs: dict[str, Any] | None = None
+    system_prompt: str | None = None
+    seed: int = 0
+    batch_size: int = 128
+    allow_code_execution: bool = False
+
+    def __post_init__(self) -> None:
+        for name in ("samples", "limit", "max_new_tokens", "batch_size"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise UserError(f"{name} {value} must be at least 1")
+        for name, low, high in [("temperature", 0, None), ("top_p", 0, 1), ("top_k", 0, None)]:
+            value = getattr(self, name)
+            if value is not None and not (low <= value and (high is None or value <= high)):
+                raise UserError(f"{name} {value} must be at least {low}" + _at_most(high))
+        if not 0 <= self.seed < 2**63:
+            raise UserError(f"seed {self.seed} must be between 0 and 2**63 - 1")
+
+    @property
+    def generation(self) -> dict[str, Any]:
+        """The generation arguments of lm-eval that are overridden."""
+        chosen = {
+            "temperature": self.temperature,
+            "do_sample": None if self.temperature is None else self.temperature > 0,
+            "top_p": self.top_p,
+            "top_k": self.top_k,
+            "max_gen_toks": self.max_new_tokens,
+        }
+        return {name: value for name, value in chosen.items() if value is not None}
 
 
-def usable_device(name: str | None) -> torch.device:
-    """Return a device to run on; None: the GPU where there is one.
-
-    Raises:
-        UserError: There is no such device, or nothing can be computed on it.
-    """
-    try:
-        device = torch.device(name or ("cuda" if torch.cuda.is_available() else "cpu"))
-        torch.ones(1, device=device).item()
-    except Exception as error:  # each kind of device has an error of its own
-        reason = " ".join(str(error).split())[:150]
-        raise UserError(
-            f"--device {name}: cannot be used on this machine ({reason}); leave it out, or name "
-            "cpu, cuda or cuda:NUMBER"
-        ) from error
-    return device
-
-
-def _output_folder(output: str | None, *, overwrite: bool) -> Path | None:
-    if output is None:
-        return None
-    if not output.strip():
-        raise UserError(f"--output {output!r}: names no folder")
-    folder = Path(output).expanduser()
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        (folder / ".writable").touch()
-        (folder / ".writable").unlink()
-    except OSError as error:
-        raise UserError(f"--output {output}: cannot be written ({error.strerror})") from error
-    earlier = [path for path in map(folder.joinpath, RESULTS) if path.exists()]
-    earlier += sorted(folder.glob("samples_*.jsonl"))
-    if earlier and not overwrite:
-        raise UserError(f"{earlier[0]} exists; name another folder or add --overwrite true")
-    return folder
+def _at_most(high: int | None) -> str:
+    return "" if high is None else f" and at most {high}"
 
 
 def evaluate_model(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
     tasks: Sequence[str],
+    engine: RolloutEngine,
+    settings: Settings,
     *,
-    samples: int = 1,
-    limit: int | None = None,
-    batch_size: int = 128,
-    chat_template: bool = True,
-    seed: int = 0,
+    completions: Completions | None = None,
+    identity: str = "",
+    progress: bool = False,
 ) -> dict[str, Any]:
-    """Evaluate a model that is in memory; its mode and the global random state are left as found.
+    """Evaluate a model; its mode and the global random state are left as found.
 
-    Of its generation config counts what ends a completion; how to sample, the tasks say.
+    Of its generation config counts what ends a completion; how to sample, tasks and settings say.
 
     Args:
         model: Causal language model.
         tokenizer: Its tokenizer.
         tasks: Names of lm-eval tasks.
-        samples: Completions per problem.
-        limit: Use the first so many problems of each task only.
-        batch_size: Sequences per batch.
-        chat_template: Render prompts with the chat template, where the tokenizer has one.
-        seed: Seed of the sampling.
+        engine: Started with the model; samples for the tasks of tasks/.
+        settings: What is asked beyond what tasks say.
+        completions: What has been generated before; None: nothing.
+        identity: What tells the model from others whose completions are kept in the same place.
+        progress: Show how many completions are done, and the time left.
 
     Returns:
-        What ``lm_eval.simple_evaluate`` returns; that is no scores on other than a node's first
-        process.
+        What ``lm_eval.evaluator.evaluate`` returns, ``samples`` included; without any results on
+        other processes than the first.
 
     Raises:
-        UserError: A task is unknown, or scores only the first of several samples.
+        UserError: A task is unknown, scores only the first of several samples, cannot be loaded, or
+            would run programs without leave.
     """
-    templated = chat_template and tokenizer.chat_template is not None
-    manager = task_manager(tasks)
-    loaded = load_tasks(manager, tasks, samples)
-    training, logging_level = model.training, logging.getLogger("lm_eval").level
-    logging.getLogger("lm_eval").setLevel(logging.ERROR)
-    ends = eos_token_ids(model, tokenizer)
-    devices = [model.device] if model.device.type == "cuda" else []
+    with _quiet():
+        loaded = load_tasks(tasks, settings)
+    templated = settings.chat_template and tokenizer.chat_template is not None
+    lm = EngineLM(
+        model,
+        tokenizer,
+        engine,
+        scorers(loaded, settings),
+        completions or Completions(),
+        identity=identity,
+        batch_size=settings.batch_size,
+        chat_template_kwargs=(settings.chat_template_kwargs or {}) if templated else None,
+        seed=settings.seed,
+        progress=progress,
+        workers=len(os.sched_getaffinity(0)),
+    )
+    training = model.training
     try:
-        with torch.random.fork_rng(devices), generating_with(model, plain_sampling(ends)):
-            torch.manual_seed(seed)
-            lm = HFLM(
-                pretrained=model,
-                tokenizer=tokenizer,
-                batch_size=batch_size,
-                max_length=context_length(model),
-                # The template writes its own special tokens; plain text gets the tokenizer's.
-                add_bos_token=False if templated else None,
-            )
-            results = simple_evaluate(
+        with _quiet():
+            results = run_tasks(
                 lm,
-                tasks=loaded,
-                limit=limit,
-                task_manager=manager,
+                {"tasks": loaded, "groups": {}, "group_map": {}},
+                limit=settings.limit,
+                system_instruction=settings.system_prompt,
                 apply_chat_template=templated,
-                bootstrap_iters=0,
-                random_seed=None,
-                numpy_random_seed=None,
-                torch_random_seed=None,
+                bootstrap_iters=1000,  # for lm-eval's own tasks; the error of a mean is a formula
+                confirm_run_unsafe_code=settings.allow_code_execution,
             )
+    except GeneratedElsewhere:
+        return {"results": {}}
     finally:
         model.train(training)
-        logging.getLogger("lm_eval").setLevel(logging_level)
     return dict(results or {"results": {}})
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Keep lm-eval from telling what it does, which we tell; its bar has no switch."""
+    logger, bar = logging.getLogger("lm_eval"), lm_eval.api.task.tqdm
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    lm_eval.api.task.tqdm = functools.partial(bar, disable=True)
+    try:
+        yield
+    finally:
+        logger.setLevel(level)
+        lm_eval.api.task.tqdm = bar
+
+
+# --- tasks ----------------------------------------------------------------------------------------
 
 
 @functools.cache
@@ -231,58 +185,66 @@ def own_tasks() -> TaskManager:
     return _index(TASKS)
 
 
-def task_manager(tasks: Sequence[str]) -> TaskManager:
-    """Index the tasks of tasks/, and those built into lm-eval only if they are asked for."""
-    own = own_tasks()
-    if all(name in own.all_tasks for name in tasks):
-        return own
-    everything = TaskManager(include_path=str(TASKS))
-    unknown = [name for name in tasks if name not in everything.all_tasks]
-    if unknown:
-        raise UserError(
-            f"--tasks {','.join(unknown)}: no such task in lm-eval or in tasks/ "
-            f"(own tasks: {', '.join(own.all_tasks)})"
-        )
-    return everything
+@functools.cache
+def _everything() -> TaskManager:
+    return TaskManager(include_path=str(TASKS))
 
 
-def load_tasks(manager: TaskManager, names: Sequence[str], samples: int) -> list[Any]:
-    """Load tasks so that they are given all samples of a problem.
+def check_tasks(tasks: Sequence[str], settings: Settings) -> None:
+    """Refuse tasks that are not there or cannot be run as asked, before anything is loaded.
 
     Raises:
-        UserError: A task scores only the first of several samples.
+        UserError: A task is unknown, scores only the first of several samples, or would run
+            programs without leave.
     """
-    own = own_tasks()
-    single = [name for name in names if name not in own.all_tasks]
-    if single and samples > 1:
+    own = own_tasks().all_tasks
+    others = [name for name in tasks if name not in own]
+    if others and (unknown := [n for n in others if n not in _everything().all_tasks]):
         raise UserError(
-            f"--samples {samples}: lm-eval's {', '.join(single)} scores only the first completion; "
-            f"use --samples 1, or a task of tasks/ ({', '.join(own.all_tasks)})"
+            f"--tasks {','.join(unknown)}: no such task in lm-eval or in tasks/ "
+            f"(own tasks: {', '.join(own)})"
         )
-    every = {"name": "samples", "filter": [{"function": "take_first_k", "k": samples}]}
-    overridden = [
-        {"task": name, "repeats": samples, "filter_list": [every]}
-        for name in names
-        if name not in single
-    ]
-    group = {"group": "several_samples", "task": overridden}
-    return [*manager.load([group])["tasks"].values(), *single]
+    if others and (settings.samples or 1) > 1:
+        raise UserError(
+            f"--samples {settings.samples}: lm-eval's {', '.join(others)} scores only the first "
+            f"completion; use --samples 1, or a task of tasks/ ({', '.join(own)})"
+        )
+    programs = [n for n in tasks if n in own and benchmarks()[n].scorer == "code"]
+    if programs and not settings.allow_code_execution:
+        raise UserError(
+            f"--tasks {','.join(programs)}: runs programs that the model writes; allow it with "
+            "--allow-code-execution"
+        )
 
 
-def metrics_of(results: Mapping[str, Any]) -> dict[str, float]:
-    """Flatten lm-eval's results to ``<task>/<metric>``, without errors and filter names."""
-    flat = {}
-    for task, values in results["results"].items():
-        for key, value in values.items():
-            metric = key.partition(",")[0]
-            is_score = isinstance(value, int | float) and metric != "sample_len"
-            if is_score and not metric.endswith("_stderr"):
-                flat[f"{task}/{metric}"] = float(value)
-    return flat
+def load_tasks(names: Sequence[str], settings: Settings) -> dict[str, Any]:
+    """Load tasks with what is asked of them, by name.
+
+    Raises:
+        UserError: See :func:`check_tasks`; or the problems cannot be had.
+    """
+    check_tasks(names, settings)
+    own = own_tasks().all_tasks
+    asked = []
+    for name in (name for name in names if name in own):
+        copies = settings.samples or benchmarks()[name].samples
+        every = {"name": "none", "filter": [{"function": "take_first_k", "k": copies}]}
+        asked.append({"task": name, "repeats": copies, "filter_list": [every]})
+    loaded: dict[str, Any] = {}
+    if asked:  # a group is what lm-eval lets override
+        loaded |= own_tasks().load([{"group": "asked", "task": asked}])["tasks"]
+    if others := [name for name in names if name not in own]:
+        loaded |= _everything().load(others)["tasks"]
+    for task in loaded.values():
+        if task.get_config("output_type") == "generate_until" and settings.generation:
+            task.set_config("generation_kwargs", settings.generation, update=True)
+        if task.get_config("num_fewshot") is None:
+            task.set_config("num_fewshot", 0)
+        task.set_fewshot_seed(FEWSHOT_SEED)
+    return loaded
 
 
-def markdown_table(model: str, results: Mapping[str, float], samples: int) -> str:
-    """Lay results out as a Markdown table."""
-    lines = [f"| {model} (avg@{samples}) | score |", "|---|---|"]
-    lines += [f"| {name} | {value:.4f} |" for name, value in results.items()]
-    return "\n".join(lines) + "\n"
+def scorers(loaded: Mapping[str, Any], settings: Settings) -> dict[str, Scorer]:
+    """Return what judges completions, of the tasks that are ours."""
+    own = benchmarks()
+    return {name: scorer_of(own[name]) for name in loaded if name in own}

@@ -7,7 +7,7 @@ import html
 from collections.abc import Sequence
 from pathlib import Path
 
-from eval.figures import curves, png
+from eval.figures import bench_curves, curves, png
 from eval.files import write_files
 from eval.runs import Point, Run, check_target, read_runs
 from opd.errors import UserError
@@ -135,7 +135,14 @@ def _runs_section(runs: Sequence[Run], picture: bytes, target: float) -> str:
 
 def _benchmarks_section(runs: Sequence[Run]) -> str:
     header, rows = benchmark_table(runs)
-    return f"<h2>Benchmarks (lm-eval)</h2>{_table(header, rows)}" if rows else ""
+    parts = [_table(header, rows)] if rows else []
+    if any(run.benches for run in runs):
+        encoded = base64.b64encode(png(bench_curves(runs))).decode()
+        parts.append(
+            f'<img alt="benchmarks of the runs" src="data:image/png;base64,{encoded}">'
+            "<p><small>Scores of the student while it was trained, by optimizer steps.</small></p>"
+        )
+    return f"<h2>Benchmarks (lm-eval)</h2>{''.join(parts)}" if parts else ""
 
 
 def _searches_section(runs: Sequence[Run]) -> str:

@@ -6,7 +6,7 @@ Folders are copied, cut and edited: what a file lacks is said in one line, which
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -67,6 +67,7 @@ class Run:
         points: Its validations, in order.
         summary: summary.json; empty for a folder with only lm-eval results.
         benchmarks: lm-eval scores by ``task/metric``, from ``evaluation/results.json``.
+        benches: Scores on the way, by ``task/metric``: (step, value) in order.
     """
 
     name: str
@@ -74,6 +75,7 @@ class Run:
     points: list[Point] = field(default_factory=list)
     summary: dict[str, Any] = field(default_factory=dict)
     benchmarks: dict[str, float] = field(default_factory=dict)
+    benches: dict[str, list[tuple[int, float]]] = field(default_factory=dict)
 
     @property
     def searches(self) -> list[dict[str, Any]]:
@@ -136,12 +138,14 @@ def read_run(folder: Path) -> Run:
     if not results.is_file():
         results = folder / "results.json"
     if results.is_file():
-        run.benchmarks = _read_json(results, RESULTS)["results"]
-        _check(run.benchmarks, dict.fromkeys(run.benchmarks, NUMBER), results, "results")
+        by_task = _read_json(results, RESULTS)["results"]
+        _check(by_task, {task: {} for task in by_task}, results, "results")
+        run.benchmarks = metrics_of(by_task)
     summary, metrics = folder / "summary.json", folder / "metrics.csv"
     if summary.is_file() and metrics.is_file():
         run.summary = _read_json(summary, SUMMARY)
         run.points = read_points(metrics)
+        run.benches = read_benches(metrics)
     elif not run.benchmarks:
         raise UserError(f"{folder}: {_why_not(folder)}; expected a folder that opd fit has written")
     return run
@@ -220,6 +224,35 @@ def read_points(metrics: Path) -> list[Point]:
             seconds, tokens = cost if cost is not None else (None, None)
             points.append(Point(step, **found, seconds=seconds, tokens=tokens))
     return points
+
+
+def read_benches(metrics: Path) -> dict[str, list[tuple[int, float]]]:
+    """Read what callbacks.Benchmarks has logged; not what was before a search.
+
+    Raises:
+        UserError: It is damaged.
+    """
+    found: dict[str, list[tuple[int, float]]] = {}
+    for row in read_metrics(metrics):
+        for column in row:
+            if column.startswith("bench/") and not column.endswith("/before"):
+                value = _number(row, column, metrics)
+                found.setdefault(column.removeprefix("bench/"), []).append(
+                    (int(row["step"]), value)
+                )
+    return found
+
+
+def metrics_of(by_task: Mapping[str, Mapping[str, Any]]) -> dict[str, float]:
+    """Flatten ``results`` of lm-eval to ``<task>/<metric>``, without errors and filter names."""
+    flat = {}
+    for task, values in by_task.items():
+        for key, value in values.items():
+            metric = key.partition(",")[0]
+            is_score = isinstance(value, int | float) and metric != "sample_len"
+            if is_score and not metric.endswith("_stderr"):
+                flat[f"{task}/{metric}"] = float(value)
+    return flat
 
 
 def _number(row: dict[str, str], column: str, metrics: Path) -> float:

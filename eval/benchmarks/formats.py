@@ -15,16 +15,12 @@ from typing import TYPE_CHECKING
 
 from eval.benchmarks import code
 from eval.benchmarks.problem import Doc, Record, render
+from opd.golds import clean_reference
 
 if TYPE_CHECKING:
     from eval.benchmarks.table import Benchmark
 
 LETTERS = "ABCD"
-
-
-def clean_reference(text: str) -> str:
-    """Stand in for ``opd.answers.clean_reference``."""
-    return text
 
 
 @dataclass(frozen=True)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import math
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -12,7 +11,7 @@ from typing import Any, Protocol
 from eval.benchmarks.code import extract_code, plain_tests, with_prefix
 from eval.benchmarks.formats import LETTERS
 from eval.benchmarks.table import Benchmark
-from opd.answers import AnswerVerifier, extract_boxed, same_mathematics, same_number_or_text
+from opd.answers import AnswerVerifier, extract_boxed, group_answers
 from opd.errors import UserError
 
 # Runs a program on tests (see ``eval.benchmarks.code.json_tests``) and says if it passes all.
@@ -79,69 +78,25 @@ class MathScorer:
     r"""The last \boxed{} against the gold: the same mathematics, or within the tolerance."""
 
     def __call__(self, completion: str, doc: Mapping[str, Any]) -> Verdict:
-        answer = extract_boxed(completion)
+        verifier = _mathematics()
+        answer = verifier.extract(completion)
         if answer is None:
             return Verdict(False, None)
-        return Verdict(self._right(answer, doc), answer)
-
-    def _right(self, answer: str, doc: Mapping[str, Any]) -> bool:
-        reference, unit, tolerance = doc["reference"], doc.get("unit"), doc.get("tolerance")
-        answers = [answer]
-        if unit and (bare := without_unit(answer, unit)) != answer:
-            answers.append(bare)
-        return any(
-            equal(given, reference) or bool(tolerance and within(given, reference, tolerance))
-            for given in answers
+        right = verifier.same(
+            answer,
+            doc["reference"],
+            tolerance=doc.get("tolerance") or None,
+            unit=doc.get("unit") or None,
         )
+        return Verdict(right, answer)
 
     def group(self, answers: Sequence[str | None]) -> list[int | None]:
-        return _grouped(answers, equal)
-
-
-def equal(answer: str, reference: str) -> bool:
-    """Whether two expressions are the same mathematics."""
-    if same_number_or_text(answer, reference):
-        return True
-    _needs_math_verify()
-    return same_mathematics(answer, reference)
+        return group_answers(answers, _mathematics())
 
 
 @functools.cache
-def _needs_math_verify() -> None:
-    AnswerVerifier(equivalence="math")  # or it says what to install
-
-
-def without_unit(answer: str, unit: str) -> str:
-    """Return an answer without its unit, if it ends with it."""
-    bare = _STYLE.sub(r"\1", answer).strip().strip("$").strip()
-    plain = _STYLE.sub(r"\1", unit).strip().strip("$").strip()
-    if plain and bare.endswith(plain):
-        return bare.removesuffix(plain).rstrip(" \\,~").strip()
-    return answer
-
-
-def within(answer: str, reference: str, tolerance: str) -> bool:
-    """Whether numbers, of which there may be several, differ by no more than their tolerances.
-
-    A tolerance may hold for all, or each has its own, of which some may be left empty.
-    """
-    given, wanted = _numbers(answer), _numbers(reference)
-    allowed = _numbers(",".join(part.strip() or "0" for part in tolerance.split(",")))
-    if not given or not wanted or not allowed or len(given) != len(wanted):
-        return False
-    if len(allowed) == 1:
-        allowed *= len(wanted)
-    return len(allowed) == len(wanted) and all(
-        abs(a - b) <= c for a, b, c in zip(given, wanted, allowed, strict=True)
-    )
-
-
-def _numbers(text: str) -> list[float] | None:
-    try:
-        numbers = [float(part.strip(" $")) for part in text.split(",")]
-    except ValueError:
-        return None
-    return numbers if all(map(math.isfinite, numbers)) else None
+def _mathematics() -> AnswerVerifier:
+    return AnswerVerifier(equivalence="math")  # or it says what to install
 
 
 class ChoiceScorer:
@@ -153,7 +108,7 @@ class ChoiceScorer:
         return Verdict(answer is not None and answer == doc["reference"], answer)
 
     def group(self, answers: Sequence[str | None]) -> list[int | None]:
-        return _grouped(answers, str.__eq__)
+        return group_answers(answers, AnswerVerifier())
 
 
 def letter(text: str) -> str | None:
@@ -171,11 +126,11 @@ class PatternScorer:
     def __call__(self, completion: str, doc: Mapping[str, Any]) -> Verdict:
         verifier = AnswerVerifier(doc["pattern"])
         answer = verifier.extract(completion)
-        right = answer is not None and same_number_or_text(answer, doc["reference"])
+        right = answer is not None and verifier.same(answer, doc["reference"])
         return Verdict(right, answer)
 
     def group(self, answers: Sequence[str | None]) -> list[int | None]:
-        return _grouped(answers, same_number_or_text)
+        return group_answers(answers, AnswerVerifier())
 
 
 class CodeScorer:
@@ -228,16 +183,3 @@ def scorer_of(benchmark: Benchmark, sandbox: Sandbox | None = None) -> Scorer:
         sandbox: What runs programs, for benchmarks of code.
     """
     return CodeScorer(sandbox) if benchmark.scorer == "code" else SCORERS[benchmark.scorer]
-
-
-def _grouped(answers: Sequence[str | None], same: Callable[[str, str], bool]) -> list[int | None]:
-    firsts: list[str] = []
-    numbers: dict[str, int] = {}
-    for answer in answers:
-        if answer is None or answer in numbers:
-            continue
-        known = (i for i, first in enumerate(firsts) if same(answer, first))
-        numbers[answer] = next(known, len(firsts))
-        if numbers[answer] == len(firsts):
-            firsts.append(answer)
-    return [None if answer is None else numbers[answer] for answer in answers]

@@ -7,7 +7,7 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from eval.benchmarks.formats import FORMATS
 from eval.benchmarks.problem import Doc, LeftOut, Record
@@ -15,9 +15,11 @@ from eval.benchmarks.rows import data_folder, load_rows
 from eval.benchmarks.scoring import SCORERS, verdict_of
 from eval.benchmarks.table import Benchmark, read_benchmark
 from eval.statistics import sample_metrics
-from opd.answers import same_number_or_text
+from opd.equality import same_number_or_text
 from opd.errors import UserError
 from opd.prompts.sources import Row
+
+T = TypeVar("T")
 
 log = logging.getLogger(__name__)
 
@@ -132,7 +134,13 @@ def process_results(doc: Mapping[str, Any], results: Sequence[Any]) -> dict[str,
     return sample_metrics(
         right=[verdict.right for verdict in verdicts],
         groups=scorer.group([verdict.answer for verdict in verdicts]),
-        lengths=[getattr(completion, "tokens", None) for completion in completions],
-        truncated=[getattr(completion, "truncated", None) for completion in completions],
+        lengths=_known([getattr(completion, "tokens", None) for completion in completions]),
+        truncated=_known([getattr(completion, "truncated", None) for completion in completions]),
         answered=[verdict.answer is not None for verdict in verdicts],
     )
+
+
+def _known(values: Sequence[T | None]) -> list[T] | None:
+    """Return values if all of them are known, as those of another model than ours are not."""
+    known = [value for value in values if value is not None]
+    return known if len(known) == len(values) else None

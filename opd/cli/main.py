@@ -9,6 +9,7 @@ from __future__ import annotations
 import difflib
 import importlib
 import importlib.metadata
+import inspect
 import os
 import re
 import signal
@@ -38,12 +39,14 @@ class Command:
         function: ``module:function`` that runs it; None: LightningCLI does.
         positional: Name of the argument that is given without an option, if any.
         runs_others: Whether it runs further commands, as a YAML file says.
+        pairs: Options that take two values.
     """
 
     help: str
     function: str | None = None
     positional: str | None = None
     runs_others: bool = False
+    pairs: tuple[str, ...] = ()
 
 
 COMMANDS = {
@@ -53,7 +56,9 @@ COMMANDS = {
     "predict": Command(
         "sample completions and write them, with what the teacher thinks of each token, as JSONL"
     ),
-    "evaluate": Command("evaluate a model on lm-eval tasks", "eval.harness:evaluate"),
+    "evaluate": Command(
+        "evaluate a model on lm-eval tasks", "eval.evaluate:evaluate", pairs=("compare",)
+    ),
     "export": Command("turn a checkpoint into a Hugging Face folder", "opd.cli.export:export"),
     "report": Command("one HTML page with curves and tables", "eval.report:report", "runs"),
     "study": Command("accelerators x learning rates x seeds", "eval.study:study", runs_others=True),
@@ -200,14 +205,32 @@ def run_command(name: str, args: list[str]) -> Any:
         parser.add_argument(command.positional, nargs="+", type=str)
     skip: set[str | int] = {command.positional} if command.positional else set()
     if command.runs_others:
-        names = ", ".join(recipes.names(studies=True))
+        names = ", ".join(recipes.names("study"))
         help_ = f"YAML file with these options, or one of {names}"
         parser.add_argument("--config", action=recipes.StudyAction, help=help_)
         skip.add("opd")
+    for option in command.pairs:
+        parser.add_argument(f"--{option}", nargs=2, metavar=("A", "B"), help="Two folders.")
+        skip.add(option)
     parser.add_function_arguments(function, skip=skip)
-    options = parser.parse_args(args).as_dict()
+    options = parser.instantiate(parser.parse_args(_as_named(args, function))).as_dict()
     options.pop("config", None)
     return function(**options, **({"opd": main} if command.runs_others else {}))
+
+
+def _as_named(args: Sequence[str], function: Callable[..., Any]) -> list[str]:
+    """Let ``--allow-code-execution`` be ``--allow_code_execution true``, as others write it."""
+    kinds = inspect.get_annotations(function, eval_str=True)
+    named: list[str] = []
+    for i, arg in enumerate(args):
+        option, equals, value = arg.partition("=")
+        name = option.removeprefix("--").replace("-", "_")
+        if not option.startswith("--") or name not in kinds:
+            named.append(arg)
+            continue
+        bare = not equals and kinds[name] is bool and (args[i + 1 : i + 2] or ["--"])[0][:2] == "--"
+        named += [f"--{name}{equals}{value}", *(["true"] if bare else [])]
+    return named
 
 
 # --- fit, validate, test, predict -----------------------------------------------------------------

@@ -15,24 +15,27 @@ from jsonargparse import ActionConfigFile  # type: ignore[attr-defined]  # lazil
 from opd.errors import UserError
 
 CONFIGS = Path(__file__).parents[2] / "configs"
-STUDIES = "study/"  # the only names that `opd study` takes, and that no other command does
+KINDS = ("study", "eval")  # folders of names that `opd study` and `opd evaluate --suite` take alone
 LITERAL = "{:\n"  # of these a name has none, and YAML written out has one
 
 
-def names(*, studies: bool = False) -> list[str]:
-    """Names of the recipes and presets that are installed, or of the studies."""
-    found = (path.relative_to(CONFIGS) for path in CONFIGS.rglob("*.yaml"))
-    every = sorted(path.with_suffix("").as_posix() for path in found)
-    return [name for name in every if name.startswith(STUDIES) == studies]
+def names(kind: str = "") -> list[str]:
+    """Names of the recipes and presets that are installed, or of a kind of its own."""
+    found = [path.relative_to(CONFIGS).with_suffix("") for path in CONFIGS.rglob("*.yaml")]
+    return sorted(
+        name.as_posix()
+        for name in found
+        if (name.parts[0] if name.parts[0] in KINDS else "") == kind
+    )
 
 
-def find(text: str, option: str = "--config", *, studies: bool = False) -> str:
+def find(text: str, option: str = "--config", *, kind: str = "") -> str:
     """Find a configuration.
 
     Args:
         text: Path of a file, or name of one in configs/.
         option: What it was given for, for messages.
-        studies: Whether it is to be a study.
+        kind: What it is to be: one of KINDS, whose names may go without it; or a recipe.
 
     Returns:
         Path of the file.
@@ -42,9 +45,10 @@ def find(text: str, option: str = "--config", *, studies: bool = False) -> str:
     """
     if Path(text).expanduser().is_file():
         return str(Path(text).expanduser())
-    known = names(studies=studies)
-    if text in known:
-        return str(CONFIGS / f"{text}.yaml")
+    known = names(kind)
+    for name in (text, f"{kind}/{text}"):
+        if name in known:
+            return str(CONFIGS / f"{name}.yaml")
     name = text.removeprefix("configs/").removesuffix(".yaml")
     if name in known:
         raise UserError(f"{option} {text}: there is no such file here; by name it is {name}")
@@ -91,13 +95,13 @@ def _check_node(node: yaml.Node | None, where: str) -> None:
 class ConfigAction(ActionConfigFile):
     """``--config``: a path, a name, or YAML written out."""
 
-    studies = False
+    kind = ""
 
     def __call__(self, parser: Any, cfg: Any, values: Any, option_string: Any = None) -> None:
         if set(LITERAL) & set(values):
             check_yaml(values, "--config")
         else:
-            values = find(values, studies=self.studies)
+            values = find(values, kind=self.kind)
             check_yaml(Path(values).read_text(encoding="utf-8", errors="replace"), values)
         super().__call__(parser, cfg, values, option_string)
 
@@ -105,4 +109,4 @@ class ConfigAction(ActionConfigFile):
 class StudyAction(ConfigAction):
     """``--config`` of ``opd study``."""
 
-    studies = True
+    kind = "study"

@@ -1,0 +1,196 @@
+"""opd evaluate as a user would: stages that go on after a kill, processes, suites, comparisons."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+from conftest import ROOT, launch_environment, run_ranks
+
+from eval.benchmarks import benchmarks
+from eval.evaluate import read_suite
+from opd.cli import main
+from opd.cli.recipes import names
+from opd.rollouts import TransformersEngine
+
+COMMAND = ["evaluate", "--model", "embedded:base", "--tasks", "arithmetic", "--samples", "2"]
+
+
+def arguments(folder, *options):
+    return [*COMMAND, "--limit", "40", "--batch_size", "8", "--output", str(folder), *options]
+
+
+def results(folder):
+    """Everything that may not depend on how the work was done."""
+    found = json.loads((folder / "results.json").read_text())
+    samples = (folder / "samples_arithmetic.jsonl").read_text()
+    return found["results"], found["n-samples"], [json.loads(x) for x in samples.splitlines()]
+
+
+def completions(folder):
+    lines = [
+        line
+        for path in (folder / "completions").iterdir()
+        for line in path.read_text().splitlines()
+    ]
+    return [json.loads(line) for line in lines]
+
+
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("undisturbed") / "out"
+    assert main(arguments(folder)) == 0
+    return folder
+
+
+def test_results_are_in_lm_evals_layout(undisturbed):
+    found = json.loads((undisturbed / "results.json").read_text())
+    for key in ("results", "configs", "versions", "n-shot", "n-samples", "higher_is_better"):
+        assert "arithmetic" in found[key]
+    assert found["n-samples"]["arithmetic"] == {"original": 512, "effective": 40}
+    assert found["config"]["model"] == "embedded:base"
+    _, _, samples = results(undisturbed)
+    average = sum(sample["avg@2"] for sample in samples) / 40
+    assert found["results"]["arithmetic"]["avg@2,none"] == pytest.approx(average)
+    for sample in samples:
+        right = [one["right"] for one in sample["completions"]]
+        assert sample["avg@2"] == sum(right) / 2
+        assert sample["length"] == sum(one["tokens"] for one in sample["completions"]) / 2
+    assert f"{average:.4f}" in (undisturbed / "results.md").read_text()
+
+
+def test_kill_9_and_the_same_command_give_the_undisturbed_numbers(undisturbed, tmp_path):
+    folder = tmp_path / "out"
+    command = [sys.executable, "-m", "opd.cli", *arguments(folder)]
+    with subprocess.Popen(command, env=launch_environment(), stderr=subprocess.DEVNULL) as process:
+        deadline = time.monotonic() + 120
+        while not list(folder.glob("completions/*")) and time.monotonic() < deadline:
+            time.sleep(0.01)
+        os.kill(process.pid, signal.SIGKILL)
+    kept = completions(folder)
+    assert 0 < len(kept) < 80
+    assert main(arguments(folder)) == 0
+    assert results(folder) == results(undisturbed)
+    assert completions(folder)[: len(kept)] == kept
+    assert len(completions(folder)) == 80  # none of them twice
+
+
+def test_a_line_that_a_kill_has_cut_is_made_again(undisturbed, tmp_path):
+    folder = tmp_path / "out"
+    assert main(arguments(folder)) == 0
+    (path,) = (folder / "completions").iterdir()
+    path.write_bytes(path.read_bytes()[:-20])
+    assert main(arguments(folder)) == 0
+    assert results(folder) == results(undisturbed)
+
+
+def test_two_processes_give_the_numbers_of_one(undisturbed, tmp_path):
+    folder = tmp_path / "out"
+    codes, printed = run_ranks(2, arguments(folder), tmp_path)
+    assert not any(codes), printed
+    assert results(folder) == results(undisturbed)
+    shares = [len(path.read_text().splitlines()) for path in (folder / "completions").iterdir()]
+    assert sorted(shares) == [40, 40]
+
+
+def test_scoring_again_needs_no_generation(undisturbed, monkeypatch):
+    before = results(undisturbed)
+    monkeypatch.delattr(TransformersEngine, "__call__")
+    monkeypatch.setattr(TransformersEngine, "__abstractmethods__", frozenset())
+    (undisturbed / "results.md").unlink()
+    assert main(arguments(undisturbed)) == 0
+    assert results(undisturbed) == before
+    assert (undisturbed / "results.md").is_file()
+
+
+def test_other_settings_do_not_replace_results_unasked(undisturbed, tmp_path, capsys):
+    before = (undisturbed / "results.json").read_bytes()
+    assert main(arguments(undisturbed, "--temperature", "0.5")) == 2
+    assert "results.json exists, of another evaluation" in capsys.readouterr().err
+    assert (undisturbed / "results.json").read_bytes() == before
+
+
+def test_sampling_options_hold(tmp_path):
+    options = ["--temperature", "0", "--max_new_tokens", "5", "--limit", "8"]
+    assert main(arguments(tmp_path / "greedy", *options)) == 0
+    texts = {(one["problem"], one["text"]) for one in completions(tmp_path / "greedy")}
+    assert len(texts) == 8  # both copies say the same
+    _, _, samples = results(tmp_path / "greedy")
+    assert all(sample["truncated"] == 1.0 and sample["length"] == 5 for sample in samples)
+    assert (
+        main(arguments(tmp_path / "top_k", "--top_k", "1", "--max_new_tokens=5", "--limit=8")) == 0
+    )
+    assert {(one["problem"], one["text"]) for one in completions(tmp_path / "top_k")} == texts
+
+
+def test_more_samples_keep_those_that_are_there(undisturbed, tmp_path):
+    folder = tmp_path / "out"
+    assert main(arguments(folder)) == 0
+    assert main(arguments(folder, "--samples", "3", "--overwrite")) == 0
+    made = completions(folder)
+    assert len(made) == 120
+    assert [one for one in made if one["copy"] < 2] == completions(undisturbed)
+
+
+# --- suites ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["math", "code", "science", "quick"])
+def test_suites_name_tasks_that_are_there(name):
+    assert f"eval/{name}" in names("eval")
+    suite = read_suite(name)
+    assert suite["tasks"]
+    assert set(suite["tasks"]) <= set(benchmarks())
+
+
+def test_options_win_over_a_suite(tmp_path):
+    (tmp_path / "mine.yaml").write_text("tasks: [arithmetic]\nsamples: 3\nlimit: 6\n")
+    command = ["evaluate", "--model", "embedded:base", "--suite", str(tmp_path / "mine.yaml")]
+    assert main([*command, "--samples", "2", "--output", str(tmp_path / "out")]) == 0
+    found, counts, _ = results(tmp_path / "out")
+    assert "avg@2,none" in found["arithmetic"]
+    assert counts["arithmetic"]["effective"] == 6
+
+
+# --- comparisons ----------------------------------------------------------------------------------
+
+
+def test_two_evaluations_are_compared_problem_by_problem(tmp_path, capsys):
+    """By hand: differences 1, 0, 0.5, -0.5 have the mean 0.25 and the standard error 0.3227."""
+    for name, values in [("a", [0, 1, 0.5, 0.5]), ("b", [1, 1, 1, 0])]:
+        (tmp_path / name).mkdir()
+        lines = [
+            json.dumps({"doc_id": i, "id": f"p{i}", "metrics": ["avg@2"], "avg@2": value})
+            for i, value in enumerate(values)
+        ]
+        (tmp_path / name / "samples_sums.jsonl").write_text(
+            "\n".join(lines[:: 1 if name == "a" else -1])
+        )
+    assert main(["evaluate", "--compare", str(tmp_path / "a"), str(tmp_path / "b")]) == 0
+    (row,) = [x for x in capsys.readouterr().out.splitlines() if x.startswith("| sums")]
+    assert row.startswith("| sums | 4 | +0.2500 ± 0.3227 |")
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (None, "holds no results of opd evaluate"),
+        ("{", "samples_sums.jsonl: is damaged"),
+        ("[1]", "samples_sums.jsonl: is damaged"),
+        ('{"doc_id": 0, "metrics": ["f1"], "f1": 1}', "none of its tasks has avg@n"),
+    ],
+)
+def test_what_cannot_be_compared_is_named(tmp_path, capsys, content, message):
+    if content is not None:
+        (tmp_path / "samples_sums.jsonl").write_text(content)
+    assert main(["evaluate", "--compare", str(tmp_path), str(tmp_path)]) == 2
+    assert message in capsys.readouterr().err
+
+
+def test_evaluate_is_documented():
+    text = (ROOT / "README.md").read_text()
+    assert "--suite" in text
+    assert "--compare" in text
