@@ -110,6 +110,7 @@ report = of("eval/report.py", f"{HAND_MADE}::test_report_says_what_the_runs_cost
 figures = of("eval/figures.py", HAND_MADE)
 study = of("eval/study.py", f"{HAND_MADE}::test_study_compares_trials")
 harness = of("eval/harness.py", HARNESS)
+statistics = of("eval/statistics.py", "tests/eval/test_statistics.py")
 memory = of("eval/memory.py", "tests/eval/test_memory.py")
 ledger = of("opd/ledger.py", "tests/test_ledger.py")
 metrics = of("opd/metrics.py", TOKENS)
@@ -211,7 +212,7 @@ MUTANTS = [
     equality("self.unordered(_elements(left), right.parts, self.tolerances)", "True"),
     equality("place(partner[j], tried)", "False"),
     equality("if j not in partner or place", "if True or place"),
-    equality("if len(left) != len(right):", "if len(left) < len(right):"),
+    equality("if len(left) != len(right):", "if len(left) > len(right):"),
     equality("return len(names) < 2 or all", "return True or all"),
     equality('        if left.kind == "set":\n            a = self.distinct(a)\n', ""),
     equality("left_unit and right_unit and left_unit != right_unit", "False"),
@@ -230,12 +231,31 @@ MUTANTS = [
     golds("if opened > closed else", "if False else", EQUALITY),
     golds("    for _ in range(10):", "    for _ in range(1):", EQUALITY),
     golds(r'r"\1 \\times 10^{\2}"', r'r"\1e\2"', EQUALITY),
-    mathematics("return a.free_symbols == b.free_symbols and", "return"),
     mathematics("signal.setitimer(signal.ITIMER_PROF, seconds)", "pass"),
     mathematics("real + sympy.I * imaginary", "real"),
     mathematics("if type(a) is not type(b) or", "if"),
     mathematics("if inequality and not", "if False and not"),
     mathematics("part.is_Float and part._prec == 1", "False"),
+    # statistics
+    statistics("math.comb(n - c, k)", "math.comb(n - c + 1, k)"),
+    statistics("for group in groups if group is not None)", "for group in groups)"),
+    statistics("others[0][1] == most", "others[0][1] <= most"),
+    statistics(
+        "(winner, most), *others = votes.most_common()",
+        "*others, (winner, most) = votes.most_common()",
+    ),
+    statistics("if 2**i < n]", "if 2**i <= n]"),
+    statistics("(n - 1) / n) if", "n / n) if"),
+    statistics("_student(n - 1) * stderr", "1.96 * stderr"),
+    statistics("< FEW:", "< 0:"),
+    statistics("FEW = 6", "FEW = 1"),
+    statistics("unseen * (mean - bounds[0])", "unseen * mean"),
+    statistics("max(high, estimate.high)", "estimate.high"),
+    statistics("(-1.0, 1.0) if share", "(0.0, 1.0) if share"),
+    statistics("a[problem] - b[problem] for", "b[problem] - a[problem] for"),
+    statistics("math.hypot(*parts) / tasks", "math.hypot(*parts)"),
+    statistics("mean - down, mean + up", "mean - up, mean + down"),
+    statistics("sum(not one for one in answered)", "sum(answered)"),
     # the ledger
     ledger("self._new[name] += tokens", "self._new[name] = tokens"),
     ledger("+= _now() - start", "= _now() - start"),
