@@ -95,6 +95,7 @@ OPTIONS = " ".join(
 
 answers = of("opd/answers.py", ANSWERS)
 equality = of("opd/equality.py", EQUALITY)
+structure = of("opd/structure.py", EQUALITY)
 golds = of("opd/golds.py", EQUALITY)
 mathematics = of("opd/mathematics.py", EQUALITY)
 optimization = of("opd/optimization.py", f"{OPTIONS} {BAD_INPUT}")
@@ -190,7 +191,7 @@ MUTANTS = [
     answers("found[-1].group(1)", "found[0].group(1)"),
     answers("answer is not None and self.same", "self.same"),
     answers("if not answer.strip() or not reference.strip():", "if False:", EQUALITY),
-    answers("if tolerance is not None or unit is not None:", "if False:", EQUALITY),
+    answers("if tolerance or unit:", "if False:", EQUALITY),
     answers('if self.equivalence == "number":', "if False:", "tests/test_answers.py"),
     answers("            found.append(None)\n", "            found.append(0)\n", EQUALITY),
     answers("groups[text] == len(firsts)", "True", EQUALITY),
@@ -227,7 +228,12 @@ MUTANTS = [
     equality(r'return _PRODUCT.sub(r"\\cdot ", text)', "return text"),
     equality("        if left.kind != right.kind:\n            return False\n", ""),
     equality("plain.casefold() if", "plain if"),
-    equality('text.replace(r"\\pm", "-").replace(r"\\mp", "+")', 'text.replace(r"\\pm", "-")'),
+    structure('text.replace(r"\\pm", "-").replace(r"\\mp", "+")', 'text.replace(r"\\pm", "-")'),
+    structure("if len(items) > 1:", "if len(items) > 2:"),
+    structure('kind in ("()", "{}") and len(parts) == 1', 'kind == "{}" and len(parts) == 1'),
+    structure("parts[::-1], signs[::-1]", "parts[::-1], signs"),
+    structure('("(" if signs[0] == "<" else "[")', '("(" if signs[1] == "<" else "[")'),
+    structure("if depth < 0:", "if False:", why="brackets that do not match end in no equality"),
     golds("if opened > closed else", "if False else", EQUALITY),
     golds("    for _ in range(10):", "    for _ in range(1):", EQUALITY),
     golds(r'r"\1 \\times 10^{\2}"', r'r"\1e\2"', EQUALITY),
