@@ -133,8 +133,7 @@ def sample_metrics(
 
 def _powers_of_two(n: int) -> list[int]:
     """Return 2, 4, 8, ... below n, and n; nothing for n = 1."""
-    powers = [2**i for i in range(1, n.bit_length()) if 2**i < n]
-    return [*powers, n] if n > 1 else []
+    return sorted({2**i for i in range(1, n.bit_length())} | {n}) if n > 1 else []
 
 
 def _check_lengths(n: int, **sequences: Sequence[object] | None) -> None:

@@ -250,7 +250,7 @@ MUTANTS = [
         "(winner, most), *others = votes.most_common()",
         "*others, (winner, most) = votes.most_common()",
     ),
-    statistics("if 2**i < n]", "if 2**i <= n]"),
+    statistics("n.bit_length())", "n.bit_length() - 1)"),
     statistics("(n - 1) / n) if", "n / n) if"),
     statistics("_student(n - 1) * stderr", "1.96 * stderr"),
     statistics("< FEW:", "< 0:"),
