@@ -129,6 +129,7 @@ EQUAL = {
         (r"3 < x", "x>3"),
         (r"0 < x \le 1", "(0, 1]"),
         (r"x\in[0,1)", r"0\leq x<1"),
+        (r"1 \geq x > 0", "(0,1]"),
         (r"(-\infty,0)\cup(1,+\infty)", r"(1,\infty)\cup(-\infty,0)"),
         (r"(-\infty, 0) \cup\{1\}$.", r"\{1\} \cup (-\infty,0)"),
         (r"(0,2)\cup(1,3)", "(0,3)"),
