@@ -133,8 +133,7 @@ def sample_metrics(
 
 def _powers_of_two(n: int) -> list[int]:
     """Return 2, 4, 8, ... below n, and n; nothing for n = 1."""
-    powers = [2**i for i in range(1, n.bit_length()) if 2**i < n]
-    return [*powers, n] if n > 1 else []
+    return sorted({2**i for i in range(1, n.bit_length())} | {n}) if n > 1 else []
 
 
 def _check_lengths(n: int, **sequences: Sequence[object] | None) -> None:
@@ -158,6 +157,10 @@ def mean_with_error(values: Sequence[float], share: bool = True) -> Estimate:
       which the sample would hold none with a chance of 1 in 40 (the exact form of the "rule of
       three"; Hanley and Lippman-Hand 1983, JAMA 249, 1743-1745). The interval reaches as far as the
       mean would move if they had the extreme values. With 0 of 30 right it is [0, 0.116].
+
+    In simulations of 30 problems with 32 completions each, whose success rates have ten Beta
+    distributions with means from 0.001 to 0.97, 95.3% to 100% of the intervals hold the true mean
+    (tests/eval/test_statistics.py); of Student's alone 53% to 95%.
 
     Args:
         values: One per problem.
@@ -191,6 +194,9 @@ def paired_difference(
 
     Differences per problem have less spread than two means that are subtracted, as both models find
     the same problems hard (Miller 2024, arXiv 2411.00640).
+
+    With 30 problems whose differences are skewed, as between models that solve few of them, 88% to
+    93% of the intervals hold the true difference, not 95%; with hundreds of problems 93% to 96%.
 
     Args:
         a: A value per problem.

@@ -149,7 +149,7 @@ class AnswerVerifier:
         if not answer.strip() or not reference.strip():
             return False
         if self.equivalence == "number":
-            if tolerance is not None or unit is not None:
+            if tolerance or unit:
                 raise UserError("a tolerance or a unit needs a verifier with equivalence: math")
             return same_number_or_text(answer, reference)
         if max(len(answer), len(reference)) > LONGEST:

@@ -21,34 +21,22 @@ from fractions import Fraction
 from opd.errors import UserError
 from opd.golds import clean_reference
 from opd.mathematics import equivalent
+from opd.structure import COMMAND, Structure, dense, read_structure
 
 LONGEST_NUMBER = 200  # digits that are calculated with; longer numbers are compared as text
-DEEPEST = 30  # brackets within brackets
 
 _DECIMAL = re.compile(r"([-+]?)(\d*)(?:\.(\d*))?(?:[eE]([-+]?\d{1,18}))?", re.ASCII)
 _GROUPED = re.compile(r"[-+]?\d{1,3}(?:,\d{3})+(?:\.\d+)?(?:/\d+)?", re.ASCII)
-_OPEN, _CLOSE = ("(", "[", "{", r"\{"), (")", "]", "}", r"\}")
-_TOKEN = re.compile(r"\\(?:begin|end)\{\w+\*?\}|\\[A-Za-z]+|\\.|.", re.DOTALL)
-_GREEK = r"\\(?:alpha|beta|gamma|delta|epsilon|theta|lambda|mu|nu|rho|sigma|tau|phi|psi|omega)"
-_LETTER = rf"(?:[A-Za-z]|{_GREEK})(?:_\{{\w+\}})?"
-_VARIABLE = re.compile(_LETTER)
-_NAME = re.compile(  # x, a_{1}, f(x), S', AB, \text{Area}, Area, \angle ABC, |AB|, (x,y)
-    rf"{_LETTER}'*(?:\((?:{_LETTER}|\d+)(?:,{_LETTER})*\))?|[A-Z]{{2,}}|[A-Za-z]{{3,}}"
-    rf"|m?\\angle ?[A-Z]+|\|?[A-Z]{{2}}\||\\(?:overline|text)\{{[A-Za-z ]+\}}"
-    rf"|\({_LETTER}(?:,{_LETTER})+\)"
-)
-_MATRIX = re.compile(
-    r"[(\[]?\\begin\{([pbBv]?matrix|array)\}(?:\{[lcr|]*\})?((?:(?!\\begin).)*)\\end\{\1\}[)\]]?"
-)
 _DIGITS = r"\d+(?:\.\d*)?|\.\d+"
 _RATIONAL = re.compile(
     rf"(?P<sign>[-+]?)(?:(?P<decimal>{_DIGITS})|(?P<whole>\d*)\.(?P<fixed>\d*)\\overline"
-    r"\{(?P<repeated>\d+)\}|(?:(?P<mixed>\d+) ?)?(?:\\frac\{(?P<n>-?\d+)\}\{(?P<d>-?\d+)\}"
-    r"|(?P<top>\d+)/(?P<bottom>\d+)))(?P<times>\\(?:times|cdot)10\^\{(?P<power>-?\d{1,3})\})?"
+    r"\{(?P<repeated>\d+)\}|(?:(?P<mixed>\d+)(?: (?=\d)| ?(?=\\frac)))?"
+    r"(?:\\frac\{(?P<n>-?\d+)\}\{(?P<d>-?\d+)\}|(?P<top>\d+)/(?P<bottom>\d+)))"
+    r"(?P<times>\\(?:times|cdot)10\^\{(?P<power>-?\d{1,3})\})?"
     r"|(?P<minus>[-+]?)10\^\{(?P<exponent>-?\d{1,3})\}"
 )
 _UNIT_WORD = (
-    r"(?:[cmk]?m|k?g|mg|[mk]?[lL]|ft|in|mi|mph|km/h|m/s|hr?s?|min|sec|USD"
+    r"(?:[cmk]m|kg|mg|m[lL]|ft|in|mi|mph|km/h|m/s|hrs?|min|sec|USD"
     r"|(?:cubic|square|sq) [a-z]+|[a-z]*meters?|[a-z]*metres?|[a-z]*grams?|[a-z]*lit(?:er|re)s?"
     r"|inch(?:es)?|feet|foot|miles?|yards?|cents?|dollars?|euros?|pounds?|ounces?|radians?"
     r"|seconds?|minutes?|hours?|days?|weeks?|months?|years?|units?|people|students|ways|times)"
@@ -68,27 +56,8 @@ _NOT_CALCULATED = re.compile(  # that the parser misreads, or does not know
 )
 _POWER_OF_TEN = re.compile(r"\\(?:times|cdot)10\^\{(-?\d+)\}$")
 _SET = re.compile(r"\\(?:setminus|cap|mathbb|backslash)")
-_COMMAND = re.compile(r"\\[A-Za-z]+")
 _PRODUCT = re.compile(r"(?<=[\d)!])(?<![_^]\d)(?=\()|(?<=\))(?=[\dA-Za-z])|(?<=\d)(?=\\binom)")
 _PROPER = re.compile(r"(?<![\d.}])(\d+) ?(?=\\frac\{(\d+)\}\{(\d+)\})")
-
-
-@dataclass(frozen=True)
-class _Answer:
-    """A part of an answer.
-
-    Args:
-        kind: leaf, list, set, union, chain (values that are said to be equal), matrix, or the two
-            brackets of a tuple or interval, such as `[)`.
-        text: What it was read from, for a leaf.
-        parts: What it consists of.
-        name: What is said to have this value: the `x` of `x = 3`.
-    """
-
-    kind: str
-    text: str
-    parts: tuple[_Answer, ...] = ()
-    name: str | None = None
 
 
 def _normalise(text: str) -> str:
@@ -171,15 +140,15 @@ def _same_cleaned(
 ) -> bool | None:
     if not answer or not reference:
         return False
-    limits, right = _tolerances(tolerance), _read(reference)
+    limits, right = _tolerances(tolerance), read_structure(reference)
     if len(limits) > 1 and len(limits) != max(1, len(right.parts)):
         raise UserError(
             f"{len(limits)} tolerances ({tolerance}) for {max(1, len(right.parts))} answers"
             f" ({reference})"
         )
-    if _dense(answer) == _dense(reference):
+    if dense(answer) == dense(reference):
         return True
-    left = _read(answer)
+    left = read_structure(answer)
     compare = _Comparison(limits, _unit_name(unit) if unit else None, seconds)
     try:
         return compare.answers(left, right)
@@ -190,146 +159,10 @@ def _same_cleaned(
 def _tolerances(text: str | None) -> tuple[Fraction, ...]:
     if text is None:
         return ()
-    values = [_rational(_dense(clean_reference(part))) for part in text.split(",")]
+    values = [_rational(dense(clean_reference(part))) for part in text.split(",")]
     if any(value is None or value < 0 for value in values):
         raise UserError(f"tolerance {text!r} must be a number >= 0, or several with commas between")
     return tuple(value for value in values if value is not None)
-
-
-def _dense(text: str) -> str:
-    """Drop the spaces that separate neither two words nor two numbers."""
-    return re.sub(
-        r" (?=[^A-Za-z\d])|(?<=[^A-Za-z\d]) |(?<=\d) (?=[A-Za-z])|(?<=[A-Za-z]) (?=\d)", "", text
-    )
-
-
-# reading
-
-
-def _split(text: str, separators: Sequence[str]) -> list[str]:
-    """Split outside of all brackets; the whole text if its brackets do not match."""
-    parts, depth, start = [], 0, 0
-    for token in _TOKEN.finditer(text):
-        if token[0] in _OPEN or token[0].startswith(r"\begin{"):
-            depth += 1
-        elif token[0] in _CLOSE or token[0].startswith(r"\end{"):
-            depth -= 1
-        elif depth == 0 and token[0] in separators:
-            parts.append(text[start : token.start()])
-            start = token.end()
-        if depth < 0:
-            return [text.strip()]
-    return [part.strip() for part in (*parts, text[start:])] if depth == 0 else [text.strip()]
-
-
-def _read(text: str, depth: int = 0) -> _Answer:
-    """Read an answer that is clean."""
-    text = text.strip()
-    if depth > DEEPEST:
-        return _Answer("leaf", text)
-    items = [item for item in _split(text, (",", ";")) if item]
-    if len(items) > 1:
-        read = [_read(item, depth + 1) for item in items]
-        return _Answer("list", text, tuple(part for one in read for part in _listed(one)))
-    if text.count(r"\pm") == 1:  # with each \mp below its \pm
-        return _Answer("list", text, tuple(_read(one, depth + 1) for one in _both_signs(text)))
-    if r"\approx" in text and len(approximate := _split(text, (r"\approx",))) > 1:
-        return _read(approximate[0] or approximate[1], depth + 1)  # the exact value counts
-    if named := _read_named(text, depth):
-        return named
-    if (interval := _read_inequality(text)) is not None:
-        return interval
-    if len(parts := _split(text, (r"\cup",))) > 1 and all(parts):
-        return _Answer("union", text, tuple(_read(part, depth + 1) for part in parts))
-    if matrix := _MATRIX.fullmatch(text):
-        rows = [row.split("&") for row in matrix[2].strip().removesuffix(r"\\").split(r"\\")]
-        if matrix[1] != "vmatrix" and len({len(row) for row in rows}) == 1:
-            parts_of = tuple(_read(one, depth + 1) for row in rows for one in row)
-            return _Answer(f"matrix {len(rows)}x{len(rows[0])}", text, parts_of)
-    return _read_bracketed(text, depth) or _Answer("leaf", text)
-
-
-def _listed(answer: _Answer) -> tuple[_Answer, ...]:
-    return answer.parts if answer.kind == "list" else (answer,)
-
-
-def _both_signs(text: str) -> tuple[str, str]:
-    upper = text.replace(r"\pm", "+").replace(r"\mp", "-")
-    lower = text.replace(r"\pm", "-").replace(r"\mp", "+")
-    return re.sub(r"(^|[(=,])\s*\+\s*", r"\1", upper), lower
-
-
-def _read_named(text: str, depth: int) -> _Answer | None:
-    r"""Read `x = 3`, `f(x) = 2x = x + x`, `1 + 1 = 2` or `x \in (0, 1)`; None for other texts."""
-    first, *others = _split(text, ("=",))
-    if not others:
-        first, *others = _split(text, (r"\in",))
-        if len(others) != 1 or not others[0] or not _VARIABLE.fullmatch(_dense(first)):
-            return None
-    if not all((first, *others)):
-        return None
-    name = _dense(first)
-    if _NAME.fullmatch(name):
-        values = [_read(other, depth + 1) for other in others]
-        value = values[0] if len(values) == 1 else _Answer("chain", text, tuple(values))
-        if value.kind == "list":
-            named = tuple(_Answer(v.kind, v.text, v.parts, name) for v in value.parts)
-            return _Answer("list", text, named)
-        return _Answer(value.kind, value.text, value.parts, name)
-    if re.search("[A-Za-z]", _COMMAND.sub("", text)):
-        return None  # an equation
-    return _Answer("chain", text, tuple(_read(one, depth + 1) for one in (first, *others)))
-
-
-def _read_inequality(text: str) -> _Answer | None:
-    r"""Read `x > 3` or `0 < x \leq 1` as the interval of x; None for other texts."""
-    signs = re.findall(r"<|>|\\leq|\\geq", text)
-    parts = _split(text, ("<", ">", r"\leq", r"\geq"))
-    if len(signs) not in (1, 2) or len(parts) != len(signs) + 1 or not all(parts):
-        return None
-    if signs[0] in (">", r"\geq"):
-        parts, signs = parts[::-1], signs[::-1]
-        signs = [{">": "<", r"\geq": r"\leq"}.get(sign, ">") for sign in signs]
-    if any(sign not in ("<", r"\leq") for sign in signs):
-        return None
-    if len(parts) == 2:
-        if _VARIABLE.fullmatch(_dense(parts[0])):
-            parts, signs = [r"-\infty", *parts], ["<", *signs]
-        else:
-            parts, signs = [*parts, r"\infty"], [*signs, "<"]
-    low, name, high = parts
-    if not _VARIABLE.fullmatch(_dense(name)):
-        return None
-    kind = ("(" if signs[0] == "<" else "[") + (")" if signs[1] == "<" else "]")
-    return _Answer(kind, text, (_Answer("leaf", low), _Answer("leaf", high)), _dense(name))
-
-
-def _read_bracketed(text: str, depth: int) -> _Answer | None:
-    r"""Read `(1, 2)`, `[0, 1)` or `\{1, 2\}`; one thing in round or curly brackets is itself."""
-    tokens = [token[0] for token in _TOKEN.finditer(text)]
-    if len(tokens) < 3 or tokens[0] not in _OPEN or tokens[-1] not in _CLOSE:
-        return None
-    level = 0
-    for i, token in enumerate(tokens):
-        level += (token in _OPEN) - (token in _CLOSE)
-        if level == 0 and i < len(tokens) - 1:
-            return None  # (a)(b)
-    kind = tokens[0] + tokens[-1]
-    inside = text[len(tokens[0]) : -len(tokens[-1])]
-    parts = _split(inside, (",", ";"))
-    if not all(parts):
-        return None
-    if kind in ("()", "{}") and len(parts) == 1:
-        return _read(inside, depth + 1)
-    if kind == r"\{\}":
-        read = (_read(part, depth + 1) for part in parts)
-        return _Answer("set", text, tuple(part for one in read for part in _listed(one)))
-    if kind in ("()", "[]", "[)", "(]"):
-        return _Answer(kind, text, tuple(_read(part, depth + 1) for part in parts))
-    return None
-
-
-# comparing
 
 
 @dataclass
@@ -343,7 +176,7 @@ class _Comparison:
     def __post_init__(self) -> None:
         self.until = time.thread_time() + self.seconds
 
-    def answers(self, left: _Answer, right: _Answer) -> bool:
+    def answers(self, left: Structure, right: Structure) -> bool:
         """Compare whole answers: the tolerances belong to the parts of the right one."""
         if len(self.tolerances) < 2:
             return self.same(left, right, self.tolerances[0] if self.tolerances else None)
@@ -353,13 +186,13 @@ class _Comparison:
             map(self.same, left.parts, right.parts, self.tolerances)
         )
 
-    def same(self, left: _Answer, right: _Answer, tolerance: Fraction | None) -> bool:
+    def same(self, left: Structure, right: Structure, tolerance: Fraction | None) -> bool:
         if self.seconds <= 0 or time.thread_time() > self.until:
             raise TimeoutError
         if left.name and right.name and left.name != right.name:
             if left.kind != "leaf" or right.kind != "leaf":
                 return False
-            whole = [_dense(f"{one.name}={one.text}") for one in (left, right)]
+            whole = [dense(f"{one.name}={one.text}") for one in (left, right)]
             return self.calculated(whole[0], whole[1], None)  # y = x + 1, and x = y - 1
         for one, other, swapped in ((left, right, False), (right, left, True)):
             if one.kind == "chain":
@@ -382,7 +215,7 @@ class _Comparison:
             self.same(a, b, tolerance) for a, b in zip(left.parts, right.parts, strict=True)
         )
 
-    def collections(self, left: _Answer, right: _Answer, tolerance: Fraction | None) -> bool:
+    def collections(self, left: Structure, right: Structure, tolerance: Fraction | None) -> bool:
         """Compare lists and sets; a set holds nothing twice, one thing may stand without braces."""
         a, b = _elements(_by_name(left)), _elements(_by_name(right))
         if left.kind == "set":
@@ -393,23 +226,23 @@ class _Comparison:
             return False
         return self.unordered(a, b, (tolerance,))
 
-    def distinct(self, parts: Sequence[_Answer]) -> tuple[_Answer, ...]:
-        kept: list[_Answer] = []
+    def distinct(self, parts: Sequence[Structure]) -> tuple[Structure, ...]:
+        kept: list[Structure] = []
         for part in parts:
             if not any(self.same(part, other, None) for other in kept):
                 kept.append(part)
         return tuple(kept)
 
     @staticmethod
-    def names_agree(a: Sequence[_Answer], b: Sequence[_Answer]) -> bool:
+    def names_agree(a: Sequence[Structure], b: Sequence[Structure]) -> bool:
         """Values of several names can be told apart only where both sides name them."""
         names = {part.name for part in (*a, *b)} - {None}
         return len(names) < 2 or all(part.name for part in (*a, *b))
 
     def unordered(
         self,
-        left: Sequence[_Answer],
-        right: Sequence[_Answer],
+        left: Sequence[Structure],
+        right: Sequence[Structure],
         tolerances: Sequence[Fraction | None],
     ) -> bool:
         """Whether each part on the left has a partner of its own on the right."""
@@ -431,7 +264,7 @@ class _Comparison:
 
     def leaves(self, left: str, right: str, tolerance: Fraction | None) -> bool:
         """Compare two values that may have units; one that lacks a unit has the other's."""
-        if _dense(left) == _dense(right):
+        if dense(left) == dense(right):
             return True
         (a, left_unit), (b, right_unit) = (self.value_and_unit(text) for text in (left, right))
         right_unit = right_unit or self.unit
@@ -468,7 +301,7 @@ class _Comparison:
 
     def values(self, left: str, right: str, tolerance: Fraction | None) -> bool:
         """Compare two values without units: numbers, words, expressions."""
-        left, right = _dense(left), _dense(right)
+        left, right = dense(left), dense(right)
         if left == right:
             return True
         a, b = _rational(left), _rational(right)
@@ -484,9 +317,10 @@ class _Comparison:
 
     def calculated(self, left: str, right: str, tolerance: Fraction | None) -> bool:
         """Ask the process that calculates, if both are such as it reads rightly."""
+        left, right = _as_fraction(left), _as_fraction(right)
         if any(_NOT_CALCULATED.search(text) for text in (left, right)):
             return False
-        letters = [set("".join(re.findall("[A-Za-z]", _COMMAND.sub("", t)))) for t in (left, right)]
+        letters = [set("".join(re.findall("[A-Za-z]", COMMAND.sub("", t)))) for t in (left, right)]
         for letter in {each.lower() for each in letters[0] | letters[1]}:
             cases = [{letter, letter.upper()} & found for found in letters]
             if len(cases[0] | cases[1]) > 1:  # the parser takes A and a for one
@@ -510,34 +344,34 @@ _FACTORS: dict[str, Callable[[str], str]] = {
 }
 
 
-def _by_name(answer: _Answer) -> _Answer:
+def _by_name(answer: Structure) -> Structure:
     """Read `(x,y) = (1,2)` as `x = 1, y = 2`."""
     names = (answer.name or "").strip("()").split(",")
     if len(names) < 2 or answer.kind != "()" or len(names) != len(answer.parts):
         return answer
     parts = zip(names, answer.parts, strict=True)
-    named = tuple(_Answer(part.kind, part.text, part.parts, name) for name, part in parts)
-    return _Answer("list", answer.text, named)
+    named = tuple(Structure(part.kind, part.text, part.parts, name) for name, part in parts)
+    return Structure("list", answer.text, named)
 
 
-def _as_set(answer: _Answer) -> str:
+def _as_set(answer: Structure) -> str:
     """Write a set for the parser."""
     if answer.kind == "union":
         return r"\cup ".join(map(_as_set, answer.parts))
     if len(answer.kind) == 2 and answer.parts:
-        ends = ",".join(_dense(part.text) for part in answer.parts)
+        ends = ",".join(dense(part.text) for part in answer.parts)
         return answer.kind[0] + ends + answer.kind[1]
-    return _dense(answer.text)
+    return dense(answer.text)
 
 
-def _elements(answer: _Answer) -> tuple[_Answer, ...]:
+def _elements(answer: Structure) -> tuple[Structure, ...]:
     return answer.parts if answer.kind in ("list", "set") else (answer,)
 
 
-def _whole(answer: _Answer, other: _Answer) -> _Answer:
+def _whole(answer: Structure, other: Structure) -> Structure:
     """Put the name back before a value that is compared with an equation."""
     if answer.name and "=" in other.text:
-        return _Answer("leaf", f"{answer.name}={answer.text}")
+        return Structure("leaf", f"{answer.name}={answer.text}")
     return answer
 
 
@@ -585,6 +419,12 @@ def _positive(found: re.Match[str]) -> Fraction:
     if not found["mixed"]:
         return value
     return int(found["mixed"]) + value if 0 < value < 1 else int(found["mixed"]) * value
+
+
+def _as_fraction(text: str) -> str:
+    """Write a number as a fraction; other texts are left as they are."""
+    value = _rational(text)
+    return text if value is None else rf"\frac{{{value.numerator}}}{{{value.denominator}}}"
 
 
 def _readable(text: str) -> str:

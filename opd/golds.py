@@ -41,6 +41,7 @@ _SUBSTITUTIONS: list[tuple[str, _Replacement]] = [
     (rf"\\?\$|{_GRID}\\[()\[\]]", ""),
     (rf"\\(?:left|right|[bB]igg?[lr]?){_END}\.?", ""),
     (rf"\\(?:(?:display|text|script)style|limits){_END}|{_GRID}\\!", ""),
+    (r"(?<=\\\\)\[[\d.]+ ?(?:pt|em|ex|mm|cm)\]", ""),  # between rows of a matrix
     (r"\{,\}", ","),
     (r"(?<![\w}\\])\{\s*\}", ""),  # what a ^ stands on that stands on nothing
     (rf"(?<=\d)(?:{_GRID}\\[,;: ]|~| )(?=\d{{3}}(?!\d))", "\xa0"),  # of thousands, perhaps

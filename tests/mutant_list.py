@@ -96,6 +96,7 @@ OPTIONS = " ".join(
 
 answers = of("opd/answers.py", ANSWERS)
 equality = of("opd/equality.py", EQUALITY)
+structure = of("opd/structure.py", EQUALITY)
 golds = of("opd/golds.py", EQUALITY)
 mathematics = of("opd/mathematics.py", EQUALITY)
 optimization = of("opd/optimization.py", f"{OPTIONS} {BAD_INPUT}")
@@ -111,6 +112,7 @@ report = of("eval/report.py", f"{HAND_MADE}::test_report_says_what_the_runs_cost
 figures = of("eval/figures.py", HAND_MADE)
 study = of("eval/study.py", f"{HAND_MADE}::test_study_compares_trials")
 harness = of("eval/harness.py", HARNESS)
+statistics = of("eval/statistics.py", "tests/eval/test_statistics.py")
 memory = of("eval/memory.py", "tests/eval/test_memory.py")
 ledger = of("opd/ledger.py", "tests/test_ledger.py")
 metrics = of("opd/metrics.py", TOKENS)
@@ -196,7 +198,7 @@ MUTANTS = [
     answers("found[-1].group(1)", "found[0].group(1)"),
     answers("answer is not None and self.same", "self.same"),
     answers("if not answer.strip() or not reference.strip():", "if False:", EQUALITY),
-    answers("if tolerance is not None or unit is not None:", "if False:", EQUALITY),
+    answers("if tolerance or unit:", "if False:", EQUALITY),
     answers('if self.equivalence == "number":', "if False:", "tests/test_answers.py"),
     answers("            found.append(None)\n", "            found.append(0)\n", EQUALITY),
     answers("groups[text] == len(firsts)", "True", EQUALITY),
@@ -218,7 +220,7 @@ MUTANTS = [
     equality("self.unordered(_elements(left), right.parts, self.tolerances)", "True"),
     equality("place(partner[j], tried)", "False"),
     equality("if j not in partner or place", "if True or place"),
-    equality("if len(left) != len(right):", "if len(left) < len(right):"),
+    equality("if len(left) != len(right):", "if len(left) > len(right):"),
     equality("return len(names) < 2 or all", "return True or all"),
     equality('        if left.kind == "set":\n            a = self.distinct(a)\n', ""),
     equality("left_unit and right_unit and left_unit != right_unit", "False"),
@@ -233,16 +235,40 @@ MUTANTS = [
     equality(r'return _PRODUCT.sub(r"\\cdot ", text)', "return text"),
     equality("        if left.kind != right.kind:\n            return False\n", ""),
     equality("plain.casefold() if", "plain if"),
-    equality('text.replace(r"\\pm", "-").replace(r"\\mp", "+")', 'text.replace(r"\\pm", "-")'),
+    structure('text.replace(r"\\pm", "-").replace(r"\\mp", "+")', 'text.replace(r"\\pm", "-")'),
+    structure("if len(items) > 1:", "if len(items) > 2:"),
+    structure('kind in ("()", "{}") and len(parts) == 1', 'kind == "{}" and len(parts) == 1'),
+    structure("parts[::-1], signs[::-1]", "parts[::-1], signs"),
+    structure('("(" if signs[0] == "<" else "[")', '("(" if signs[1] == "<" else "[")'),
+    structure("if depth < 0:", "if False:", why="brackets that do not match end in no equality"),
     golds("if opened > closed else", "if False else", EQUALITY),
     golds("    for _ in range(10):", "    for _ in range(1):", EQUALITY),
     golds(r'r"\1 \\times 10^{\2}"', r'r"\1e\2"', EQUALITY),
-    mathematics("return a.free_symbols == b.free_symbols and", "return"),
     mathematics("signal.setitimer(signal.ITIMER_PROF, seconds)", "pass"),
     mathematics("real + sympy.I * imaginary", "real"),
     mathematics("if type(a) is not type(b) or", "if"),
     mathematics("if inequality and not", "if False and not"),
     mathematics("part.is_Float and part._prec == 1", "False"),
+    # statistics
+    statistics("math.comb(n - c, k)", "math.comb(n - c + 1, k)"),
+    statistics("for group in groups if group is not None)", "for group in groups)"),
+    statistics("others[0][1] == most", "others[0][1] <= most"),
+    statistics(
+        "(winner, most), *others = votes.most_common()",
+        "*others, (winner, most) = votes.most_common()",
+    ),
+    statistics("n.bit_length())", "n.bit_length() - 1)"),
+    statistics("(n - 1) / n) if", "n / n) if"),
+    statistics("_student(n - 1) * stderr", "1.96 * stderr"),
+    statistics("< FEW:", "< 0:"),
+    statistics("FEW = 6", "FEW = 1"),
+    statistics("unseen * (mean - bounds[0])", "unseen * mean"),
+    statistics("max(high, estimate.high)", "estimate.high"),
+    statistics("(-1.0, 1.0) if share", "(0.0, 1.0) if share"),
+    statistics("a[problem] - b[problem] for", "b[problem] - a[problem] for"),
+    statistics("math.hypot(*parts) / tasks", "math.hypot(*parts)"),
+    statistics("mean - down, mean + up", "mean - up, mean + down"),
+    statistics("sum(not one for one in answered)", "sum(answered)"),
     # the ledger
     ledger("self._new[name] += tokens", "self._new[name] = tokens"),
     ledger("+= _now() - start", "= _now() - start"),

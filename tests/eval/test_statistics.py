@@ -5,6 +5,7 @@ import math
 import random
 
 import pytest
+from scipy import stats
 
 from eval.statistics import (
     Estimate,
@@ -125,6 +126,16 @@ def test_a_share_in_the_middle_has_about_students_interval():
     share, plain = mean_with_error(values), mean_with_error(values, share=False)
     assert plain.low - 0.005 < share.low <= plain.low
     assert plain.high <= share.high < plain.high + 0.005
+
+
+def test_a_share_near_zero_reaches_as_far_as_clopper_and_pearson():
+    values = [1.0] * 8 + [0.0] * 92  # one completion per problem
+    estimate, plain = mean_with_error(values), mean_with_error(values, share=False)
+    effective = 99 * (stats.norm.ppf(0.975) / stats.t.ppf(0.975, 99)) ** 2
+    right = 0.08 * effective
+    assert estimate.high == pytest.approx(stats.beta.ppf(0.975, right + 1, effective - right))
+    assert estimate.high > plain.high + 0.01
+    assert estimate.low == plain.low
 
 
 def test_the_error_is_that_of_a_bootstrap_over_problems():
