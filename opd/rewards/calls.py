@@ -16,8 +16,8 @@ data; of the tests' own objects the program can ask for calls and items, not for
 from __future__ import annotations
 
 import builtins
+import contextlib
 import json
-import math
 import os
 import select
 import struct
@@ -37,12 +37,13 @@ PLAIN = (type(None), bool, str, float)  # JSON's own, infinities and NaN as Pyth
 MUTABLE: dict[str, type] = {
     kind.__name__: kind for kind in (list, OrderedDict, Counter, dict, set, deque, bytearray)
 }
-TYPES = (type(None), bool, int, float, complex, str, bytes, bytearray)
+TYPES: tuple[type, ...] = (type(None), bool, int, float, complex, str, bytes, bytearray)
 TYPES += (list, tuple, dict, set, frozenset, range, object, type)
+MALFORMED = (ArithmeticError, AttributeError, LookupError, TypeError, ValueError, RecursionError)
 ARRAYS = "biufcSUmM"  # the kinds of numpy's types that are data
 
 
-class Lost(BaseException):  # noqa: N818 - not an error of the program: the end of it
+class Lost(BaseException):
     """The other process has ended, or says what it must not: no test can pass after this."""
 
 
@@ -92,7 +93,7 @@ class Values:
         if isinstance(value, bytearray):
             return value.hex()
         if isinstance(value, (list, set, deque)):
-            return [self.encode(item) for item in type(value).__mro__ and tuple(value)]
+            return [self.encode(item) for item in value]
         return self._encode_array(value)
 
     def _encode_fixed(self, value: Any) -> Any:
@@ -111,8 +112,12 @@ class Values:
             return ["bytes", value.hex()]
         if isinstance(value, range):
             return ["range", value.start, value.stop, value.step]
-        if value is getattr(builtins, getattr(value, "__name__", None) or "", builtins):
-            return ["builtin", value.__name__]
+        own = getattr(value, "__name__", None)
+        if isinstance(own, str) and value is getattr(builtins, own, builtins):
+            if not self.peer.trusting:
+                self.peer.builtins.add(own)
+            if own in self.peer.builtins:
+                return ["builtin", own]
         module, name = type(value).__module__, type(value).__name__
         if (module, name) in (("decimal", "Decimal"), ("fractions", "Fraction")):
             return [name, str(value)]
@@ -128,15 +133,15 @@ class Values:
         if self.grows and value.ndim and id(value) not in self.numbers:
             self.numbers[id(value)] = len(self.objects)
             self.objects.append(value)
-        name = "array" if hasattr(value, "__setitem__") else "scalar"
+        name = "array" if type(value).__name__ == "ndarray" else "scalar"
         return [name, value.dtype.str, list(value.shape), value.tobytes().hex()]
 
     def decode(self, tree: Any) -> Any:
         """Return the value that `encode` was given; raises Lost for what it cannot have written."""
         try:
             return self._decode(tree)
-        except (ArithmeticError, LookupError, TypeError, ValueError, RecursionError) as error:
-            raise Lost(f"what it returns is no value: {error}") from None
+        except MALFORMED as error:
+            raise self.peer.end(f"what it returns is no value: {error}") from None
 
     def _decode(self, tree: Any) -> Any:
         if type(tree) is not list:
@@ -157,18 +162,21 @@ class Values:
         if name in ("array", "scalar"):
             return self._decode_array(name, *parts)
         if name == "builtin":
-            value = getattr(builtins, parts[0])
-            if not self.peer.trusting and value not in TYPES:
+            if self.peer.trusting:
+                self.peer.builtins.add(parts[0])
+            elif parts[0] not in self.peer.builtins:
                 raise ValueError(f"builtin {parts[0]}")
-            return value
-        return FIXED[name](*map(self._decode, parts[0] if name in ("tuple", "frozenset") else parts))
+            return getattr(builtins, parts[0])
+        return FIXED[name](
+            *map(self._decode, parts[0] if name in ("tuple", "frozenset") else parts)
+        )
 
     def decode_content(self, value: Any, tree: Any) -> None:
         """Give an object that can change what it holds now."""
         try:
             fill(value, self._decode_content(value, tree))
-        except (ArithmeticError, LookupError, TypeError, ValueError, RecursionError) as error:
-            raise Lost(f"what it makes of its argument is no value: {error}") from None
+        except MALFORMED as error:
+            raise self.peer.end(f"what it makes of its argument is no value: {error}") from None
 
     def _decode_content(self, value: Any, tree: Any) -> Any:
         if isinstance(value, dict):
@@ -268,9 +276,6 @@ class Remote:
     def __getitem__(self, key: Any) -> Any:
         return self._peer.ask("item", self._number, (key,))
 
-    def __contains__(self, item: Any) -> bool:
-        return bool(self._peer.ask("in", self._number, (item,)))
-
     def __str__(self) -> str:
         return str(self._peer.ask("str", self._number))
 
@@ -290,12 +295,11 @@ OPERATIONS: dict[str, Callable[..., Any]] = {
     "len": len,
     "bool": bool,
     "item": lambda value, key: value[key],
-    "in": lambda value, item: item in value,
     "str": str,
     "attribute": getattr,
     "set": setattr,
 }
-OF_THE_TESTS = ("call", "iter", "next", "len", "bool", "item", "in")  # what a program may ask of
+OF_THE_TESTS = ("call", "iter", "next", "len", "bool", "item")  # what a program may ask of
 
 
 class Peer:
@@ -309,16 +313,19 @@ class Peer:
     def __init__(self, channel: int, *, trusting: bool) -> None:
         self.channel, self.trusting = channel, trusting
         self.deadline: float | None = None  # of time.monotonic()
+        # Names that stand for Python's own objects: a program may return those that tests have
+        # used; exec, say, is an object of its own.
+        self.builtins = {kind.__name__ for kind in TYPES}
         self._exports: list[Any] = []
+        self._numbers: dict[int, int] = {}  # id to place in it
         self._lost: Lost | None = None
 
     def export(self, value: Any) -> int:
         """Return the number by which the other end can refer to a value."""
-        for number, exported in enumerate(self._exports):
-            if exported is value:
-                return number
-        self._exports.append(value)
-        return len(self._exports) - 1
+        number = self._numbers.setdefault(id(value), len(self._exports))
+        if number == len(self._exports):
+            self._exports.append(value)
+        return number
 
     def resolve(self, whose: str, number: int) -> Any:
         """Return the other end's object, or one of ours that comes back."""
@@ -329,13 +336,19 @@ class Peer:
         return Remote(self, number)
 
     def ask(
-        self, what: str, number: int, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+        self,
+        what: str,
+        number: int,
+        args: tuple[Any, ...] = (),
+        kwargs: dict[str, Any] | None = None,
     ) -> Any:
         """Have the other end do something with an object of its own.
 
         Returns its result, raises its exception if that is one of Python's own (RuntimeError
         otherwise), and Lost when there is no answer.
         """
+        if self._lost is not None:
+            raise self._lost
         values = Values(self)
         tree = [values.encode(list(args))[1], values.encode(kwargs or {})[1]]
         self.send(["ask", what, number, *tree])
@@ -353,10 +366,13 @@ class Peer:
             for value, tree in zip(values.objects, contents, strict=True):
                 reply.decode_content(value, tree)
         except (TypeError, ValueError) as error:
-            raise self._end(f"it says what no program says: {error}") from None
+            raise self.end(f"it says what no program says: {error}") from None
+        value = reply.decode(content)
         if kind == "result":
-            return reply.decode(content)
-        name, args = reply.decode(content)
+            return value
+        if not (isinstance(value, tuple) and len(value) == 2 and isinstance(value[1], list)):
+            raise self.end("it says what no program says")
+        name, args = value
         kind = getattr(builtins, str(name), None)
         if isinstance(kind, type) and issubclass(kind, Exception):
             try:
@@ -377,7 +393,7 @@ class Peer:
             value = self._exports[number]
             arguments, keywords = values.decode(["list", args]), values.decode(["dict", kwargs])
         except (LookupError, TypeError, ValueError) as error:
-            raise self._end(f"it says what no program says: {error}") from None
+            raise self.end(f"it says what no program says: {error}") from None
         try:
             kind, result = "result", OPERATIONS[what](value, *arguments, **keywords)
         except Exception as error:
@@ -393,40 +409,38 @@ class Peer:
             while view:
                 view = view[os.write(self.channel, view) :]
         except OSError:
-            raise self._end("it has ended") from None
+            raise self.end("it has ended") from None
 
     def receive(self) -> list[Any]:
         """Receive a message; raises Lost, also when the deadline has passed."""
         (length,) = struct.unpack("Q", self._read(8))
         if length > LONGEST:
-            raise self._end("what it returns is too long")
+            raise self.end("what it returns is too long")
         try:
             message = json.loads(self._read(length))
         except (ValueError, RecursionError) as error:
-            raise self._end(f"what it returns is no value: {error}") from None
+            raise self.end(f"what it returns is no value: {error}") from None
         if type(message) is not list or not message:
-            raise self._end("what it returns is no message")
+            raise self.end("what it returns is no message")
         return message
 
     def _read(self, count: int) -> bytes:
-        if self._lost is not None:
-            raise self._lost
         content = bytearray()
         while len(content) < count:
             if self.deadline is not None:
                 left = self.deadline - time.monotonic()
                 if left <= 0 or not select.select([self.channel], [], [], left)[0]:
-                    raise self._end("time")
+                    raise self.end("time")
             try:
                 part = os.read(self.channel, min(count - len(content), 1 << 20))
             except OSError:
                 part = b""
             if not part:
-                raise self._end("it has ended")
+                raise self.end("it has ended")
             content += part
         return bytes(content)
 
-    def _end(self, reason: str) -> Lost:
+    def end(self, reason: str) -> Lost:
         """Note that this is the end, also for tests that catch every exception."""
         if self._lost is None:
             self._lost = Lost(reason)
@@ -496,8 +510,10 @@ def run_test_program(peer: Peer, setup: str, tests: str, entry_point: str) -> No
     if entry_point and entry_point not in names:
         raise Failed("error", None, f"it does not define {entry_point}")
     for name in used_names(code) & names.keys():
-        if name == entry_point or not (hasattr(builtins, name) or name in vars(module)):
+        if not (hasattr(builtins, name) or name in vars(module)):
             setattr(module, name, names[name])
+    if entry_point:
+        setattr(module, entry_point, names[entry_point])
     exec(code, module.__dict__)
 
 
@@ -509,6 +525,7 @@ def used_names(code: types.CodeType) -> set[str]:
 
 def run_cases(peer: Peer, entry_point: str, cases: list[Any], seconds: float) -> None:
     """Call the entry point with each case's arguments and compare; raises Failed."""
+    peer.deadline = time.monotonic() + seconds
     names = meet(peer)
     owner, _, method = entry_point.rpartition(".")
     if not owner and method not in names and "Solution" in names:
@@ -524,7 +541,7 @@ def run_cases(peer: Peer, entry_point: str, cases: list[Any], seconds: float) ->
             reason = "memory" if isinstance(error, MemoryError) else "error"
             raise Failed(reason, number, _line(type(error).__name__, error.args)) from None
         except Lost as lost:
-            raise Failed("time" if str(lost) == "time" else "lost", number, str(lost)) from None
+            raise Failed("lost", number, str(lost)) from None
         if not same_value(actual, expected):
             raise Failed("wrong answer", number, f"{actual!r:.200} is not {expected!r:.200}")
 
@@ -550,7 +567,8 @@ def same_value(actual: Any, expected: Any) -> bool:
         )
     if isinstance(expected, float) and isinstance(actual, (int, float)):
         return actual == expected or abs(actual - expected) <= 1e-6 * max(1.0, abs(expected))
-    return type(actual) is not Remote and bool(actual == expected)
+    data = not isinstance(actual, Remote) and not getattr(actual, "shape", ())
+    return data and bool(actual == expected)
 
 
 def _line(name: str, args: Iterable[Any]) -> str:
@@ -578,8 +596,10 @@ def judge(job: dict[str, Any]) -> dict[str, Any]:
             reason = "memory"
     except Lost as lost:
         reason, test, detail = "lost", None, str(lost)
-    if peer.lost is not None and reason not in ("time", "lost"):
-        reason, detail = "lost", str(peer.lost)  # tests that catch everything
+    if peer.lost is not None:  # also with tests that catch everything
+        reason, detail = "lost", str(peer.lost)
+    if detail == "time":
+        reason = "time"
     return {"reason": reason, "test": test, "detail": detail}
 
 
@@ -592,10 +612,8 @@ def main() -> NoReturn:
     if "program" in job:
         os.close(verdicts)
         os.dup2(null, 2)
-        try:
+        with contextlib.suppress(Lost):  # the tests are over
             serve_program(job["setup"], job["program"])
-        except Lost:  # the tests are over
-            pass
         os._exit(0)
     verdict = judge(job)
     os.write(verdicts, json.dumps(verdict).encode())

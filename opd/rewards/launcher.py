@@ -65,7 +65,7 @@ def prctl(option: int, value: Any) -> None:
 
 
 def mount(source: str, target: str, kind: str, flags: int, options: str = "") -> None:
-    """mount(2); raises OSError."""
+    """Mount a file system, a file or a folder; raises OSError."""
     arguments = [text.encode() for text in (source, target, kind)]
     check(_libc.mount(*arguments, ctypes.c_ulong(flags), options.encode()), f"mount {target}")
 
@@ -317,7 +317,13 @@ SIGNALS = {
     "rt_sigqueueinfo": (129, 138),
     "rt_tgsigqueueinfo": (297, 240),
 }
-CLONE, CLONE3, SOCKETPAIR, PRLIMIT, TGKILL = (56, 220), (435, 435), (53, 199), (302, 261), (234, 131)
+CLONE, CLONE3, SOCKETPAIR, PRLIMIT, TGKILL = (
+    (56, 220),
+    (435, 435),
+    (53, 199),
+    (302, 261),
+    (234, 131),
+)
 MACHINES = {"x86_64": (0, 0xC000003E), "aarch64": (1, 0xC00000B7)}
 
 

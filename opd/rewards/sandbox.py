@@ -154,7 +154,7 @@ class Sandbox:
 
     def run(
         self,
-        program: str,
+        program: str | bytes,
         *,
         stdin: str = "",
         files: Mapping[str, str] | None = None,
@@ -164,8 +164,8 @@ class Sandbox:
         """Run a program to its end, or to that of its limits.
 
         Args:
-            program: Python source; the file ``program.py`` of its working directory, where there
-                is nothing else but ``files``.
+            program: Python source, or the bytes of a compiled file; in its working directory there
+                is nothing but this and ``files``.
             stdin: Its standard input.
             files: Name to content, for its working directory.
             arguments: Its ``sys.argv[1:]``.
@@ -177,7 +177,7 @@ class Sandbox:
 
     def start(
         self,
-        program: str,
+        program: str | bytes,
         *,
         stdin: str = "",
         files: Mapping[str, str] | None = None,
@@ -196,7 +196,7 @@ class Sandbox:
             return Running(self, program, stdin, files or {}, arguments, limits, channel, folder)
         except BaseException:
             if folder is not None:
-                shutil.rmtree(folder)
+                _remove(folder)
             raise
 
     def _probe(self) -> str | None:
@@ -213,7 +213,7 @@ class Sandbox:
 
     def _job(
         self,
-        program: str,
+        program: str | bytes,
         stdin: str,
         files: Mapping[str, str],
         arguments: Sequence[str],
@@ -224,7 +224,8 @@ class Sandbox:
         """Return what the launcher is told; plain data for marshal."""
         inside = FOLDER if self.level != "limits" else folder
         assert inside is not None
-        contents = {"program.py": program, **files}
+        name = "program.py" if isinstance(program, str) else "program.pyc"
+        contents = {name: program, **files}
         return {
             "namespaces": self.level == "namespaces",
             "private": self.level != "limits",
@@ -233,7 +234,7 @@ class Sandbox:
             "uid": _unused_uid() if os.geteuid() == 0 else None,
             "readable": self._readable,
             "folder": inside,
-            "files": {name: _bytes(text) for name, text in contents.items()},
+            "files": {key: _bytes(content) for key, content in contents.items()},
             "input": _bytes(stdin),
             "channel": channel,
             "wall": limits.wall,
@@ -242,7 +243,7 @@ class Sandbox:
             "executable": os.path.realpath(sys.executable),
             # By its own name: thus it finds its environment. -s, -P, -B: no modules of the user
             # or of the working directory, and nothing is written.
-            "arguments": [sys.executable, "-s", "-P", "-B", "program.py", *arguments],
+            "arguments": [sys.executable, "-s", "-P", "-B", name, *arguments],
             "environment": ENVIRONMENT
             | {"HOME": inside, "TMPDIR": inside if self.level == "limits" else "/tmp"},
         }
@@ -277,7 +278,7 @@ class Running:
     def __init__(
         self,
         sandbox: Sandbox,
-        program: str,
+        program: str | bytes,
         stdin: str,
         files: Mapping[str, str],
         arguments: Sequence[str],
@@ -286,7 +287,6 @@ class Running:
         folder: str | None,
     ) -> None:
         self._limits, self._folder = limits, folder
-        self._stopped = False
         self._outcome: Outcome | None = None
         number = None if channel is None else channel.fileno()
         job = sandbox._job(program, stdin, files, arguments, limits, number, folder)
@@ -325,7 +325,6 @@ class Running:
         return self._outcome
 
     def _stop(self) -> None:
-        self._stopped = True
         with contextlib.suppress(OSError):
             self._control.shutdown(socket.SHUT_WR)
 
@@ -370,12 +369,13 @@ class Running:
 
     def _status(self, result: dict[str, Any], stderr: str) -> Status:
         code = result["returncode"]
-        if result["ended"] == "time" or result["cpu"] >= math.ceil(self._limits.cpu):
+        killed = code == -9 and result["ended"] == "exit"  # by the kernel
+        used_up = killed and result["cpu"] > math.ceil(self._limits.cpu) - 0.5
+        if result["ended"] == "time" or used_up:
             return "time"
         if code == 0:
             return "ok"
         last_line = stderr.rstrip().rpartition("\n")[2]
-        killed = code == -9 and not self._stopped  # by the kernel
         return "memory" if killed or "MemoryError" in last_line.split(":")[0] else "error"
 
     def _release(self) -> None:
@@ -388,19 +388,28 @@ class Running:
             assert stream is not None
             stream.close()
         if self._folder is not None:
-            shutil.rmtree(self._folder, onerror=_make_removable)
+            _remove(self._folder)
 
 
-def _make_removable(function: Any, path: str, _error: Any) -> None:
-    """Take back the rights that a program took away from its own folders."""
-    folder = os.path.dirname(path)
-    for name in (folder, path):
-        if not os.path.islink(name):
-            os.chmod(name, 0o700)
-    if os.path.isdir(path) and not os.path.islink(path):
-        shutil.rmtree(path)
-    else:
-        os.unlink(path)
+def _remove(folder: str) -> None:
+    """Remove a folder, however deep its folders are and whatever rights they have lost.
+
+    A folder within is moved out first, so that nothing here is as deep as they are.
+    """
+    pending, moved = [folder], 0
+    while pending:
+        path = pending.pop()
+        os.chmod(path, 0o700)
+        with os.scandir(path) as entries:
+            for entry in list(entries):
+                if entry.is_dir(follow_symlinks=False):
+                    moved += 1
+                    os.chmod(entry.path, 0o700)
+                    os.rename(entry.path, f"{folder}-{moved}")
+                    pending.append(f"{folder}-{moved}")
+                else:
+                    os.unlink(entry.path)
+        os.rmdir(path)
 
 
 def _read(descriptor: int) -> bytes:
@@ -410,8 +419,8 @@ def _read(descriptor: int) -> bytes:
         return b""
 
 
-def _bytes(text: str) -> bytes:
-    return text.encode("utf-8", "surrogatepass")
+def _bytes(text: str | bytes) -> bytes:
+    return text if isinstance(text, bytes) else text.encode("utf-8", "surrogatepass")
 
 
 def _readable_paths() -> list[str]:
@@ -433,7 +442,8 @@ def _readable_paths() -> list[str]:
 
 def _landlock_abi() -> int:
     """Return the version of Landlock in this kernel; 0 if there is none."""
-    return max(0, ctypes.CDLL(None).syscall(444, None, ctypes.c_size_t(0), 1))
+    version: int = ctypes.CDLL(None).syscall(444, None, ctypes.c_size_t(0), 1)
+    return max(0, version)
 
 
 def _unused_uid() -> int:
