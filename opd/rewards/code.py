@@ -219,6 +219,8 @@ class CodeVerifier:
         ended = program.stop()
         if judged.status != "ok":
             return _failed(judged, None)
+        if not judged.stdout:
+            return Verdict("error", None, "the tests end their process")
         verdict = json.loads(judged.stdout)
         if verdict["reason"] == "lost":
             return self._lost(ended, verdict)

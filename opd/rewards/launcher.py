@@ -73,18 +73,17 @@ def mount(source: str, target: str, kind: str, flags: int, options: str = "") ->
 # ------------------------------------------------------------------------- the launcher: namespaces
 
 
-def enter_namespaces(job: dict[str, Any]) -> bool:
-    """Leave the host's mounts, processes, network and IPC; whether a user namespace was needed."""
+def enter_namespaces() -> None:
+    """Leave the host's mounts, processes, network and IPC."""
     flags = NEW_NS | NEW_UTS | NEW_IPC | NEW_PID | NEW_NET
     uid, gid = os.geteuid(), os.getegid()
-    if uid == 0 and _libc.unshare(flags) == 0:
-        return False  # root needs none, and the program will be another user
+    if uid == 0:  # the program will be another user: root's processes have no number
+        check(_libc.unshare(flags), "unshare")
+        return
     check(_libc.unshare(flags | NEW_USER), "unshare")
-    for name, text in (("setgroups", "deny"), ("uid_map", f"{INSIDE} {uid} 1")):
-        write_file(f"/proc/self/{name}", text.encode())
+    write_file("/proc/self/setgroups", b"deny")
+    write_file("/proc/self/uid_map", f"{INSIDE} {uid} 1".encode())
     write_file("/proc/self/gid_map", f"{INSIDE} {gid} 1".encode())
-    job["uid"] = None
-    return True
 
 
 def build_root(job: dict[str, Any]) -> None:
@@ -230,7 +229,7 @@ def become_program(job: dict[str, Any], words: int) -> NoReturn:
     scoped = False
     if job["landlock"]:
         scoped = landlock(job["readable"], job["folder"], job["landlock"])
-    deny_system_calls(groups_are_kept=not job["namespaces"], signals=job["private"] or scoped)
+    deny_system_calls(shared=not job["private"], signals=job["private"] or scoped)
     os.execve(job["executable"], job["arguments"], job["environment"])
 
 
@@ -310,7 +309,34 @@ DENIED = {
     **{f"since Linux 5.1: {n}": (n, n) for n in (424, 425, 426, 427, 428, 429, 430, 431, 432)},
     **{f"since Linux 5.2: {n}": (n, n) for n in (433, 434, 438, 440, 442, 447, 448)},
 }
-GROUPS = {"setsid": (112, 157), "setpgid": (109, 154)}
+# Where files and processes are the host's: the group by which a program is ended, and what Landlock
+# leaves open of files that belong to the same user (None: there is no such call on aarch64).
+SHARED = {
+    "setsid": (112, 157),
+    "setpgid": (109, 154),
+    "truncate": (76, 45),
+    "chmod": (90, None),
+    "fchmod": (91, 52),
+    "fchmodat": (268, 53),
+    "fchmodat2": (452, 452),
+    "chown": (92, None),
+    "lchown": (94, None),
+    "fchown": (93, 55),
+    "fchownat": (260, 54),
+    "utime": (132, None),
+    "utimes": (235, None),
+    "futimesat": (261, None),
+    "utimensat": (280, 88),
+    "setxattr": (188, 5),
+    "lsetxattr": (189, 6),
+    "fsetxattr": (190, 7),
+    "removexattr": (197, 14),
+    "lremovexattr": (198, 15),
+    "fremovexattr": (199, 16),
+    "since Linux 6.13: setxattrat": (463, 463),
+    "since Linux 6.13: removexattrat": (466, 466),
+    "since Linux 6.17: file_setattr": (469, 469),
+}
 SIGNALS = {
     "kill": (62, 129),
     "tkill": (200, 130),
@@ -327,11 +353,11 @@ CLONE, CLONE3, SOCKETPAIR, PRLIMIT, TGKILL = (
 MACHINES = {"x86_64": (0, 0xC000003E), "aarch64": (1, 0xC00000B7)}
 
 
-def deny_system_calls(*, groups_are_kept: bool, signals: bool) -> None:
+def deny_system_calls(*, shared: bool, signals: bool) -> None:
     """Install the seccomp filter.
 
     Args:
-        groups_are_kept: The program may not leave its process group, by which it is ended.
+        shared: Files and processes are the host's.
         signals: It may send signals, because they reach nothing of the host.
     """
     load, equal, at_least, has_bits, mask, end = 0x20, 0x15, 0x35, 0x45, 0x54, 0x06
@@ -343,9 +369,11 @@ def deny_system_calls(*, groups_are_kept: bool, signals: bool) -> None:
     rules = [(load, 0, 0, 4), (equal, 1, 0, architecture), (end, 0, 0, kill), (load, 0, 0, 0)]
     if column == 0:
         rules += [(at_least, 0, 1, 0x40000000), (end, 0, 0, refuse)]  # the x32 system calls
-    denied = DENIED | (GROUPS if groups_are_kept else {}) | ({} if signals else SIGNALS)
+    denied = DENIED | (SHARED if shared else {}) | ({} if signals else SIGNALS)
     for numbers in denied.values():
-        rules += [(equal, 0, 1, numbers[column]), (end, 0, 0, refuse)]
+        number = numbers[column]
+        if number is not None:
+            rules += [(equal, 0, 1, number), (end, 0, 0, refuse)]
     rules += [(equal, 0, 1, CLONE3[column]), (end, 0, 0, missing)]  # the library then takes clone
 
     def when(call: tuple[int, int], argument: int, *test: tuple[int, int, int, int]) -> None:
@@ -399,8 +427,10 @@ def main() -> NoReturn:
     os.set_inheritable(control, False)
     job = marshal.loads(read_exactly(control, struct.unpack("Q", read_exactly(control, 8))[0]))
     try:
+        if os.path.exists("/proc/self/oom_score_adj"):
+            write_file("/proc/self/oom_score_adj", b"1000")  # the first to go without memory
         if job["namespaces"]:
-            enter_namespaces(job)
+            enter_namespaces()
             build_root(job)
         prctl(PR_SET_DUMPABLE, 0)  # the program must not look in here
         if job["namespaces"]:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import importlib.util
 import marshal
 import math
 import os
@@ -113,12 +114,13 @@ class Sandbox:
         self.limits = limits or Limits()
         self._readable = _readable_paths()
         self._landlock = _landlock_abi()
-        self._passes = False  # through folders that only root may enter, where Python lies in one
         problems = []
         for candidate in LEVELS if level == "auto" else (level,):
             self.level: Level = candidate
+            self._passes = False  # to read what only root may read, where Python is such
             problem = self._probe()
-            if problem and candidate == "limits" and os.geteuid() == 0 and self._landlock:
+            confined = candidate != "limits" or self._landlock
+            if problem and os.geteuid() == 0 and confined:
                 self._passes = True
                 problem = self._probe()
             if problem is None:
@@ -200,11 +202,12 @@ class Sandbox:
             raise
 
     def _probe(self) -> str | None:
-        """Why this level does not work here; None if it does."""
+        """Why this level does not work here, with numpy if we have it; None if it does."""
         if self.level == "bubblewrap" and shutil.which("bwrap") is None:
             return "bwrap is not installed"
+        program = "import numpy\n" if importlib.util.find_spec("numpy") else ""
         try:
-            outcome = self.run("print('ready')", limits=Limits(wall=60.0, cpu=60.0))
+            outcome = self.run(f"{program}print('ready')", limits=Limits(wall=60.0, cpu=60.0))
         except OSError as error:
             return str(error)
         if outcome.stdout == "ready\n":
@@ -380,8 +383,10 @@ class Running:
 
     def _release(self) -> None:
         """Let go of what it held, also after an exception in the middle of waiting."""
-        self._control.close()
-        if self._process.poll() is None:
+        self._control.close()  # the launcher ends the program, and itself
+        try:
+            self._process.wait(GRACE)
+        except subprocess.TimeoutExpired:
             self._process.kill()
             self._process.wait()
         for stream in (self._process.stdout, self._process.stderr):

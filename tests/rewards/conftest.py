@@ -79,22 +79,28 @@ def _processes_with(marker: str) -> list[str]:
 
 
 @pytest.fixture
-def host(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Host]:
-    for folder in (tmp_path, *tmp_path.parents[:3]):  # the sandbox alone is to keep programs out
-        folder.chmod(0o777)
-    secret = tmp_path / "secret"
+def folder() -> Iterator[Path]:
+    """A folder that nothing but a sandbox keeps anybody out of."""
+    with tempfile.TemporaryDirectory(prefix="opd-host-") as name:
+        Path(name).chmod(0o777)
+        yield Path(name)
+
+
+@pytest.fixture
+def host(folder: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Host]:
+    secret = folder / "secret"
     secret.write_text(SECRET)
     secret.chmod(0o666)
-    (tmp_path / "temporary").mkdir()
-    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "temporary"))
+    (folder / "temporary").mkdir()
+    monkeypatch.setattr(tempfile, "tempdir", str(folder / "temporary"))
     monkeypatch.setenv("API_KEY", SECRET)
-    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setenv("HOME", str(folder))
     with socket.create_server(("127.0.0.1", 0)) as listener:
         listener.setblocking(False)
         command = [sys.executable, "-c", "import time; time.sleep(1000)"]
         bystander = subprocess.Popen(command, env={"API_KEY": SECRET})
         try:
-            yield Host(tmp_path, listener, bystander, f"marker-{uuid.uuid4()}")
+            yield Host(folder, listener, bystander, f"marker-{uuid.uuid4()}")
         finally:
             bystander.kill()
             bystander.wait()

@@ -7,7 +7,7 @@ from dataclasses import replace
 
 import pytest
 
-from opd.rewards import CodeTests, Limits
+from opd.rewards import CodeTests, CodeVerifier, Limits, Sandbox
 
 SMALL = Limits(
     wall=0.5, cpu=1, memory=256 << 20, processes=12, file_bytes=4 << 20, output_bytes=1 << 20
@@ -86,6 +86,8 @@ open('link/harm', 'w').write('x'); print(42)""",
     "writes outside": "open(FOLDER + '/harm', 'w').write('x'); print(42)",
     "overwrites outside": "open(FOLDER + '/secret', 'w').write('x'); print(42)",
     "changes rights outside": "import os; os.chmod(FOLDER + '/secret', 0); print(42)",
+    "changes the times of what is outside": "import os; os.utime(FOLDER, (0, 0)); print(42)",
+    "cuts what is outside": "import os; os.truncate(FOLDER + '/secret', 0); print(42)",
     "links what is outside": "import os; os.link(FOLDER + '/secret', 'secret'); print(42)",
     "overwrites the judge": """
 import glob, sys
@@ -327,7 +329,8 @@ def test_a_cheat_does_not_pass(kind, name, verifier):
 
 
 @pytest.mark.parametrize("message", MESSAGES, ids=str)
-def test_a_false_message_ends_the_tests(message, verifier):
+def test_a_false_message_ends_the_tests(message):
+    verifier = CodeVerifier(Sandbox())
     program = f"""
 import json, os, struct
 def double(x):
