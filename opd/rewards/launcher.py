@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from typing import Any, NoReturn
 
 SIGKILL = 9
+STARTED = b"+"  # the first byte over the socket, once the program runs
 PR_SET_PDEATHSIG, PR_SET_DUMPABLE, PR_SET_KEEPCAPS = 1, 4, 8
 PR_SET_SECCOMP, PR_SET_NO_NEW_PRIVS, PR_CAP_AMBIENT = 22, 38, 47
 PASSING = (2, 1)  # CAP_DAC_READ_SEARCH, CAP_DAC_OVERRIDE: a folder of another user is no obstacle
@@ -151,6 +152,7 @@ def guard(job: dict[str, Any], control: int) -> dict[str, Any]:
     if problem:
         os.waitpid(pid, 0)
         return {"failed": problem}
+    os.write(control, STARTED)
     ended = wait(pid, control, job["wall"])
     end_all(job, pid)
     _, status, usage = os.wait4(pid, 0)
@@ -422,7 +424,7 @@ def read_exactly(descriptor: int, count: int) -> bytes:
 
 
 def main() -> NoReturn:
-    """Read the job, run it, report: a length of eight bytes and marshal's bytes, both ways."""
+    """Read the job (its length in eight bytes, and marshal's bytes), run it, report (marshal's)."""
     control = int(sys.argv[1])
     os.set_inheritable(control, False)
     job = marshal.loads(read_exactly(control, struct.unpack("Q", read_exactly(control, 8))[0]))
@@ -443,6 +445,5 @@ def main() -> NoReturn:
         report = guard(job, control)
     except Exception as error:
         report = {"failed": f"{type(error).__name__}: {error}"}
-    content = marshal.dumps(report)
-    write_all(control, struct.pack("Q", len(content)) + content)
+    write_all(control, marshal.dumps(report))
     os._exit(0)

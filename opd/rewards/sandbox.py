@@ -29,6 +29,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from opd.errors import UserError
+from opd.rewards.launcher import STARTED
 
 Level = Literal["bubblewrap", "namespaces", "limits"]
 Status = Literal["ok", "error", "time", "memory", "output"]
@@ -37,7 +38,8 @@ LEVELS: tuple[Level, ...] = ("bubblewrap", "namespaces", "limits")
 FOLDER = "/work"  # the working directory inside of namespaces
 # The launcher's folder is its second argument: as a module it is compiled once, not each time.
 LAUNCH = "import sys; sys.path.append(sys.argv[2]); import launcher; launcher.main()"
-GRACE = 5.0  # seconds after which a launcher that does not answer is killed
+NOT_STARTED = "a program could not be started"
+GRACE = 30.0  # seconds after which a launcher that does not answer is killed
 SYSTEM = ("/usr", "/bin", "/sbin", "/lib", "/lib32", "/lib64", "/nix/store", "/gnu/store")
 SETTINGS = ("/etc/ld.so.cache", "/etc/alternatives", "/etc/localtime")
 ENVIRONMENT = {
@@ -99,7 +101,9 @@ class Sandbox:
     Args:
         level: How: auto takes the first that works here of bubblewrap (the program bwrap),
             namespaces (the same by ourselves; Linux 5.12, as root or with user namespaces), and
-            limits (resource limits, a filter of system calls, and Landlock where there is one).
+            limits (resource limits, a filter of system calls, and Landlock where there is one;
+            programs have no multiprocessing there, and removing what a program has left on the
+            disk is not within its time).
         limits: What a program may use, unless a run says otherwise.
 
     Raises:
@@ -172,6 +176,9 @@ class Sandbox:
             files: Name to content, for its working directory.
             arguments: Its ``sys.argv[1:]``.
             limits: Instead of the sandbox's.
+
+        Raises:
+            UserError: The program could not be started: that is no fault of the program.
         """
         return self.start(
             program, stdin=stdin, files=files, arguments=arguments, limits=limits
@@ -193,13 +200,11 @@ class Sandbox:
         ``stop``; one that prints without being waited for stops when the pipe is full.
         """
         limits = limits or self.limits
-        folder = None if self.level == "namespaces" else tempfile.mkdtemp(prefix="opd-program-")
         try:
+            folder = tempfile.mkdtemp(prefix="opd-program-") if self.level == "limits" else None
             return Running(self, program, stdin, files or {}, arguments, limits, channel, folder)
-        except BaseException:
-            if folder is not None:
-                _remove(folder)
-            raise
+        except OSError as error:
+            raise UserError(f"{NOT_STARTED}: {error}") from error
 
     def _probe(self) -> str | None:
         """Why this level does not work here, with numpy if we have it; None if it does."""
@@ -208,8 +213,8 @@ class Sandbox:
         program = "import numpy\n" if importlib.util.find_spec("numpy") else ""
         try:
             outcome = self.run(f"{program}print('ready')", limits=Limits(wall=60.0, cpu=60.0))
-        except OSError as error:
-            return str(error)
+        except UserError as error:
+            return str(error).removeprefix(f"{NOT_STARTED}: ")
         if outcome.stdout == "ready\n":
             return None
         return outcome.stderr.strip() or f"it ends with {outcome.returncode}"
@@ -228,7 +233,7 @@ class Sandbox:
         inside = FOLDER if self.level != "limits" else folder
         assert inside is not None
         name = "program.py" if isinstance(program, str) else "program.pyc"
-        contents = {name: program, **files}
+        contents = {key: _bytes(text) for key, text in {name: program, **files}.items()}
         return {
             "namespaces": self.level == "namespaces",
             "private": self.level != "limits",
@@ -237,11 +242,12 @@ class Sandbox:
             "uid": _unused_uid() if os.geteuid() == 0 else None,
             "readable": self._readable,
             "folder": inside,
-            "files": {key: _bytes(content) for key, content in contents.items()},
+            "files": contents,
             "input": _bytes(stdin),
             "channel": channel,
             "wall": limits.wall,
-            "file_bytes": limits.file_bytes,
+            "file_bytes": limits.file_bytes
+            + sum(len(content) + 4096 for content in contents.values()),
             "rlimits": _rlimits(limits, shared=self.level == "limits"),
             "executable": os.path.realpath(sys.executable),
             # By its own name: thus it finds its environment. -s, -P, -B: no modules of the user
@@ -251,8 +257,11 @@ class Sandbox:
             | {"HOME": inside, "TMPDIR": inside if self.level == "limits" else "/tmp"},
         }
 
-    def _command(self, control: int, limits: Limits) -> list[str]:
-        """Return the command of the launcher, which reads its job from the descriptor."""
+    def _command(self, control: int, size: int) -> list[str]:
+        """Return the command of the launcher, which reads its job from the descriptor.
+
+        ``size`` is that of its file systems in memory, in bytes.
+        """
         folder, end = str(Path(__file__).parent), ["-I", "-S", "-c", LAUNCH, str(control)]
         if self.level != "bubblewrap":
             return [sys.executable, *end, folder]
@@ -262,7 +271,7 @@ class Sandbox:
             command += ["--unshare-user", "--uid", "1000", "--gid", "1000"]
         command += ["--dev", "/dev", "--ro-bind", folder, "/launcher"]
         for path in ("/tmp", "/dev/shm", FOLDER):
-            command += ["--size", str(limits.file_bytes), "--perms", "1777", "--tmpfs", path]
+            command += ["--size", str(size), "--perms", "1777", "--tmpfs", path]
         for path in self._readable:
             if os.path.islink(path) and os.path.dirname(path) == "/":
                 command += ["--symlink", os.readlink(path), path]
@@ -296,18 +305,24 @@ class Running:
         if folder is not None and job["uid"] is not None:
             os.chown(folder, job["uid"], job["uid"])
         self._control, other = socket.socketpair()
-        with other:
-            self._process = subprocess.Popen(
-                sandbox._command(other.fileno(), limits),
-                stdin=subprocess.DEVNULL,
-                stdout=subprocess.PIPE,
-                stderr=subprocess.PIPE,
-                bufsize=0,
-                env=ENVIRONMENT,
-                cwd="/",
-                start_new_session=True,  # Ctrl-C is for the one that asks
-                pass_fds=(other.fileno(), *(() if number is None else (number,))),
-            )
+        try:
+            with other:
+                self._process = subprocess.Popen(
+                    sandbox._command(other.fileno(), job["file_bytes"]),
+                    stdin=subprocess.DEVNULL,
+                    stdout=subprocess.PIPE,
+                    stderr=subprocess.PIPE,
+                    bufsize=0,
+                    env=ENVIRONMENT,
+                    cwd="/",
+                    start_new_session=True,  # Ctrl-C is for the one that asks
+                    pass_fds=(other.fileno(), *(() if number is None else (number,))),
+                )
+        except OSError:
+            self._control.close()
+            if folder is not None:
+                _remove(folder)
+            raise
         self._started = time.monotonic()
         content = marshal.dumps(job)
         with contextlib.suppress(OSError):  # it has died; wait tells
@@ -361,12 +376,13 @@ class Running:
         self._process.wait()
         stdout, stderr = (bytes(text).decode(errors="replace") for text in output.values())
         seconds = time.monotonic() - self._started
-        if len(report) < 8:
+        started, content = report.startswith(STARTED), bytes(report.removeprefix(STARTED))
+        if not started:
+            failed = marshal.loads(content)["failed"] if content else stderr.strip()
+            raise UserError(f"{NOT_STARTED}: {failed or f'no answer in {seconds:.0f} s'}")
+        if not content:  # a program that has ended its own watch
             return Outcome("error", self._process.returncode, stdout, stderr, seconds)
-        result = marshal.loads(bytes(report[8:]))
-        if "failed" in result:
-            problem = f"the launcher: {result['failed']}"
-            return Outcome("error", self._process.returncode, stdout, problem, seconds)
+        result = marshal.loads(content)
         status = "output" if too_much else self._status(result, stderr)
         return Outcome(status, result["returncode"], stdout, stderr, result["seconds"])
 

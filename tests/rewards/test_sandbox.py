@@ -118,6 +118,25 @@ def _runs(marker: str) -> bool:
     return any("program.py" in line and marker in line for line in listing.splitlines())
 
 
+def test_a_program_that_cannot_be_started_is_no_wrong_program(sandbox, monkeypatch):
+    job = sandbox._job
+
+    def without_python(*arguments):
+        return job(*arguments) | {"executable": "/nowhere/python"}
+
+    monkeypatch.setattr(sandbox, "_job", without_python)
+    with pytest.raises(UserError, match="a program could not be started: FileNotFoundError"):
+        sandbox.run("pass")
+
+
+def test_files_larger_than_what_it_may_write_are_there(sandbox):
+    limits = Limits(file_bytes=1 << 20)
+    outcome = sandbox.run(
+        "print(len(open('input.txt').read()))", files={"input.txt": "x" * (3 << 20)}, limits=limits
+    )
+    assert outcome.stdout == f"{3 << 20}\n"
+
+
 def test_the_confinement_is_said_in_a_sentence(sandbox):
     said = sandbox.confinement
     assert said.startswith("programs are confined by ")
