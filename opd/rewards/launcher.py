@@ -28,7 +28,6 @@ if TYPE_CHECKING:
     from typing import Any, NoReturn
 
 SIGKILL = 9
-STARTED = b"+"  # the first byte over the socket, once the program runs
 PR_SET_PDEATHSIG, PR_SET_DUMPABLE, PR_SET_KEEPCAPS = 1, 4, 8
 PR_SET_SECCOMP, PR_SET_NO_NEW_PRIVS, PR_CAP_AMBIENT = 22, 38, 47
 PASSING = (2, 1)  # CAP_DAC_READ_SEARCH, CAP_DAC_OVERRIDE: a folder of another user is no obstacle
@@ -42,6 +41,7 @@ NEW_NS, NEW_UTS, NEW_IPC, NEW_USER, NEW_PID, NEW_NET = (
 )
 MS_NOSUID, MS_NODEV, MS_BIND, MS_REC, MS_PRIVATE, MNT_DETACH = 2, 4, 0x1000, 0x4000, 1 << 18, 2
 ATTR_RDONLY, ATTR_NOSUID, ATTR_NODEV, AT_RECURSIVE = 1, 2, 4, 0x8000
+PIVOT_ROOT = 155 if os.uname().machine == "x86_64" else 41  # the C library has no function for it
 MOUNT_SETATTR, LANDLOCK = 442, 444  # system calls since 424 have one number everywhere
 DEVICES = ("/dev/null", "/dev/zero", "/dev/full", "/dev/random", "/dev/urandom")
 INSIDE = 1000  # the user's number in a user namespace
@@ -103,7 +103,7 @@ def build_root(job: dict[str, Any]) -> None:
         os.makedirs(ROOT + path, exist_ok=True)
         os.chmod(ROOT + path, 0o1777)
     os.chdir(ROOT)
-    check(_libc.syscall(*pivot_root(), b".", b"."), "pivot_root")
+    check(_libc.syscall(PIVOT_ROOT, b".", b"."), "pivot_root")
     check(_libc.umount2(b".", MNT_DETACH), "umount")  # the host's root lay beneath ours
 
 
@@ -121,11 +121,6 @@ def bind(path: str, attributes: int) -> None:
         MOUNT_SETATTR, -1, target.encode(), AT_RECURSIVE, wanted, ctypes.c_size_t(len(wanted))
     )
     check(result, f"mount_setattr {target}")
-
-
-def pivot_root() -> tuple[int]:
-    """The number of a system call for which the C library has no function."""
-    return (155 if os.uname().machine == "x86_64" else 41,)
 
 
 def write_file(path: str, content: bytes) -> None:
@@ -152,7 +147,7 @@ def guard(job: dict[str, Any], control: int) -> dict[str, Any]:
     if problem:
         os.waitpid(pid, 0)
         return {"failed": problem}
-    os.write(control, STARTED)
+    os.write(control, job["started"])
     ended = wait(pid, control, job["wall"])
     end_all(job, pid)
     _, status, usage = os.wait4(pid, 0)
@@ -214,7 +209,6 @@ def become_program(job: dict[str, Any], words: int) -> NoReturn:
     os.dup2(words, 0)
     if job["channel"] is not None:
         os.dup2(job["channel"], 3)
-    os.umask(0o022)
     for name, value in job["rlimits"].items():
         number = getattr(resource, name)
         hard = resource.getrlimit(number)[1]
@@ -427,6 +421,7 @@ def main() -> NoReturn:
     """Read the job (its length in eight bytes, and marshal's bytes), run it, report (marshal's)."""
     control = int(sys.argv[1])
     os.set_inheritable(control, False)
+    os.umask(0o022)
     job = marshal.loads(read_exactly(control, struct.unpack("Q", read_exactly(control, 8))[0]))
     try:
         if os.path.exists("/proc/self/oom_score_adj"):

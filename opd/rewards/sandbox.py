@@ -29,7 +29,6 @@ from pathlib import Path
 from typing import Any, Literal
 
 from opd.errors import UserError
-from opd.rewards.launcher import STARTED
 
 Level = Literal["bubblewrap", "namespaces", "limits"]
 Status = Literal["ok", "error", "time", "memory", "output"]
@@ -38,6 +37,7 @@ LEVELS: tuple[Level, ...] = ("bubblewrap", "namespaces", "limits")
 FOLDER = "/work"  # the working directory inside of namespaces
 # The launcher's folder is its second argument: as a module it is compiled once, not each time.
 LAUNCH = "import sys; sys.path.append(sys.argv[2]); import launcher; launcher.main()"
+STARTED = b"+"  # the launcher's first byte, once the program runs
 NOT_STARTED = "a program could not be started"
 GRACE = 30.0  # seconds after which a launcher that does not answer is killed
 SYSTEM = ("/usr", "/bin", "/sbin", "/lib", "/lib32", "/lib64", "/nix/store", "/gnu/store")
@@ -235,6 +235,7 @@ class Sandbox:
         name = "program.py" if isinstance(program, str) else "program.pyc"
         contents = {key: _bytes(text) for key, text in {name: program, **files}.items()}
         return {
+            "started": STARTED,
             "namespaces": self.level == "namespaces",
             "private": self.level != "limits",
             "landlock": self._landlock if self.level == "limits" else 0,

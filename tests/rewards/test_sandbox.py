@@ -174,3 +174,18 @@ def test_a_folder_of_any_depth_is_removed():
     os.chdir(start)
     opd.rewards.sandbox._remove(str(folder))
     assert not list(shared.glob(f"{folder.name}*"))
+
+
+def test_all_files_of_a_program_have_one_limit(sandbox):
+    if sandbox.level == "limits":
+        pytest.skip("each file has one there, as the confinement says")
+    program = """
+import errno
+try:
+    for number in range(20):
+        for folder in ('.', '/tmp', '/dev/shm'):
+            with open(f'{folder}/{number}', 'wb') as file: file.write(bytes(1 << 20))
+except OSError as error:
+    print(errno.errorcode[error.errno], number < 10)
+"""
+    assert sandbox.run(program, limits=Limits(file_bytes=8 << 20)).stdout == "ENOSPC True\n"
