@@ -34,6 +34,8 @@ if TYPE_CHECKING:
 CHANNEL = 3  # the socket's file descriptor, in both
 LONGEST = 32 << 20  # bytes of a message
 PLAIN = (type(None), bool, str, float)  # JSON's own, infinities and NaN as Python writes them
+SIMPLE = frozenset(PLAIN)
+SHORT = 1 << 62  # JSON's integers are below; longer ones take Python long to read in decimal
 MUTABLE: dict[str, type] = {
     kind.__name__: kind for kind in (list, OrderedDict, Counter, dict, set, deque, bytearray)
 }
@@ -63,6 +65,7 @@ class Values:
         self.objects: list[Any] = [] if objects is None else objects
         self.numbers = {id(value): number for number, value in enumerate(self.objects)}
         self.grows = objects is None
+        self.came: list[Any] = []  # what the objects of a message held in it
 
     def encode(self, value: Any) -> Any:
         """Return a value as what JSON can hold."""
@@ -70,7 +73,7 @@ class Values:
         if kind in PLAIN:
             return value
         if kind is int:
-            return value if -(1 << 62) < value < 1 << 62 else ["int", hex(value)]
+            return value if -SHORT < value < SHORT else ["int", hex(value)]
         if id(value) in self.numbers:
             return ["object", self.numbers[id(value)]]
         if kind is Remote and value._peer is self.peer:
@@ -93,8 +96,16 @@ class Values:
         if isinstance(value, bytearray):
             return value.hex()
         if isinstance(value, (list, set, deque)):
+            kinds = set(map(type, value))
+            if kinds <= SIMPLE or (kinds == {int} and min(value) > -SHORT and max(value) < SHORT):
+                return list(value)  # the common case, at C's speed
             return [self.encode(item) for item in value]
         return self._encode_array(value)
+
+    def changes(self) -> list[Any]:
+        """Return of each object of the message what it holds now, None if it is what came."""
+        contents = [self.encode_content(value) for value in self.objects]
+        return [new if new != old else None for new, old in zip(contents, self.came, strict=True)]
 
     def _encode_fixed(self, value: Any) -> Any:
         if isinstance(value, (tuple, frozenset)):
@@ -153,6 +164,7 @@ class Values:
             value = MUTABLE[name]()
             if self.grows:
                 self.objects.append(value)
+                self.came.append(parts[0])
             fill(value, self._decode_content(value, parts[0]))
             return value
         if name == "object":
@@ -184,6 +196,8 @@ class Values:
         if isinstance(value, bytearray):
             return bytes.fromhex(tree)
         if isinstance(value, (list, set, deque)):
+            if SIMPLE.issuperset(set(map(type, tree)) - {int}):
+                return tree
             return [self._decode(item) for item in tree]
         return self._decode_array(*tree)
 
@@ -195,6 +209,7 @@ class Values:
         array = numpy.frombuffer(bytes.fromhex(content), dtype).reshape(shape).copy()
         if self.grows and array.ndim:
             self.objects.append(array)
+            self.came.append([name, dtype, shape, content])
         return array if name == "array" else array[()]
 
 
@@ -364,7 +379,8 @@ class Peer:
         try:
             kind, content, contents = message
             for value, tree in zip(values.objects, contents, strict=True):
-                reply.decode_content(value, tree)
+                if tree is not None:
+                    reply.decode_content(value, tree)
         except (TypeError, ValueError) as error:
             raise self.end(f"it says what no program says: {error}") from None
         value = reply.decode(content)
@@ -399,7 +415,8 @@ class Peer:
         except Exception as error:
             kind, result = "exception", described(error)
         reply = Values(self, values.objects)
-        self.send([kind, reply.encode(result), [reply.encode_content(v) for v in values.objects]])
+        reply.came = values.came
+        self.send([kind, reply.encode(result), reply.changes()])
 
     def send(self, message: Any) -> None:
         """Send a message; raises Lost."""

@@ -82,6 +82,13 @@ def test_nothing_is_left_open(sandbox):
     assert set(os.listdir("/proc/self/fd")) == before
 
 
+def test_a_program_that_writes_too_much_is_ended(sandbox):
+    limits = Limits(wall=20, cpu=20, output_bytes=1 << 20)
+    outcome = sandbox.run("while True: print('x' * 1000)", limits=limits)
+    assert outcome.status == "output"
+    assert outcome.seconds < 10
+
+
 def test_a_program_that_is_stopped_ends_at_once(sandbox):
     started = time.monotonic()
     running = sandbox.start("import time; time.sleep(1000)")
