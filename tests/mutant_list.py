@@ -28,6 +28,9 @@ def of(file: str, tests: str) -> Callable[..., Mutant]:
     return mutant
 
 
+HOSTILE, SANDBOX, CODE = (
+    f"tests/rewards/test_{name}.py" for name in ("hostile_programs", "sandbox", "code")
+)
 HAND_MADE = "tests/eval/test_hand_made_runs.py"
 HARNESS = "tests/eval/test_harness.py"
 TABLE = "tests/eval/test_benchmarks.py"
@@ -154,6 +157,10 @@ hub = of("opd/models/hub.py", "tests/test_hub.py")
 checks = of("opd/models/checks.py", "tests/test_loading.py")
 checkpoint = of("opd/checkpoints.py", "tests/test_loading.py")
 PAIR = "tests/test_families.py::test_a_base_student_learns_its_instruct_teachers_end_and_keeps_it"
+sandbox = of("opd/rewards/sandbox.py", SANDBOX)
+launcher = of("opd/rewards/launcher.py", HOSTILE)
+calls = of("opd/rewards/calls.py", f"{HOSTILE} {CODE}")
+code = of("opd/rewards/code.py", CODE)
 loggers = of("opd/metrics_csv.py", FILES)
 sources = of("opd/prompts/sources.py", PROMPTS)
 prompt_format = of("opd/prompts/format.py", PROMPTS)
@@ -925,4 +932,33 @@ MUTANTS = [
     saving("if trainer.fast_dev_run:", "if False:", LIGHTNING),
     study("if earlier == made_with:", "if earlier:", STUDIES),
     study("map(fingerprint, command)", "command", STUDIES),
+    sandbox('"PYTHONHASHSEED": "0",', ""),
+    sandbox("if too_much:\n", "if False:\n"),
+    sandbox("if not started:", "if False:"),
+    launcher("prctl(PR_SET_NO_NEW_PRIVS, 1)", "pass"),
+    launcher("resource.setrlimit(number, (value, value))", "pass"),
+    launcher('"setsid": (112, 157),', ""),
+    launcher('"socket": (41, 198),', ""),
+    launcher('"utimensat": (280, 88),', ""),
+    launcher('"truncate": (76, 45),', ""),
+    launcher("when(PRLIMIT, 0, (equal, 1, 0, 0))", "pass"),
+    launcher("when(SOCKETPAIR, 1,", "(lambda *_: None)(SOCKETPAIR, 1,"),
+    launcher("os.killpg(pid, SIGKILL)", "pass"),
+    launcher("poll.register(control, select.POLLIN)", "pass", SANDBOX),
+    calls("if not self.peer.trusting:", "if False:"),
+    calls("elif parts[0] not in self.peer.builtins:", "elif False:"),
+    calls("if not self.trusting and what not in OF_THE_TESTS:", "if False:"),
+    calls("if not (hasattr(builtins, name) or name in vars(module)):", "if True:"),
+    calls("if peer.lost is not None:", "if False:"),
+    calls("isinstance(kind, type) and issubclass(kind, Exception)", "isinstance(kind, type)"),
+    calls("reply.decode_content(value, tree)", "pass"),
+    calls("new if new != old else None", "None"),
+    calls("data = not isinstance(actual, Remote)", "data = True"),
+    calls("len(actual) == len(expected)\n", "True\n"),
+    code("return code if opened is None else None", "return code"),
+    code("code = textwrap.dedent(code)", "pass"),
+    code('outcome.stdout.strip() == "1"', 'outcome.stdout.startswith("1")'),
+    code('if outcome.status != "ok":', "if False:"),
+    code("if wanted.lstrip", "if False and wanted.lstrip"),
+    code("len(words) == len(wanted) and", ""),
 ]
