@@ -20,10 +20,13 @@ from eval.benchmarks import Scorer, benchmarks, scorer_of
 from eval.completions import Completions
 from eval.engine_lm import EngineLM, GeneratedElsewhere
 from opd.errors import UserError
+from opd.rewards import Sandbox
 from opd.rollouts import RolloutEngine
 
 TASKS = Path(__file__).parent.parent / "tasks"
 FEWSHOT_SEED = 1234  # lm-eval's own
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -130,7 +133,7 @@ def evaluate_model(
         model,
         tokenizer,
         engine,
-        scorers(loaded, settings),
+        scorers(loaded),
         completions or Completions(),
         identity=identity,
         batch_size=settings.batch_size,
@@ -244,7 +247,15 @@ def load_tasks(names: Sequence[str], settings: Settings) -> dict[str, Any]:
     return loaded
 
 
-def scorers(loaded: Mapping[str, Any], settings: Settings) -> dict[str, Scorer]:
-    """Return what judges completions, of the tasks that are ours."""
-    own = benchmarks()
-    return {name: scorer_of(own[name]) for name in loaded if name in own}
+def scorers(loaded: Mapping[str, Any]) -> dict[str, Scorer]:
+    """Return what judges completions, of the tasks that are ours.
+
+    Raises:
+        UserError: Programs are to be run, and cannot be confined.
+    """
+    own = {name: benchmarks()[name] for name in loaded if name in benchmarks()}
+    sandbox = None
+    if any(benchmark.scorer == "code" for benchmark in own.values()):
+        sandbox = Sandbox()
+        log.warning("programs of the model are run: %s", sandbox.confinement)
+    return {name: scorer_of(benchmark, sandbox) for name, benchmark in own.items()}

@@ -6,7 +6,7 @@ problem its metrics (``tasks``). A new benchmark of a known format is one more Y
 """
 
 from eval.benchmarks.rows import data_folder, load_rows, use_data
-from eval.benchmarks.scoring import Completion, Sandbox, Scorer, Verdict, scorer_of
+from eval.benchmarks.scoring import Completion, Scorer, Verdict, scorer_of
 from eval.benchmarks.table import Benchmark, benchmarks, read_benchmark
 from eval.benchmarks.tasks import Problems, load_problems
 
@@ -14,7 +14,6 @@ __all__ = [
     "Benchmark",
     "Completion",
     "Problems",
-    "Sandbox",
     "Scorer",
     "Verdict",
     "benchmarks",

@@ -1,7 +1,7 @@
 """Data sets of programming problems: what they ask, and the tests that a program has to pass.
 
 Tests travel in a problem's field ``tests``, as JSON. Those that a data set compresses stay so until
-``plain_tests`` opens them: LiveCodeBench's would fill the memory.
+``read_tests`` opens them: LiveCodeBench's would fill the memory.
 """
 
 from __future__ import annotations
@@ -10,18 +10,19 @@ import base64
 import io
 import json
 import pickle
-import re
 import zlib
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from datetime import date, datetime
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from eval.benchmarks.problem import Doc, LeftOut, Record, render
+from opd.rewards import CodeTests
+from opd.rewards.code import Kind
 
 if TYPE_CHECKING:
     from eval.benchmarks.table import Benchmark
 
-Case = list[str]  # input and output
+Case = tuple[Any, Any]  # input and output
 LARGEST = 1 << 30  # bytes that compressed tests may have
 
 # What LiveCodeBench has imported before a program starts (its testing_util.py); models rely on it.
@@ -37,55 +38,45 @@ IMPORTS = "\n".join(
         "",
     ]
 )
-_FUTURE = re.compile(r"^from __future__ import .*$\n?", re.MULTILINE)
-_FENCE = re.compile(r"([ \t]*)(`{3,})([^`]*)")
 
 
 def json_tests(
-    kind: str,
+    kind: Kind,
     benchmark: Benchmark,
     *,
-    cases: Iterable[Case] = (),
-    function: str | None = None,
-    program: str | None = None,
     seconds: float | None = None,
     memory_bytes: int | None = None,
-    checker: str | None = None,
+    **fields: Any,
 ) -> str:
-    """Write tests as JSON.
+    """Write tests as JSON, with the limits of the problem, or else of the benchmark.
 
     Args:
-        kind: ``stdin`` (a case is what the program reads and prints), ``call`` (it is the JSON of
-            the list of the function's arguments, and that of its value), or ``program``.
+        kind: See :class:`opd.rewards.CodeTests`.
         benchmark: Gives the limits that the problem does not have.
-        cases: Inputs and outputs.
-        function: What is called; of the class ``Solution`` where the program has one.
-        program: Of the kind ``program``: what is run after the answer, and must not raise.
         seconds: Time limit of a case.
         memory_bytes: Memory limit.
-        checker: A Python program that judges an output where several are right.
+        fields: The other fields of the tests.
     """
-    fields = {
-        "kind": kind,
-        "cases": list(cases),
-        "function": function,
-        "program": program,
-        "seconds": float(benchmark.seconds or 0) if seconds is None else seconds,
-        "memory_bytes": benchmark.memory_bytes if memory_bytes is None else memory_bytes,
-        "checker": checker,
-    }
-    return json.dumps(fields)
+    assert benchmark.seconds is not None
+    assert benchmark.memory_bytes is not None
+    tests = CodeTests(
+        kind,
+        seconds=float(benchmark.seconds if seconds is None else seconds),
+        memory=benchmark.memory_bytes if memory_bytes is None else memory_bytes,
+        **fields,
+    )
+    return tests.to_json()
 
 
 def humaneval(record: Record, benchmark: Benchmark) -> Doc:
     """HumanEval(+): complete a function. Its imports and helpers stand before the answer."""
     problem = str(record["problem"])
-    program = f"{record['tests']}\n\ncheck({record['function']})\n"
+    function = str(record["function"])
+    tests = f"{record['tests']}\n\ncheck({function})\n"
     return {
         "prompt": render(benchmark.prompt, problem=problem.strip()),
         "reference": "",
-        "tests": json_tests("program", benchmark, program=program),
-        "prefix": problem,
+        "tests": json_tests("program", benchmark, setup=problem, tests=tests, entry_point=function),
     }
 
 
@@ -99,8 +90,7 @@ def mbpp(record: Record, benchmark: Benchmark) -> Doc:
             examples="\n".join(_texts(record["examples"])),
         ),
         "reference": "",
-        "tests": json_tests("program", benchmark, program="\n".join(lines) + "\n"),
-        "prefix": "",
+        "tests": json_tests("program", benchmark, tests="\n".join(lines) + "\n"),
     }
 
 
@@ -121,7 +111,7 @@ def livecodebench(record: Record, benchmark: Benchmark) -> Doc:
         if not first <= _day(record["date"]) <= last:
             raise LeftOut(f"contests outside of {first}..{last}")
     function = json.loads(record["facts"]).get("func_name")
-    kind = "call" if function else "stdin"
+    kind: Kind = "call" if function else "stdin"
     cases = [_case(case, kind) for case in json.loads(record["public"])]
     private = str(record["private"]).strip()
     packed = None
@@ -130,12 +120,12 @@ def livecodebench(record: Record, benchmark: Benchmark) -> Doc:
     else:
         packed = private
         _begins_well(packed)
-    tests = json.loads(json_tests(kind, benchmark, cases=cases, function=function))
+    entry_point = function or ""
+    plain = json_tests(kind, benchmark, cases=tuple(cases), entry_point=entry_point, setup=IMPORTS)
     return {
         "prompt": _ask(benchmark, str(record["problem"]), record["starter"], function),
         "reference": "",
-        "tests": json.dumps({**tests, "packed": packed} if packed else tests),
-        "prefix": IMPORTS,
+        "tests": json.dumps({**json.loads(plain), "packed": packed}) if packed else plain,
     }
 
 
@@ -147,8 +137,8 @@ def _day(value: object) -> date:
 
 def _case(case: Mapping[str, str], kind: str) -> Case:
     if kind == "call":  # one argument a line, as JSON
-        return [f"[{', '.join(case['input'].splitlines())}]", case["output"]]
-    return [case["input"], case["output"]]
+        return [json.loads(line) for line in case["input"].splitlines()], json.loads(case["output"])
+    return case["input"], case["output"]
 
 
 def _ask(benchmark: Benchmark, problem: str, starter: str | None, function: str | None) -> str:
@@ -159,18 +149,19 @@ def _ask(benchmark: Benchmark, problem: str, starter: str | None, function: str 
     return render(benchmark.prompt_call, problem=problem, starter=starter)
 
 
-def plain_tests(tests: str) -> str:
-    """Return tests with nothing compressed in them: what ``json_tests`` writes.
+def read_tests(tests: str) -> CodeTests:
+    """Return a problem's tests, those that are compressed too.
 
     Raises:
+        UserError: They are no tests.
         ValueError: The compressed ones are broken, too large, or hold more than text.
     """
     fields = json.loads(tests)
     packed = fields.pop("packed", None)
     if packed is None:
-        return tests
-    cases = [_case(case, fields["kind"]) for case in _unpack(packed)]
-    return json.dumps({**fields, "cases": fields["cases"] + cases})
+        return CodeTests.from_json(tests)
+    more = [_case(case, fields["kind"]) for case in _unpack(packed)]
+    return CodeTests(**{**fields, "cases": (*map(tuple, fields["cases"]), *more)})
 
 
 class _Plain(pickle.Unpickler):
@@ -218,23 +209,28 @@ def taco(record: Record, benchmark: Benchmark) -> Doc:
     if not record["problem"]:
         raise LeftOut("no question")
     function = tests.get("fn_name") or None
+    cases: tuple[Case, ...]
     if function:
         single = all(isinstance(output, list) and len(output) == 1 for _, output in pairs)
-        cases = [
-            [
-                json.dumps(arguments if isinstance(arguments, list) else [arguments]),
-                json.dumps(output[0] if single else output),
-            ]
+        cases = tuple(
+            (
+                arguments if isinstance(arguments, list) else [arguments],
+                output[0] if single else output,
+            )
             for arguments, output in pairs
-        ]
+        )
     else:
-        cases = [[_lines(given), _lines(printed)] for given, printed in pairs]
-    kind = "call" if function else "stdin"
+        cases = tuple((_lines(given), _lines(printed)) for given, printed in pairs)
     return {
         "prompt": _ask(benchmark, str(record["problem"]), record["starter"], function),
         "reference": "",
-        "tests": json_tests(kind, benchmark, cases=cases, function=function),
-        "prefix": IMPORTS,
+        "tests": json_tests(
+            "call" if function else "stdin",
+            benchmark,
+            cases=cases,
+            entry_point=function or "",
+            setup=IMPORTS,
+        ),
     }
 
 
@@ -260,16 +256,15 @@ def codeforces(record: Record, benchmark: Benchmark) -> Doc:
     tests = json_tests(
         "stdin",
         benchmark,
-        cases=cases,
+        cases=tuple(cases),
         seconds=None if record["seconds"] is None else float(record["seconds"]),
         memory_bytes=None if memory is None else int(float(memory) * 2**20),
-        checker=record["checker"] or None,
+        checker=record["checker"] or "",
     )
     return {
         "prompt": render(benchmark.prompt, problem=_statement(record)),
         "reference": "",
         "tests": tests,
-        "prefix": "",
     }
 
 
@@ -302,27 +297,5 @@ def _statement(record: Record) -> str:
 def _pairs(tests: Any) -> list[Case]:
     """Return inputs and outputs of a list of pairs, or of a pair of lists, as some readers make."""
     if isinstance(tests, Mapping):
-        return [list(pair) for pair in zip(tests["input"], tests["output"], strict=True)]
-    return [[test["input"], test["output"]] for test in tests or []]
-
-
-def extract_code(completion: str) -> str | None:
-    """Return what stands in the last fenced block that is closed; None without one."""
-    found, block, opened = None, list[str](), None
-    for line in completion.split("\n"):
-        fence = _FENCE.fullmatch(line)
-        if opened is None:
-            opened, block = fence, []
-        elif fence is None or len(fence[2]) < len(opened[2]):
-            block.append(line.removeprefix(opened[1]))
-        elif fence[3].strip():  # one begins, and the one before was never closed
-            opened, block = fence, []
-        else:
-            found, opened = "\n".join(block), None
-    return found
-
-
-def with_prefix(prefix: str, code: str) -> str:
-    """Put imports before a program, and what must come first of it before them."""
-    first = "".join(line.rstrip("\n") + "\n" for line in _FUTURE.findall(code))
-    return first + prefix + _FUTURE.sub("", code)
+        return list(zip(tests["input"], tests["output"], strict=True))
+    return [(test["input"], test["output"]) for test in tests or []]

@@ -2,7 +2,7 @@
 
 A problem (``Doc``) has the same fields whatever its data set: ``id``, ``scorer``, ``prompt`` (what
 the user says), ``reference`` (the gold, as the data set writes it), and for some scorers
-``pattern``, ``tolerance``, ``unit``, ``tests`` or ``prefix``.
+``pattern``, ``tolerance``, ``unit`` or ``tests``.
 """
 
 from __future__ import annotations

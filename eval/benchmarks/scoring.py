@@ -4,18 +4,16 @@ from __future__ import annotations
 
 import functools
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
-from eval.benchmarks.code import extract_code, plain_tests, with_prefix
+from eval.benchmarks.code import read_tests
 from eval.benchmarks.formats import LETTERS
 from eval.benchmarks.table import Benchmark
 from opd.answers import AnswerVerifier, extract_boxed, group_answers
 from opd.errors import UserError
-
-# Runs a program on tests (see ``eval.benchmarks.code.json_tests``) and says if it passes all.
-Sandbox = Callable[[str, str], bool]
+from opd.rewards import CodeTests, CodeVerifier, Sandbox, extract_code
 
 _STYLE = re.compile(r"\\(?:text|textbf|textrm|mathrm|mathbf|boldsymbol)\s*\{([^{}]*)\}")
 _LETTER = re.compile(rf"\(\s*([{LETTERS}])\s*\)\.?|([{LETTERS}])[.)]?")
@@ -137,34 +135,35 @@ class CodeScorer:
     """The last fenced block, run on the problem's tests.
 
     Args:
-        sandbox: Runs it. None: nothing may, and only a completion without a program can be scored.
+        sandbox: Where it runs. None: nothing may, and only a completion without a program can be
+            scored.
     """
 
     def __init__(self, sandbox: Sandbox | None = None) -> None:
-        self.sandbox = sandbox
+        self.verifier = None if sandbox is None else CodeVerifier(sandbox)
 
     def __call__(self, completion: str, doc: Mapping[str, Any]) -> Verdict:
         code = extract_code(completion)
         if code is None:
             return Verdict(False, None)
-        if self.sandbox is None:
+        if self.verifier is None:
             raise UserError(
                 "to score a benchmark of code means to run what a model wrote, and nothing was "
                 "allowed to; opd evaluate runs it in a sandbox"
             )
         try:
-            tests = _plain_tests(doc["tests"])
+            tests = _tests(doc["tests"])
         except ValueError as error:
             raise UserError(f"problem {doc['id']}: {error}") from error
-        return Verdict(self.sandbox(with_prefix(doc["prefix"], code), tests), code)
+        return Verdict(self.verifier.judge(code, tests).passed, code)
 
     def group(self, answers: Sequence[str | None]) -> None:
         """Programs that do the same cannot be told: there is no majority."""
 
 
-@functools.lru_cache(maxsize=1)
-def _plain_tests(tests: str) -> str:
-    return plain_tests(tests)  # of one problem, for all its completions
+@functools.lru_cache(maxsize=8)
+def _tests(tests: str) -> CodeTests:
+    return read_tests(tests)  # of few problems, for all their completions
 
 
 SCORERS: dict[str, Scorer] = {

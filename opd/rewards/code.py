@@ -31,6 +31,7 @@ CHECKER_SECONDS = 30.0  # whatever the program may take; also of processes that 
 LONGEST_DETAIL = 500  # characters
 
 _FENCE = re.compile(r"^([^`~\n]*)(`{3,}|~{3,})([^`\n]*)$", re.MULTILINE)
+_FUTURE = re.compile(r"^from __future__ import .*$", re.MULTILINE)
 _LANGUAGES = ("python", "python3", "py", "py3")
 _NUMBER = re.compile(r"[-+]?(?:\d+\.?\d*|\.\d+)(?:[eE][-+]?\d{1,4})?", re.ASCII)
 
@@ -169,7 +170,7 @@ class CodeVerifier:
         return self._judge_calls(code, tests)
 
     def _judge_stdin(self, code: str, tests: CodeTests) -> Verdict:
-        program = f"{tests.setup}\n{code}" if tests.setup else code
+        program = _with_setup(tests.setup, code)
         limits = _limits(tests, tests.seconds)
         for number, (given, expected) in enumerate(tests.cases):
             outcome = self.sandbox.run(program, stdin=given, limits=limits)
@@ -231,6 +232,14 @@ class CodeVerifier:
         reason: Reason = ended.status if ended.status in ("time", "memory") else "error"
         detail = f"{verdict['detail']} (return code {ended.returncode})"
         return Verdict(reason, verdict["test"], detail)
+
+
+def _with_setup(setup: str, code: str) -> str:
+    """Put trusted code before a program, and what must come first of it before both."""
+    if not setup:
+        return code
+    first = "".join(f"{line}\n" for line in _FUTURE.findall(code))
+    return f"{first}{setup}\n{_FUTURE.sub('', code)}"
 
 
 def same_output(actual: str, expected: str) -> bool:

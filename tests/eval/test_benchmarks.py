@@ -1,9 +1,7 @@
 """The table of benchmarks: each is loaded, asked and scored on made-up rows of its own schema."""
 
 import base64
-import contextlib
 import csv
-import io
 import json
 import os
 import pickle
@@ -36,7 +34,7 @@ from eval.benchmarks import (
     scorer_of,
     use_data,
 )
-from eval.benchmarks.code import extract_code, plain_tests, with_prefix
+from eval.benchmarks.code import read_tests
 from eval.benchmarks.formats import order_of
 from eval.benchmarks.problem import render
 from eval.benchmarks.scoring import letter, within, without_unit
@@ -44,6 +42,7 @@ from eval.benchmarks.tasks import process_results
 from eval.harness import evaluate, load_tasks, own_tasks
 from opd.embedded.arithmetic import ANSWER_PATTERN
 from opd.errors import UserError
+from opd.rewards import Sandbox
 
 MATH = [
     *("aime24", "aime25", "aime26", "hmmt_feb25", "hmmt_nov25", "amc23", "math500", "minerva"),
@@ -112,32 +111,6 @@ def refusal(name, folder):
     assert name in message
     assert "apples" not in message  # nothing of a row
     return message
-
-
-def run(program: str, tests: str) -> bool:
-    """Run a program of this file on tests of this folder; what a model writes wants a sandbox."""
-    fields, limit = json.loads(tests), sys.getrecursionlimit()
-    try:
-        if fields["kind"] == "program":
-            exec(f"{program}\n{fields['program']}", {})
-            return True
-        cases = [passes(program, fields["function"], *case) for case in fields["cases"]]
-        return bool(cases) and all(cases)
-    except Exception:
-        return False
-    finally:
-        sys.setrecursionlimit(limit)
-
-
-def passes(program: str, function: str | None, given: str, wanted: str) -> bool:
-    space, printed = {}, io.StringIO()
-    with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(printed):
-        patch.setattr(sys, "stdin", io.StringIO(given))
-        exec(program, space)
-    if function is None:
-        return printed.getvalue().split() == wanted.split()
-    call = getattr(space["Solution"](), function) if "Solution" in space else space[function]
-    return call(*json.loads(given)) == json.loads(wanted)
 
 
 def test_the_names_are_a_contract():
@@ -226,7 +199,7 @@ def program(name, i, add):
 
 @pytest.mark.parametrize("name", CODE)
 def test_programs_are_run_on_the_tests(name, problems):
-    score = scorer_of(benchmarks()[name], run)
+    score = scorer_of(benchmarks()[name], Sandbox())
     for i, doc in enumerate(problems(name)[:8]):
         right, wrong = (f"Like so:\n```python\n{program(name, i, add)}```\n" for add in (i, i + 1))
         cut = right.rpartition("```")[0]
@@ -250,15 +223,14 @@ def test_programs_are_not_run_unless_something_may(problems):
 def test_every_test_of_a_problem_counts(problems):
     """Of LiveCodeBench the private ones too, however they are kept."""
     for doc in problems("livecodebench")[:4]:
-        tests = json.loads(plain_tests(doc["tests"]))
-        assert len(tests["cases"]) == 4
-        assert (tests["seconds"], tests["memory_bytes"]) == (6.0, 4 << 30)
+        tests = read_tests(doc["tests"])
+        assert len(tests.cases) == 4
+        assert (tests.seconds, tests.memory) == (6.0, 4 << 30)
         assert ("packed" in doc["tests"]) == (int(doc["id"][1:]) % 4 < 2)
-        assert "packed" not in tests
     first, second = (json.loads(doc["tests"]) for doc in problems("codeforces")[:2])
-    assert (first["seconds"], first["memory_bytes"]) == (2.5, 1 << 30)
-    assert (second["seconds"], second["memory_bytes"]) == (2.5, 256 << 20)
-    assert (first["checker"], second["checker"]) == (None, "print(1)")
+    assert (first["seconds"], first["memory"]) == (2.5, 1 << 30)
+    assert (second["seconds"], second["memory"]) == (2.5, 256 << 20)
+    assert (first["checker"], second["checker"]) == ("", "print(1)")
     assert json.loads(problems("taco")[0]["tests"])["seconds"] == 10
 
 
@@ -286,8 +258,6 @@ def test_a_prompt_has_what_a_program_needs(problems):
 
 
 def test_only_what_is_plain_is_unpickled():
-    assert plain_tests('{"kind": "stdin", "cases": []}') == '{"kind": "stdin", "cases": []}'
-
     class Trap:
         def __reduce__(self):
             return print, ("it was run",)
@@ -298,7 +268,7 @@ def test_only_what_is_plain_is_unpickled():
         (base64.b64encode(zlib.compress(b"no pickle")).decode(), "cannot be read"),
     ]:
         with pytest.raises(ValueError, match=message):
-            plain_tests(json.dumps({"kind": "stdin", "cases": [], "packed": value}))
+            read_tests(json.dumps({"kind": "stdin", "cases": [], "packed": value}))
 
 
 def test_private_tests_that_are_none_are_found_when_they_are_read(data):
@@ -656,28 +626,6 @@ def test_a_table_that_means_nothing_is_refused(new, old, replaced, message):
 def test_braces_of_a_problem_are_its_own():
     text = render("{problem}\n{options}", problem=r"\frac{options}{2} {starter}", options="A) {x}")
     assert text == "\\frac{options}{2} {starter}\nA) {x}"
-
-
-@pytest.mark.parametrize(
-    ("completion", "code"),
-    [
-        ("```python\na\n```\nor\n```\nb\nc\n```\nso", "b\nc"),
-        ("```python\na\n```\nor\n```python\nb", "a"),
-        ("1. so\n  ```py\n  if a:\n      b\n  ```", "if a:\n    b"),
-        ("```python\ndraft\nbetter:\n```python\na\n```", "a"),
-        ("````python\na = '''\n```\n'''\n````", "a = '''\n```\n'''"),
-        ("a = 1", None),
-        ("`a` and ```b```", None),
-        ("", None),
-    ],
-)
-def test_a_program_is_the_last_closed_block(completion, code):
-    assert extract_code(completion) == code
-
-
-def test_what_must_stand_first_in_a_program_does():
-    joined = with_prefix("import re\n", "from __future__ import annotations\nprint(re)")
-    assert joined == "from __future__ import annotations\nimport re\nprint(re)"
 
 
 def test_the_embedded_task_is_scored_as_its_prompts_are():
