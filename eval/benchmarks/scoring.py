@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import math
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -138,10 +137,9 @@ def within(answer: str, reference: str, tolerance: str) -> bool:
 
 def _numbers(text: str) -> list[float] | None:
     try:
-        numbers = [float(part.strip(" $")) for part in text.split(",")]
+        return [float(part.strip(" $")) for part in text.split(",")]
     except ValueError:
         return None
-    return numbers if all(map(math.isfinite, numbers)) else None
 
 
 class ChoiceScorer:

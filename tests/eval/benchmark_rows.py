@@ -45,7 +45,7 @@ def olympiadbench(i: int) -> Row:
             "final_answer": [f"${90001 + i}$", SECRET],
             "context": "There are baskets." if i % 2 else None,
         },
-        **{"error": "0.5" if i == 2 else None, "unit": "kg" if i == 1 else None},
+        **{"error": "0.5" if i == 2 else None, "unit": r"$\mathrm{km/h}$" if i == 1 else None},
         **{"is_multiple_answer": False, "answer_type": "Numerical", "subfield": "Algebra"},
     }
 
