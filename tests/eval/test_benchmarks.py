@@ -435,6 +435,7 @@ def test_options_come_in_an_order_that_is_balanced_and_the_same_in_every_process
     chi_square = sum((places[k] - 500) ** 2 / 500 for k in range(4))
     assert chi_square < 11.34  # of three degrees of freedom, exceeded once in a hundred times
     assert len({order_of(f"rec{i}") for i in range(2000)}) == 24
+    assert [order_of(f"rec{i}") for i in (0, 1)] == [(2, 3, 1, 0), (2, 0, 1, 3)]  # for ever
     environment = {**os.environ, "PYTHONHASHSEED": "1"}  # this process has another one
     elsewhere = subprocess.run(
         [sys.executable, "-c", ORDER], env=environment, capture_output=True, check=True, text=True
