@@ -37,7 +37,7 @@ from eval.benchmarks import (
 from eval.benchmarks.code import read_tests
 from eval.benchmarks.formats import order_of
 from eval.benchmarks.problem import render
-from eval.benchmarks.scoring import letter, within, without_unit
+from eval.benchmarks.scoring import letter
 from eval.benchmarks.tasks import process_results
 from eval.harness import evaluate, load_tasks, own_tasks
 from opd.embedded.arithmetic import ANSWER_PATTERN
@@ -470,14 +470,6 @@ def test_an_answer_may_have_a_unit_and_a_tolerance(problems):
         assert score(rf"\boxed{{{text}}}", docs[1]).right == bool(right), text
     assert [score(rf"\boxed{{{x}}}", docs[2]).right for x in (90003.4, 90003.6)] == [True, False]
     assert not score(r"\boxed{90002.4}", docs[1]).right
-    assert within("1.05,2", "1,2.2", "0.1,0.5")
-    assert not within("1.05,3", "1,2.2", "0.1,0.5")
-    assert within("1.05,2", "1,2", "0.1,")
-    assert not within("1.05,2.01", "1,2", "0.1,")
-    assert not within("1", "1,2", "0.1")
-    assert not within("x", "1", "0.1")
-    assert not within("nan", "1", "0.1")
-    assert without_unit("3 m", "kg") == "3 m"
 
 
 def test_answers_are_grouped_by_what_they_mean():
