@@ -212,7 +212,8 @@ def check_tasks(tasks: Sequence[str], settings: Settings) -> None:
             f"--samples {settings.samples}: lm-eval's {', '.join(others)} scores only the first "
             f"completion; use --samples 1, or a task of tasks/ ({', '.join(own)})"
         )
-    programs = [n for n in tasks if n in own and benchmarks()[n].scorer == "code"]
+    ours = [benchmarks()[name] for name in tasks if name in benchmarks()]
+    programs = [benchmark.task for benchmark in ours if benchmark.scorer == "code"]
     if programs and not settings.allow_code_execution:
         raise UserError(
             f"--tasks {','.join(programs)}: runs programs that the model writes; allow it with "
@@ -228,11 +229,13 @@ def load_tasks(names: Sequence[str], settings: Settings) -> dict[str, Any]:
     """
     check_tasks(names, settings)
     own = own_tasks().all_tasks
-    asked = []
+    asked: list[dict[str, Any]] = []
     for name in (name for name in names if name in own):
-        copies = settings.samples or benchmarks()[name].samples
-        every = {"name": "none", "filter": [{"function": "take_first_k", "k": copies}]}
-        asked.append({"task": name, "repeats": copies, "filter_list": [every]})
+        asked.append({"task": name})
+        benchmark = benchmarks().get(name)  # or a task of tasks/ that is written for lm-eval alone
+        if copies := settings.samples or (benchmark and benchmark.samples):
+            every = {"name": "none", "filter": [{"function": "take_first_k", "k": copies}]}
+            asked[-1] |= {"repeats": copies, "filter_list": [every]}
     loaded: dict[str, Any] = {}
     if asked:  # a group is what lm-eval lets override
         loaded |= own_tasks().load([{"group": "asked", "task": asked}])["tasks"]

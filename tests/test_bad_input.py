@@ -42,12 +42,15 @@ FILES = {
     "twice.yaml": "model: {}\ntrainer: {}\nmodel: {}\n",
     "broken.yaml": "model: [\n",
     "list.yaml": "- 1\n",
+    "suite_key.yaml": "tasks: [arithmetic]\nsample: 3\n",
+    "suite_value.yaml": "tasks: [arithmetic]\nsamples: many\n",
+    "suite_tasks.yaml": "tasks: [1]\n",
     "empty.yaml": "# nothing\n",
     "run/checkpoints/README": "",
     "model/config.json": (EMBEDDED / "base" / "config.json").read_bytes(),
     "damaged/summary.json": "{",
     "damaged/metrics.csv": "step\n",
-    "results/results.json": '{"results": {"a/b": 0.5}}',
+    "results/results.json": '{"results": {"a": {"b,none": 0.5}}}',
 }
 
 

@@ -14,6 +14,7 @@ from eval import harness
 from opd.cli import main
 from opd.models import eos_token_ids, load_model, load_tokenizer
 from opd.prompts import PromptFormat, tokenize_rows
+from opd.rollouts import TransformersEngine
 
 SHARED = ["--data.batch_size", "6", "--samples.every_n_steps", "1"]
 QUESTIONS = [{"prompt": f"add {i} and 8", "answer": str(i + 8)} for i in range(12)]
@@ -170,5 +171,5 @@ def test_training_predict_and_lm_eval_see_the_same_token_ids(
         return generate(self, context, max_length, stop, **kwargs)
 
     monkeypatch.setattr(HFLM, "_model_generate", spy)
-    harness.evaluate_model(model, tokenizer, ["sums"])
+    harness.evaluate_model(model, tokenizer, ["sums"], TransformersEngine(), harness.Settings())
     assert sorted(seen) == sorted(training)

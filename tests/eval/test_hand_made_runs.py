@@ -105,7 +105,8 @@ def test_a_run_without_answers_reaches_nothing(tmp_path):
 def test_benchmarks_are_read_from_the_run_and_from_a_folder_of_results(tortoise, tmp_path):
     for folder, score in [(tortoise / "evaluation", 0.75), (tmp_path / "hub", 0.5)]:
         folder.mkdir()
-        (folder / "results.json").write_text(json.dumps({"results": {"adding/accuracy": score}}))
+        results = {"adding": {"alias": "adding", "accuracy,none": score}}
+        (folder / "results.json").write_text(json.dumps({"results": results}))
     assert read_run(tortoise).benchmarks == {"adding/accuracy": 0.75}
     assert len(read_run(tortoise).points) == 4
     assert read_run(tmp_path / "hub").benchmarks == {"adding/accuracy": 0.5}
@@ -128,10 +129,10 @@ def test_report_says_what_the_runs_cost_and_reached(tortoise, tmp_path):
         [],
     )
     (hare / "evaluation").mkdir()
-    scores = {"results": {"b/accuracy": 0.12345, "a/accuracy": 1.0}}
+    scores = {"results": {"b": {"accuracy,none": 0.12345}, "a": {"accuracy,none": 1.0}}}
     (hare / "evaluation" / "results.json").write_text(json.dumps(scores))
     (tmp_path / "hub").mkdir()
-    (tmp_path / "hub" / "results.json").write_text('{"results": {"b/accuracy": 0.5}}')
+    (tmp_path / "hub" / "results.json").write_text('{"results": {"b": {"accuracy,none": 0.5}}}')
     output = tmp_path / "report.html"
     folders = [str(tortoise), str(hare), str(tmp_path / "hub")]
     assert main(["report", *folders, "--output", str(output), "--target", "0.95"]) == 0

@@ -7,11 +7,15 @@ import torch
 from transformers import GenerationConfig
 
 from eval.benchmarks.tasks import process_results
-from eval.harness import evaluate_model, load_tasks, markdown_table, metrics_of, own_tasks
+from eval.harness import Settings, evaluate_model, load_tasks, own_tasks
+from eval.runs import metrics_of
+from eval.tables import results_table
 from opd.cli import main
 from opd.embedded.arithmetic import rows
 from opd.metrics_rows import read_metrics
 from opd.models import generating_with, load_model, load_tokenizer, plain_sampling
+from opd.rollouts import TransformersEngine
+from opd.weights import Weights
 
 ASKED = rows("test")[0]["prompt"]
 
@@ -46,7 +50,7 @@ def test_the_task_asks_the_test_problems():
 
 def test_one_sample_is_one_sample_whatever_the_task_says():
     for samples in (1, 3):
-        (task,) = load_tasks(own_tasks(), ["arithmetic"], samples)
+        (task,) = load_tasks(["arithmetic"], Settings(samples=samples)).values()
         assert task.config.repeats == samples
 
 
@@ -56,12 +60,28 @@ def test_metrics_of_keeps_scores_and_drops_the_rest():
         "two": {"exact,none": 1, "f1,none": 0.5, "f1_stderr,none": "N/A", "sample_len": 7},
     }
     expected = {"one/accuracy": 0.25, "two/exact": 1.0, "two/f1": 0.5}
-    assert metrics_of({"results": results}) == expected
+    assert metrics_of(results) == expected
 
 
-def test_markdown_table_names_the_model_the_samples_and_the_scores():
-    lines = markdown_table("m", {"a/x": 0.12345, "b/y": 1.0}, 4).splitlines()
-    assert lines == ["| m (avg@4) | score |", "|---|---|", "| a/x | 0.1235 |", "| b/y | 1.0000 |"]
+def test_the_table_has_a_row_per_task_with_its_error_and_interval():
+    """By hand: 0, 1/2, 1/2, 1 have the mean 1/2 and the standard error 0.2041."""
+    shares = {"avg@2": [0.0, 0.5, 0.5, 1.0], "pass@2": [0.0, 1.0, 1.0, 1.0], "length": [5, 6, 7, 8]}
+    samples = [
+        {"metrics": list(shares), **{name: values[i] for name, values in shares.items()}}
+        for i in range(4)
+    ]
+    results = {
+        "results": {"arithmetic": {}, "other": {"acc,none": 0.25, "acc_stderr,none": 0.1}},
+        "samples": {"arithmetic": samples},
+    }
+    lines = results_table(results, {"model": "m", "seed": 3, "limit": 4}).splitlines()
+    assert lines[0] == "# m"
+    cells = [cell.strip() for cell in lines[4].split("|")]
+    assert cells[2:5] == ["4", "2", "0.5000 ± 0.2041"]
+    assert cells[6:9] == ["0.7500 ± 0.2500", "", "6"]  # no answers were compared: no maj
+    assert "| other | acc (none) | 0.2500 | 0.1000 |" in lines
+    assert "seed 3" in lines[-1]
+    assert "limit 4" in lines[-1]
 
 
 def right(completion: str, answer: str) -> bool:
@@ -91,12 +111,11 @@ def test_evaluate_is_a_mean_over_problems_and_completions(tmp_path):
     assert len(shares) == 12
     accuracy = sum(shares) / 12
     assert 0 < accuracy != pytest.approx(sum(firsts) / 12)
-    assert results["results"]["arithmetic/avg@3"] == pytest.approx(accuracy)
-    assert results["problems"] == {"arithmetic": 12}
-    assert (results["samples"], results["limit"], results["seed"]) == (3, 12, 5)
-    assert results["seconds"] > 0
-    table = (tmp_path / "scores" / "results.md").read_text()
-    assert table.splitlines()[2] == f"| arithmetic/avg@3 | {accuracy:.4f} |"
+    assert results["results"]["arithmetic"]["avg@3,none"] == pytest.approx(accuracy)
+    assert results["n-samples"]["arithmetic"]["effective"] == 12
+    config = results["config"]
+    assert (config["samples"], config["limit"], config["seed"]) == (3, 12, 5)
+    assert config["seconds"] > 0
 
 
 GREEDY_TRAPS = {
@@ -114,7 +133,9 @@ GREEDY_TRAPS = {
 
 
 def answers_of(model, tokenizer) -> list:
-    results = evaluate_model(model, tokenizer, ["arithmetic"], limit=16)
+    engine = TransformersEngine()
+    engine.start(model, Weights(model), tokenizer)
+    results = evaluate_model(model, tokenizer, ["arithmetic"], engine, Settings(limit=16))
     return [record["resps"] for record in results["samples"]["arithmetic"]]
 
 
@@ -168,7 +189,7 @@ def test_tasks_may_have_spaces_between_them(tmp_path):
     results = evaluate(
         tmp_path, "embedded:base", "--tasks", "arithmetic, arithmetic ,", "--limit=4"
     )
-    assert results["problems"] == {"arithmetic": 4}
+    assert results["n-samples"]["arithmetic"]["effective"] == 4
 
 
 def test_benchmarks_of_a_run_are_those_of_its_checkpoints(fit, tmp_path):
@@ -176,7 +197,7 @@ def test_benchmarks_of_a_run_are_those_of_its_checkpoints(fit, tmp_path):
     callback = ["--trainer.callbacks+=callbacks.Benchmarks", "--trainer.callbacks.every_n_steps=2"]
     callback += ["--trainer.callbacks.tasks=[arithmetic]", "--trainer.callbacks.limit=24"]
     save = ["--checkpoint.every_n_train_steps=1", "--checkpoint.save_top_k=-1"]
-    save += ["--trainer.limit_val_batches=0", "--model.optimizer.lr=0.0005"]
+    save += ["--trainer.limit_val_batches=0", "--model.optimizer.lr=0.003"]
     run = fit("run", *callback, *save, steps=3)
     name = "bench/arithmetic/avg@1"
     logged = [(r["step"], float(r[name])) for r in read_metrics(run / "metrics.csv") if name in r]
@@ -184,5 +205,5 @@ def test_benchmarks_of_a_run_are_those_of_its_checkpoints(fit, tmp_path):
     for step, value in logged:
         checkpoint = str(run / "checkpoints" / f"step={int(step):06d}.ckpt")
         scores = evaluate(tmp_path / step, checkpoint, "--limit", "24")
-        assert scores["results"]["arithmetic/avg@1"] == pytest.approx(value)
+        assert scores["results"]["arithmetic"]["avg@1,none"] == pytest.approx(value)
     assert logged[0][1] != logged[1][1]
