@@ -206,7 +206,7 @@ def test_programs_are_run_on_the_tests(name, problems):
         cut = right.rpartition("```")[0]
         verdicts = [score(completion, doc) for completion in (right, wrong, cut, "")]
         assert [verdict.right for verdict in verdicts] == [True, False, False, False], (name, i)
-        assert verdicts[0].answer == program(name, i, i).strip("\n")
+        assert verdicts[0].answer.strip("\n") == program(name, i, i).strip("\n")
         assert verdicts[2].answer is verdicts[3].answer is None
         carried = [Completion(text, 7, False, v) for text, v in zip("abcd", verdicts, strict=True)]
         metrics = process_results(doc, [carried])

@@ -197,7 +197,7 @@ def test_benchmarks_of_a_run_are_those_of_its_checkpoints(fit, tmp_path):
     callback = ["--trainer.callbacks+=callbacks.Benchmarks", "--trainer.callbacks.every_n_steps=2"]
     callback += ["--trainer.callbacks.tasks=[arithmetic]", "--trainer.callbacks.limit=24"]
     save = ["--checkpoint.every_n_train_steps=1", "--checkpoint.save_top_k=-1"]
-    save += ["--trainer.limit_val_batches=0", "--model.optimizer.lr=0.003"]
+    save += ["--trainer.limit_val_batches=0", "--model.optimizer.lr=0.001"]
     run = fit("run", *callback, *save, steps=3)
     name = "bench/arithmetic/avg@1"
     logged = [(r["step"], float(r[name])) for r in read_metrics(run / "metrics.csv") if name in r]
