@@ -16,6 +16,7 @@ BOXED = [
     (r"\boxed{1} \boxed{2}", "1", False),
     (r"\boxed{2} \boxed{1", "2", True),  # the last that is complete
     (r"\boxed {7}", "7", True),
+    (r"\boxed{}", "", False),  # no answer equals nothing
     (r"\fbox{7}", "7", False),
     (r"\boxed{{a}}", "{a}", True),
     (r"\boxed{{a}}", "a", False),
