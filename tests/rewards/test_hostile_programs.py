@@ -44,6 +44,9 @@ if os.fork() == 0:
     except OSError: pass
     if os.fork() == 0:
         os.execv(sys.executable, [sys.executable, "-c", "import time; time.sleep(1000)", MARKER])
+    os._exit(0)
+import time
+time.sleep(0.2)
 os._exit(1)""",
     "many threads": """
 import threading, time
@@ -139,6 +142,9 @@ for pid in (os.getppid(), *PIDS, -1):
     "connects": """
 import socket
 socket.create_connection(('127.0.0.1', PORT), timeout=1); print(42)""",
+    "opens a socket": """
+import socket
+socket.socket(socket.AF_INET, socket.SOCK_DGRAM); print(42)""",
     "listens": "import socket; socket.create_server(('127.0.0.1', 0)); print(42)",
     "asks by datagrams": """
 import socket
