@@ -273,6 +273,7 @@ def sum(a, b): return a * b
         "assert [type(v).__name__ for v in kinds()] == 'NoneType bool int float complex str bytes "
         "list tuple set frozenset dict range float deque bytearray'.split()",
         "assert pair() == (1, 2)",
+        "assert apply(type, 3) is int and apply(type, None) is type(None)",
         "p = Point(3).moved(2)\nassert p.x == 5 and norm(Point(-2)) == 2 and len(p) == 5",
         "p = Point(3); p.x = 4; assert norm(p) == 4 and p != Point(4)",
         "import decimal, fractions, datetime\nassert decimals() == (decimal.Decimal('1.5'), "

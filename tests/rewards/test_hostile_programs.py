@@ -280,6 +280,12 @@ def say(message):
     os.write(3, struct.pack('Q', len(content)) + content)
 say(['names', {'double': 0}])
 for _ in range(9): say(['result', True, [[], []]])""",
+    "says that the tests exit": """
+import json, os, struct
+def double(x):
+    content = json.dumps(['exception', ['tuple', ['SystemExit', ['list', [0]]]], [None, None]])
+    os.write(3, struct.pack('Q', len(content)) + content.encode())
+    os.read(3, 1)""",
     "returns a function of the tests'": """
 def double(x): return eval""",
     "is not there": "def triple(x): return 3 * x",
@@ -291,6 +297,7 @@ MESSAGES = [
     ["result", 42000042, 0],
     ["result", ["mine", "x"], [[], []]],
     ["result", ["object", 99], [[], []]],
+    ["result", ["type", 99], [[], []]],
     ["result", ["builtin", "exec"], [[], []]],
     ["result", ["int", "x"], [[], []]],
     ["result", ["array", "O", [1], "00"], [[], []]],
@@ -354,6 +361,21 @@ except: pass
         assert verdict.passed  # an exception like any other, and these tests catch it
     else:
         assert verdict.reason == "error"
+
+
+def test_a_program_sees_nothing_of_the_objects_of_tests():
+    tests = """
+def secret(): return 42
+try: peek(secret)
+except: pass
+"""
+    verifier = CodeVerifier(Sandbox())
+    for peek in ("f.__call__", "f()"):
+        judged = verifier.judge(f"def peek(f): return {peek}", CodeTests("program", tests=tests))
+        assert judged.passed, judged
+    for peek in ("f.gi_frame", "f._peer.ask('attribute', 0, ('__globals__',))", "str(f)"):
+        judged = verifier.judge(f"def peek(f): return {peek}", CodeTests("program", tests=tests))
+        assert judged.reason == "error", judged
 
 
 @pytest.mark.parametrize("content", [b"\xff" * 8, b"\x10" + bytes(7) + b"[" * 16, b"x"])
