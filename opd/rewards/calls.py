@@ -123,12 +123,8 @@ class Values:
             return ["bytes", value.hex()]
         if isinstance(value, range):
             return ["range", value.start, value.stop, value.step]
-        own = getattr(value, "__name__", None)
-        if isinstance(own, str) and value is getattr(builtins, own, builtins):
-            if not self.peer.trusting:
-                self.peer.builtins.add(own)
-            if own in self.peer.builtins:
-                return ["builtin", own]
+        if isinstance(value, type) and value in TYPES:
+            return ["type", TYPES.index(value)]
         module, name = type(value).__module__, type(value).__name__
         if (module, name) in (("decimal", "Decimal"), ("fractions", "Fraction")):
             return [name, str(value)]
@@ -173,12 +169,8 @@ class Values:
             return self.peer.resolve(name, parts[0])
         if name in ("array", "scalar"):
             return self._decode_array(name, *parts)
-        if name == "builtin":
-            if self.peer.trusting:
-                self.peer.builtins.add(parts[0])
-            elif parts[0] not in self.peer.builtins:
-                raise ValueError(f"builtin {parts[0]}")
-            return getattr(builtins, parts[0])
+        if name == "type":
+            return TYPES[parts[0]]
         return FIXED[name](
             *map(self._decode, parts[0] if name in ("tuple", "frozenset") else parts)
         )
@@ -328,9 +320,6 @@ class Peer:
     def __init__(self, channel: int, *, trusting: bool) -> None:
         self.channel, self.trusting = channel, trusting
         self.deadline: float | None = None  # of time.monotonic()
-        # Names that stand for Python's own objects: a program may return those that tests have
-        # used; exec, say, is an object of its own.
-        self.builtins = {kind.__name__ for kind in TYPES}
         self._exports: list[Any] = []
         self._numbers: dict[int, int] = {}  # id to place in it
         self._lost: Lost | None = None

@@ -44,6 +44,9 @@ if os.fork() == 0:
     except OSError: pass
     if os.fork() == 0:
         os.execv(sys.executable, [sys.executable, "-c", "import time; time.sleep(1000)", MARKER])
+    os._exit(0)
+import time
+time.sleep(0.2)
 os._exit(1)""",
     "many threads": """
 import threading, time
@@ -139,6 +142,9 @@ for pid in (os.getppid(), *PIDS, -1):
     "connects": """
 import socket
 socket.create_connection(('127.0.0.1', PORT), timeout=1); print(42)""",
+    "opens a socket": """
+import socket
+socket.socket(socket.AF_INET, socket.SOCK_DGRAM); print(42)""",
     "listens": "import socket; socket.create_server(('127.0.0.1', 0)); print(42)",
     "asks by datagrams": """
 import socket
@@ -274,6 +280,12 @@ def say(message):
     os.write(3, struct.pack('Q', len(content)) + content)
 say(['names', {'double': 0}])
 for _ in range(9): say(['result', True, [[], []]])""",
+    "says that the tests exit": """
+import json, os, struct
+def double(x):
+    content = json.dumps(['exception', ['tuple', ['SystemExit', ['list', [0]]]], [None, None]])
+    os.write(3, struct.pack('Q', len(content)) + content.encode())
+    os.read(3, 1)""",
     "returns a function of the tests'": """
 def double(x): return eval""",
     "is not there": "def triple(x): return 3 * x",
@@ -285,6 +297,7 @@ MESSAGES = [
     ["result", 42000042, 0],
     ["result", ["mine", "x"], [[], []]],
     ["result", ["object", 99], [[], []]],
+    ["result", ["type", 99], [[], []]],
     ["result", ["builtin", "exec"], [[], []]],
     ["result", ["int", "x"], [[], []]],
     ["result", ["array", "O", [1], "00"], [[], []]],
@@ -348,6 +361,21 @@ except: pass
         assert verdict.passed  # an exception like any other, and these tests catch it
     else:
         assert verdict.reason == "error"
+
+
+def test_a_program_sees_nothing_of_the_objects_of_tests():
+    tests = """
+def secret(): return 42
+try: peek(secret)
+except: pass
+"""
+    verifier = CodeVerifier(Sandbox())
+    for peek in ("f.__call__", "f()"):
+        judged = verifier.judge(f"def peek(f): return {peek}", CodeTests("program", tests=tests))
+        assert judged.passed, judged
+    for peek in ("f.gi_frame", "f._peer.ask('attribute', 0, ('__globals__',))", "str(f)"):
+        judged = verifier.judge(f"def peek(f): return {peek}", CodeTests("program", tests=tests))
+        assert judged.reason == "error", judged
 
 
 @pytest.mark.parametrize("content", [b"\xff" * 8, b"\x10" + bytes(7) + b"[" * 16, b"x"])
