@@ -472,17 +472,26 @@ def described(error: BaseException) -> tuple[str, list[Any]]:
 
 
 def serve_program(setup: str, program: str) -> None:
-    """Execute setup and program, tell which functions and classes there are, and answer calls."""
+    """Execute setup and program, tell its functions and classes, and answer calls.
+
+    What the setup has brought and the program has not defined anew is not the program's:
+    ``operator.add``, say, is no answer to a problem that asks for ``Solution.add``.
+    """
     peer = Peer(CHANNEL, trusting=True)
     module = types.ModuleType("program")
     sys.modules["program"] = module
     try:
         exec(compile(setup, "setup.py", "exec"), module.__dict__)
+        before = dict(vars(module))
         exec(compile(program, "program.py", "exec"), module.__dict__)
     except BaseException as error:
         peer.send(["failed", *described(error)])
         return
-    names = {name: peer.export(v) for name, v in vars(module).items() if callable(v)}
+    names = {
+        name: peer.export(value)
+        for name, value in vars(module).items()
+        if callable(value) and before.get(name) is not value
+    }
     peer.send(["names", names])
     while True:
         peer.answer(peer.receive())

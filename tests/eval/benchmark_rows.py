@@ -116,6 +116,13 @@ def taco(i: int) -> Row:
     return {"question": f"Add {i} and two.", "starter_code": starter, "input_output": text, **facts}
 
 
+CHECKER = """
+import sys
+given, right, said = (open(name).read().split() for name in sys.argv[1:])
+print(int(said == right and len(given) == 2))
+"""
+
+
 def codeforces(i: int) -> Row:
     """Of the last five rows one is interactive, two lack tests, one has none, one is of files."""
     tests = [{"input": f"{n} {n}\n", "output": f"{i + 2 * n}\n"} for n in (2, 3)]
@@ -127,7 +134,7 @@ def codeforces(i: int) -> Row:
         **{"time_limit": 2.5, "memory_limit": 256.0 if i else None, "executable": True},
         **{"official_tests": [] if i == 464 else tests, "generated_tests": 0},
         **{"official_tests_complete": i not in (465, 466), "contest_id": "1"},
-        **{"generated_checker": "print(1)" if i == 1 else None},
+        **{"generated_checker": CHECKER if i == 1 else None},
         **{"input_mode": "file" if i == 463 else "stdio"},
     }
 

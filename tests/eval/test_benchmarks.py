@@ -17,7 +17,7 @@ import huggingface_hub
 import pyarrow
 import pyarrow.parquet
 import pytest
-from benchmark_rows import MAKERS, SECRET, packed
+from benchmark_rows import CHECKER, MAKERS, SECRET, packed
 from conftest import ROOT
 from datasets.exceptions import DatasetNotFoundError
 from lm_eval.api.model import LM
@@ -231,7 +231,7 @@ def test_every_test_of_a_problem_counts(problems):
     first, second = (json.loads(doc["tests"]) for doc in problems("codeforces")[:2])
     assert (first["seconds"], first["memory"]) == (2.5, 1 << 30)
     assert (second["seconds"], second["memory"]) == (2.5, 256 << 20)
-    assert (first["checker"], second["checker"]) == ("", "print(1)")
+    assert (first["checker"], second["checker"]) == ("", CHECKER)
     assert json.loads(problems("taco")[0]["tests"])["seconds"] == 10
 
 

@@ -373,3 +373,20 @@ def test_tests_that_cannot_be_are_refused(arguments, said):
 def test_a_string_that_holds_no_tests_is_refused(text):
     with pytest.raises(UserError, match="no tests of code"):
         CodeTests.from_json(text)
+
+
+def test_what_the_setup_has_imported_is_not_what_is_asked_for(verifier):
+    """As LiveCodeBench's imports do: operator has an add too."""
+    tests = CodeTests("call", (([1, 2], 4),), entry_point="add", setup="from operator import *")
+    method = "class Solution:\n    def add(self, a, b):\n        return a + b + 1\n"
+    function = "def add(a, b):\n    return a + b + 1\n"
+    assert verifier.judge(method, tests).passed
+    assert verifier.judge(function, tests).passed
+    assert verifier.judge("x = 1\n", tests).reason == "error"
+
+
+def test_what_must_stand_first_in_a_program_does(verifier):
+    tests = CodeTests("stdin", (("", "3\n"),), setup="import math")
+    assert verifier.judge(
+        "from __future__ import annotations\nprint(math.floor(3.5))", tests
+    ).passed
