@@ -24,7 +24,7 @@ lint: .venv/installed
 .venv/installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv
 	$(BIN)/pip install --quiet --upgrade "pip>=25.1" -c constraints.txt
-	$(BIN)/pip install --quiet -c constraints.txt -e ".[math]" --group dev
+	$(BIN)/pip install --quiet -c constraints.txt -e . --group dev
 	touch $@
 
 clean:

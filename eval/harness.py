@@ -126,8 +126,7 @@ def evaluate_model(
         UserError: A task is unknown, scores only the first of several samples, cannot be loaded, or
             would run programs without leave.
     """
-    with _quiet():
-        loaded = load_tasks(tasks, settings)
+    loaded = load_tasks(tasks, settings)
     templated = settings.chat_template and tokenizer.chat_template is not None
     lm = EngineLM(
         model,
@@ -221,6 +220,7 @@ def check_tasks(tasks: Sequence[str], settings: Settings) -> None:
         )
 
 
+@_quiet()
 def load_tasks(names: Sequence[str], settings: Settings) -> dict[str, Any]:
     """Load tasks with what is asked of them, by name.
 

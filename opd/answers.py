@@ -8,7 +8,6 @@ regular expression, math_verify) has a time limit. What cannot be checked in tim
 from __future__ import annotations
 
 import functools
-import importlib.util
 import logging
 import re
 from collections.abc import Sequence
@@ -82,16 +81,14 @@ class AnswerVerifier:
     Args:
         format: Where the answer stands: boxed (the last \boxed{}), last_number, or a regular
             expression with one group, of which the last match counts.
-        equivalence: number (same number or same text), or math (`opd/equality.py`; needs
-            math_verify, whose parser reads the LaTeX).
+        equivalence: number (same number or same text), or math (`opd/equality.py`; math_verify's
+            parser reads the LaTeX).
     """
 
     format: str = "boxed"
     equivalence: Literal["number", "math"] = "number"
 
     def __post_init__(self) -> None:
-        if self.equivalence == "math" and importlib.util.find_spec("math_verify") is None:
-            raise UserError("answer equivalence math needs math_verify: pip install 'opd[math]'")
         if self.format in ("boxed", "last_number"):
             return
         try:

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import functools
 import types
+import weakref
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any, Concatenate, ParamSpec, TypeVar, cast
@@ -41,6 +42,7 @@ from transformers import PreTrainedModel
 P = ParamSpec("P")
 T = TypeVar("T")
 RUN_PASS = "run_pass"  # method of a sharded model that runs a function between its forward hooks
+_HELD = weakref.WeakSet[nn.Module]()  # models that are whole on every rank just now
 
 
 def transformer_layers(model: PreTrainedModel) -> list[nn.Module]:
@@ -179,7 +181,8 @@ def forward_pass(
     @functools.wraps(function)
     def run(model: PreTrainedModel, *args: P.args, **kwargs: P.kwargs) -> T:
         run_pass = getattr(model, RUN_PASS, None)
-        if run_pass is None:
+        # What FSDP2 holds already needs no pass, at whose end it would let go of the root
+        if run_pass is None or (model in _HELD and isinstance(model, FSDPModule)):
             return function(model, *args, **kwargs)
         result: T = run_pass(functools.partial(function, **kwargs), *args)
         return result
@@ -191,8 +194,22 @@ def forward_pass(
 def gathered(model: nn.Module) -> Iterator[None]:
     """Hold the whole model on every rank: one all-gather per layer on entry, none inside.
 
-    A collective on entry; ranks may do different things inside and leave at different times.
+    A collective on entry; ranks may do different things inside and leave at different times, enter
+    it again as often as they like, too.
     """
+    if model in _HELD:
+        yield
+        return
+    _HELD.add(model)
+    try:
+        with _held(model):
+            yield
+    finally:
+        _HELD.discard(model)
+
+
+@contextmanager
+def _held(model: nn.Module) -> Iterator[None]:
     if isinstance(model, FullyShardedDataParallel):
         _pass_of_one_token(cast(PreTrainedModel, model))
         yield  # SHARD_GRAD_OP keeps it, also for the passes that follow, until backward

@@ -30,6 +30,7 @@ from opd.cli import main
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ["OMP_NUM_THREADS"] = "1"  # of all processes that tests start
+pytest_plugins = ["confinement"]
 ROOT = Path(__file__).parent.parent
 QUICKSTART = str(ROOT / "configs" / "quickstart.yaml")
 # Of embedded:train the first rows: to read all 16,384 takes as long as a run of a few steps.

@@ -33,6 +33,9 @@ HOSTILE, SANDBOX, CODE = (
 )
 HAND_MADE = "tests/eval/test_hand_made_runs.py"
 HARNESS = "tests/eval/test_harness.py"
+EVALUATE = "tests/eval/test_evaluate.py"
+SEARCHED = f"{EVALUATE}::test_benchmarks_stand_before_and_after_a_search"
+RANKS = "tests/test_distributed.py::test_benchmarks_score_the_student_of_any_strategy"
 TABLE = "tests/eval/test_benchmarks.py"
 ANSWERS = "tests/test_answer_table.py"
 EQUALITY = "tests/test_equality.py"
@@ -115,6 +118,10 @@ report = of("eval/report.py", f"{HAND_MADE}::test_report_says_what_the_runs_cost
 figures = of("eval/figures.py", HAND_MADE)
 study = of("eval/study.py", f"{HAND_MADE}::test_study_compares_trials")
 harness = of("eval/harness.py", HARNESS)
+engine_lm = of("eval/engine_lm.py", EVALUATE)
+completions = of("eval/completions.py", EVALUATE)
+evaluating = of("eval/evaluate.py", EVALUATE)
+comparing = of("eval/compare.py", EVALUATE)
 statistics = of("eval/statistics.py", "tests/eval/test_statistics.py")
 memory = of("eval/memory.py", "tests/eval/test_memory.py")
 ledger = of("opd/ledger.py", "tests/test_ledger.py")
@@ -373,13 +380,10 @@ MUTANTS = [
     programs('if not first <= _day(record["date"]) <= last:', "if False:"),
     programs("if not first <= _day(", "if not first < _day("),
     programs('<= _day(record["date"]) <= last', '<= _day(record["date"]) < last'),
-    programs(
-        'kind = "call" if function else "stdin"\n    cases = [_case',
-        'kind = "stdin"\n    cases = [_case',
-    ),
+    programs('kind: Kind = "call" if function else "stdin"', 'kind: Kind = "stdin"'),
     programs("cases += [_case(case, kind) for case in json.loads(private)]", "pass"),
-    programs('*map(tuple, fields["cases"]), *more', '*map(tuple, fields["cases"])'),
-    programs('*map(tuple, fields["cases"]), *more', "*more"),
+    programs('(*map(tuple, fields["cases"]), *more)', 'tuple(map(tuple, fields["cases"]))'),
+    programs('(*map(tuple, fields["cases"]), *more)', "tuple(more)"),
     programs('raise ValueError(f"compressed tests ask for {module}.{name}")', "return print"),
     programs("if not stream.eof:", "if False:"),
     programs("if not start.startswith(pickle.PROTO):", "if False:"),
@@ -478,21 +482,35 @@ MUTANTS = [
     study("key=lambda item: item[0][1]", "key=lambda item: -item[0][1]"),
     study("[o.tokens for o in group]", "[o.seconds for o in group]"),
     # eval: harness and memory
-    harness('if is_score and not metric.endswith("_stderr")', "if is_score"),
-    harness('and metric != "sample_len"', ""),
-    harness('"take_first_k", "k": samples', '"take_first_k", "k": 1'),
-    harness('"repeats": samples', '"repeats": 1'),
-    harness(
-        "limit=limit,\n                task_manager", "limit=None,\n                task_manager"
-    ),
-    harness(
-        "torch.manual_seed(seed)",
-        "torch.manual_seed(seed + len(loaded))",
-        why="another seed, as good",
-    ),
-    harness("torch.manual_seed(seed)", "torch.seed()", BENCHMARKS),
-    harness('counts["effective"]', 'counts["original"]'),
-    harness("value:.4f", "value:.1f"),
+    runs('if is_score and not metric.endswith("_stderr")', "if is_score", HARNESS),
+    runs('and metric != "sample_len"', "", HARNESS),
+    runs('and not column.endswith("/before")', ""),
+    harness('"take_first_k", "k": copies', '"take_first_k", "k": 1'),
+    harness('"repeats": copies', '"repeats": 1'),
+    harness("limit=settings.limit,", "limit=None,"),
+    harness("system_instruction=settings.system_prompt,", ""),
+    harness("if programs and not settings.allow_code_execution:", "if False:", BAD_INPUT),
+    harness("if others and (settings.samples or 1) > 1:", "if False:", BAD_INPUT),
+    engine_lm("chunks[rank::size]", "chunks"),
+    engine_lm("item.key not in known", "True"),
+    engine_lm("            copies[problem] += 1\n", ""),
+    engine_lm("(self.identity, how, prompt, self.seed)", "(how, prompt, self.seed)"),
+    engine_lm("(self.identity, how, prompt, self.seed)", "(self.identity, prompt, self.seed)"),
+    engine_lm("(self.identity, how, prompt, self.seed)", "(self.identity, how, prompt)"),
+    engine_lm('"evaluate", task, problem, copy)', '"evaluate", task, problem)'),
+    engine_lm("new_tokens = context - longest", "pass"),
+    engine_lm('if options.get("do_sample") else 0.0', ""),
+    engine_lm("(not e for e in ended)", "ended"),
+    engine_lm("torch.manual_seed(items[0].seed)", "torch.seed()", "tests/test_families.py"),
+    completions("if file.tell() and not _ends_a_line(path):", "if False:"),
+    completions("if self.folder is not None:\n            torch", "if False:\n            torch"),
+    evaluating("name.strip() for name in tasks.split", "name for name in tasks.split", HARNESS),
+    evaluating("{**said, **over, **always}", "{**over, **said, **always}"),
+    evaluating("if not earlier or overwrite:", "if True:"),
+    evaluating("config[name] == value for name", "True for name"),
+    evaluating("public = task not in own or not own[task].gated", "public = True"),
+    comparing("paired_difference(b[task], a[task])", "paired_difference(a[task], b[task])"),
+    comparing('sample.get("id", sample["doc_id"])', 'sample["doc_id"]'),
     memory(
         "MASTER, GRADIENT, ADAM, COPY = 4, 4, 8, 4", "MASTER, GRADIENT, ADAM, COPY = 4, 4, 4, 4"
     ),
@@ -536,9 +554,11 @@ MUTANTS = [
     summary(
         'state_dict["initial"], state_dict["final"]', 'state_dict["final"], state_dict["final"]'
     ),
-    benchmarks("not due and trainer", "not due or trainer"),
-    benchmarks("trainer.global_step != trainer.max_steps", "True"),
+    benchmarks("if self.due(t) or t == trainer.max_steps:", "if self.due(t):"),
+    benchmarks("if self.due(t) or t == trainer.max_steps:", "if True:"),
     benchmarks("limit=self.limit", "limit=1"),
+    benchmarks("return  # has been done", "pass", SEARCHED),
+    benchmarks("rank=world.rank, world_size=world.size", "", RANKS),
     loggers("< int(row", "<= int(row"),
     loggers("if first:", "if not first:"),
     loggers(":.8g", ":.2g"),
@@ -846,8 +866,7 @@ MUTANTS = [
     generation("tuple(sorted(found & tokens))", "tuple(sorted(found))"),
     generation("list(ids).count(token_id) > 1", "False"),
     generation("top_k=0, top_p=1.0", "top_p=1.0", HARNESS),
-    harness(", generating_with(model, plain_sampling(ends))", ""),
-    harness('name.strip() for name in tasks.split(",")', 'name for name in tasks.split(",")'),
+    engine_lm("with generating_with(self.model, ends):", "if True:", "tests/test_families.py"),
     of("opd/module.py", PAIR)("if ends != own_ends:", "if False:"),
     of("opd/module.py", PAIR)(", vocabulary=self.teachers.vocabulary\n", "\n"),
     of("opd/teachers/teachers.py", PAIR)(

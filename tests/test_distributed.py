@@ -335,16 +335,19 @@ def test_predictions_of_all_ranks_are_put_together(tmp_path):
     assert [record["row"] for record in records] == [0, 1, 2, 3, 4]
 
 
-def test_benchmarks_score_the_sharded_student_while_it_trains(tmp_path):
-    callback = ["--trainer.callbacks+=callbacks.Benchmarks", "--trainer.callbacks.limit", "8"]
-    callback += ["--trainer.callbacks.tasks", "[arithmetic]"]
-    run = launch(2, tmp_path / "run", *FSDP2, *callback, steps=1)
+@pytest.mark.parametrize("strategy", [FSDP2, FSDP1, DDP], ids=["fsdp2", "fsdp1", "ddp"])
+def test_benchmarks_score_the_student_of_any_strategy(tmp_path, strategy):
+    """Ranks share the work: chunks of four, of which there is an odd number."""
+    callback = ["--trainer.callbacks+=callbacks.Benchmarks", "--trainer.callbacks.limit", "10"]
+    callback += ["--trainer.callbacks.tasks", "[arithmetic]", "--trainer.callbacks.batch_size", "4"]
+    run = launch(2, tmp_path / "run", *strategy, *callback, steps=1)
     (row,) = [r for r in read_metrics(run / "metrics.csv") if "bench/arithmetic/avg@1" in r]
     checkpoint = str(run / "checkpoints" / "last.ckpt")
-    out = ["--output", str(tmp_path / "scores"), "--limit", "8", "--batch_size", "64"]
+    out = ["--output", str(tmp_path / "scores"), "--limit", "10", "--batch_size", "4"]
     assert main(["evaluate", "--model", checkpoint, "--tasks", "arithmetic", *out]) == 0
     scores = json.loads((tmp_path / "scores" / "results.json").read_text())["results"]
     assert float(row["bench/arithmetic/avg@1"]) == scores["arithmetic"]["avg@1,none"]
+    assert float(row["bench/arithmetic/length"]) == scores["arithmetic"]["length,none"]
 
 
 def test_a_loss_that_is_not_a_number_stops_all_ranks_and_keeps_the_weights(tmp_path):

@@ -18,6 +18,8 @@ from opd.rewards import CodeTests, CodeVerifier, Sandbox, extract_code
 _STYLE = re.compile(r"\\(?:text|textbf|textrm|mathrm|mathbf|boldsymbol)\s*\{([^{}]*)\}")
 _LETTER = re.compile(rf"\(\s*([{LETTERS}])\s*\)\.?|([{LETTERS}])[.)]?")
 
+MATHEMATICS = AnswerVerifier(equivalence="math")
+
 
 @dataclass(frozen=True)
 class Verdict:
@@ -76,11 +78,10 @@ class MathScorer:
     r"""The last \boxed{} against the gold: the same mathematics, or within the tolerance."""
 
     def __call__(self, completion: str, doc: Mapping[str, Any]) -> Verdict:
-        verifier = _mathematics()
-        answer = verifier.extract(completion)
+        answer = MATHEMATICS.extract(completion)
         if answer is None:
             return Verdict(False, None)
-        right = verifier.same(
+        right = MATHEMATICS.same(
             answer,
             doc["reference"],
             tolerance=doc.get("tolerance") or None,
@@ -89,12 +90,7 @@ class MathScorer:
         return Verdict(right, answer)
 
     def group(self, answers: Sequence[str | None]) -> list[int | None]:
-        return group_answers(answers, _mathematics())
-
-
-@functools.cache
-def _mathematics() -> AnswerVerifier:
-    return AnswerVerifier(equivalence="math")  # or it says what to install
+        return group_answers(answers, MATHEMATICS)
 
 
 class ChoiceScorer:

@@ -34,7 +34,7 @@ Level = Literal["bubblewrap", "namespaces", "limits"]
 Status = Literal["ok", "error", "time", "memory", "output"]
 LEVELS: tuple[Level, ...] = ("bubblewrap", "namespaces", "limits")
 
-FOLDER = "/work"  # the working directory inside of namespaces
+FOLDER = "/program"  # the working directory inside of namespaces; no path of anybody else
 # The launcher's folder is its second argument: as a module it is compiled once, not each time.
 LAUNCH = "import sys; sys.path.append(sys.argv[2]); import launcher; launcher.main()"
 STARTED = b"+"  # the launcher's first byte, once the program runs

@@ -2,18 +2,24 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 
 import pytest
-from conftest import ROOT, launch_environment, run_ranks
+from benchmark_rows import MAKERS
+from conftest import assert_same, launch_environment, load, run_ranks, student_of
 
-from eval.benchmarks import benchmarks
+from eval.benchmarks import benchmarks, tasks
 from eval.evaluate import read_suite
+from eval.figures import bench_curves
+from eval.runs import read_run
 from opd.cli import main
 from opd.cli.recipes import names
+from opd.metrics_rows import read_metrics
 from opd.rollouts import TransformersEngine
 
 COMMAND = ["evaluate", "--model", "embedded:base", "--tasks", "arithmetic", "--samples", "2"]
@@ -190,7 +196,113 @@ def test_what_cannot_be_compared_is_named(tmp_path, capsys, content, message):
     assert message in capsys.readouterr().err
 
 
-def test_evaluate_is_documented():
-    text = (ROOT / "README.md").read_text()
-    assert "--suite" in text
-    assert "--compare" in text
+# --- what a user must not see or run unasked ------------------------------------------------------
+
+
+@pytest.fixture
+def patient(tiny, tmp_path):
+    """A student whose context holds a question."""
+    folder = shutil.copytree(tiny / "llama-student", tmp_path / "patient")
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, "max_position_embeddings": 4096}))
+    return str(folder)
+
+
+@pytest.fixture
+def sums(tmp_path, monkeypatch):
+    """A gated benchmark and one of code, each with two problems of our own."""
+    found = {}
+    for name in ("gpqa_diamond", "humaneval_plus"):
+        benchmark = replace(benchmarks()[name], rows=2, problems=None, samples=2, max_tokens=8)
+        found[name] = benchmark
+        made = [MAKERS[name](i) for i in range(2)]
+        (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in made))
+    monkeypatch.setattr(tasks, "read_benchmark", lambda path: found[path.stem])
+    return tmp_path
+
+
+def test_a_gated_problem_is_nowhere_in_the_results(sums, patient, tmp_path):
+    model = ["evaluate", "--model", patient, "--data", str(sums)]
+    options = ["--tasks", "gpqa_diamond", "--samples", "2", "--max_new_tokens", "4"]
+    assert main([*model, *options, "--output", str(tmp_path / "out")]) == 0
+    record = json.loads((sums / "gpqa_diamond.jsonl").read_text().splitlines()[0])
+    for path in (tmp_path / "out").glob("*.*"):
+        for text in (record["Question"], record["Correct Answer"]):
+            assert text not in path.read_text()
+    (sample, _) = (tmp_path / "out" / "samples_gpqa_diamond.jsonl").read_text().splitlines()
+    assert len(json.loads(sample)["completions"]) == 2
+
+
+def test_programs_are_run_only_when_that_is_allowed(sums, patient, tmp_path, caplog):
+    model = ["evaluate", "--model", patient, "--data", str(sums)]
+    options = ["--tasks", "humaneval_plus", "--samples", "2", "--max_new_tokens", "4"]
+    assert main([*model, *options, "--output", str(tmp_path / "out")]) == 2
+    assert (
+        main([*model, *options, "--allow-code-execution", "--output", str(tmp_path / "out")]) == 0
+    )
+    assert "programs of the model are run: programs are confined by" in caplog.text
+    found = json.loads((tmp_path / "out" / "results.json").read_text())["results"]
+    assert found["humaneval_plus"]["avg@2,none"] == 0.0
+    assert found["humaneval_plus"]["no_answer,none"] == 1.0
+
+
+def test_the_context_bounds_a_completion(tiny, tmp_path, caplog):
+    """Of a model with 128 positions, which does not know when to end."""
+    (tmp_path / "aime24.jsonl").write_text(
+        "".join(json.dumps(MAKERS["aime24"](i)) + "\n" for i in range(30))
+    )
+    command = ["evaluate", "--model", str(tiny / "llama-student"), "--data", str(tmp_path)]
+    options = ["--tasks", "aime24", "--samples", "1", "--limit", "1", "--temperature", "0"]
+    assert main([*command, *options, "--output", str(tmp_path / "out")]) == 0
+    assert "rather than 16384: the model's context is 128 tokens" in caplog.text
+    said = json.loads(next((tmp_path / "out" / "completions").iterdir()).read_text())
+    assert 0 < said["tokens"] < 128
+
+
+# --- benchmarks of a run --------------------------------------------------------------------------
+
+BENCHMARKS = ["--trainer.callbacks+=callbacks.Benchmarks", "--trainer.callbacks.tasks=[arithmetic]"]
+BENCHMARKS += ["--trainer.callbacks.limit=8", "--trainer.callbacks.samples=2"]
+
+
+def benches(run, name="bench/arithmetic/avg@2"):
+    rows = read_metrics(run / "metrics.csv")
+    return {int(row["step"]): float(row[name]) for row in rows if name in row}
+
+
+def test_training_goes_on_bit_for_bit_as_without_benchmarks(fit, searched):
+    search = "--trainer.callbacks+=callbacks.EffOPD"
+    run = fit("run", search, *BENCHMARKS, "--trainer.callbacks.every_n_steps=1", steps=2)
+    assert set(benches(run)) == {1, 2}
+    assert_same(student_of(load(run)), student_of(load(searched)))
+    assert_same(load(run)["optimizer_states"], load(searched)["optimizer_states"])
+
+
+def test_benchmarks_stand_before_and_after_a_search(fit):
+    """Before it are the weights that the optimizer has left: those of a run without searches."""
+    search = ["--trainer.callbacks+=callbacks.EffOPD", "--trainer.callbacks.schedule=2"]
+    search += ["--trainer.callbacks.score=TeacherKL", "--model.optimizer.lr=3e-4"]
+    around = [*BENCHMARKS, "--trainer.callbacks.every_n_steps=0"]
+    run = fit("run", *search, *around, "--trainer.callbacks.around_searches=true", steps=2)
+    plain = fit("plain", "--model.optimizer.lr=3e-4", *around, steps=2)
+    before = benches(run, "bench/arithmetic/avg@2/before")
+    assert before == benches(plain)
+    assert set(before) == set(benches(run)) == {2}
+    values = [row for row in read_metrics(run / "metrics.csv") if "bench/arithmetic/length" in row]
+    assert len(values) == 1  # evaluated once after the search
+
+
+def test_benchmarks_follow_a_schedule_too(fit):
+    powers = ["--trainer.callbacks.every_n_steps=0", "--trainer.callbacks.schedule=powers_of_two"]
+    assert set(benches(fit("run", *BENCHMARKS, *powers, steps=3))) == {1, 2, 3}  # 3 is the last
+
+
+def test_the_report_draws_benchmarks(fit, tmp_path):
+    run = fit("run", *BENCHMARKS, "--trainer.callbacks.every_n_steps=1", steps=2)
+    assert main(["report", str(run), "--output", str(tmp_path / "page.html")]) == 0
+    assert 'alt="benchmarks of the runs"' in (tmp_path / "page.html").read_text()
+    figure = bench_curves([read_run(run)])
+    (axis,) = [axis for axis in figure.axes if axis.lines]
+    assert axis.get_title() == "arithmetic/avg@2"
+    (line,) = axis.lines
+    assert dict(zip(*line.get_data(), strict=True)) == pytest.approx(benches(run))

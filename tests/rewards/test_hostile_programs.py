@@ -260,7 +260,7 @@ def double(x):
     while frame:
         texts.append(repr(frame.f_globals) + repr(frame.f_locals)); frame = frame.f_back
     texts.append(repr(gc.get_objects()))
-    for folder in ('.', '..', '/work', '/tmp', '/proc/self/fd', '/dev/fd'):
+    for folder in ('.', '..', '/program', '/tmp', '/proc/self/fd', '/dev/fd'):
         try: names = os.listdir(folder)
         except OSError: continue
         for path in (os.path.join(folder, name) for name in names):
