@@ -582,8 +582,7 @@ def same_value(actual: Any, expected: Any) -> bool:
         )
     if isinstance(expected, float) and isinstance(actual, (int, float)):
         return actual == expected or abs(actual - expected) <= 1e-6 * max(1.0, abs(expected))
-    data = not isinstance(actual, Remote) and not getattr(actual, "shape", ())
-    return data and bool(actual == expected)
+    return type(actual).__name__ != "ndarray" and bool(actual == expected)
 
 
 def _line(name: str, args: Iterable[Any]) -> str:
