@@ -22,7 +22,7 @@ import torch
 import yaml
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from eval.benchmarks import benchmarks, use_data
+from eval.benchmarks import benchmarks, use_data, use_tasks
 from eval.benchmarks.scoring import verdict_of
 from eval.compare import compare_results
 from eval.completions import Completions
@@ -63,6 +63,7 @@ def evaluate(
     device: str | None = None,
     seed: int = 0,
     data: str | None = None,
+    include_path: str | None = None,
     allow_code_execution: bool = False,
     trust_remote_code: bool = False,
     overwrite: bool = False,
@@ -93,6 +94,7 @@ def evaluate(
         seed: Seed of the sampling.
         data: Folder with copies of benchmarks: DATA/TASK.parquet, .jsonl, .csv or .arrow, or a
             folder DATA/TASK of such files. None: they come from the hub.
+        include_path: Folder with further tasks, as YAML of lm-eval or like those of tasks/.
         allow_code_execution: Run the programs that the model writes, in a sandbox.
         trust_remote_code: Let a hub model run its own code.
         overwrite: Replace results of another evaluation in the folder, instead of refusing.
@@ -127,6 +129,8 @@ def evaluate(
     )
     if data is not None:
         use_data(data)
+    if include_path is not None:
+        use_tasks(include_path)
     check_tasks(names, settings)
     where = usable_device(device)
     identity = fingerprint(model)

@@ -16,14 +16,13 @@ from lm_eval.evaluator import evaluate as run_tasks
 from lm_eval.tasks import TaskManager
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from eval.benchmarks import Scorer, benchmarks, scorer_of
+from eval.benchmarks import Scorer, benchmarks, scorer_of, task_folders
 from eval.completions import Completions
 from eval.engine_lm import EngineLM, GeneratedElsewhere
 from opd.errors import UserError
 from opd.rewards import Sandbox
 from opd.rollouts import RolloutEngine
 
-TASKS = Path(__file__).parent.parent / "tasks"
 FEWSHOT_SEED = 1234  # lm-eval's own
 
 log = logging.getLogger(__name__)
@@ -178,18 +177,17 @@ def _quiet() -> Iterator[None]:
 
 
 @functools.cache
-def _index(folder: Path) -> TaskManager:
-    return TaskManager(include_path=str(folder), include_defaults=False)
+def _index(folders: tuple[Path, ...], *, builtin: bool = False) -> TaskManager:
+    return TaskManager(include_path=list(map(str, folders)), include_defaults=builtin)
 
 
 def own_tasks() -> TaskManager:
-    """Index the tasks of tasks/, once per process."""
-    return _index(TASKS)
+    """Index the tasks of tasks/ and those of the user, once per process."""
+    return _index(task_folders())
 
 
-@functools.cache
 def _everything() -> TaskManager:
-    return TaskManager(include_path=str(TASKS))
+    return _index(task_folders(), builtin=True)
 
 
 def check_tasks(tasks: Sequence[str], settings: Settings) -> None:

@@ -11,6 +11,7 @@ from lm_eval.models.huggingface import HFLM
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from eval import harness
+from eval.benchmarks import table
 from opd.cli import main
 from opd.models import eos_token_ids, load_model, load_tokenizer
 from opd.prompts import PromptFormat, tokenize_rows
@@ -49,7 +50,7 @@ def tasks(tmp_path, prompts, monkeypatch):
         "metric_list": [{"metric": "exact_match"}],
     }
     (folder / "sums.yaml").write_text(yaml.safe_dump(task))
-    monkeypatch.setattr(harness, "TASKS", folder)
+    monkeypatch.setattr(table, "TASKS", folder)
     monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "cache"))
     return folder
 

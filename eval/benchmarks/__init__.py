@@ -7,7 +7,14 @@ problem its metrics (``tasks``). A new benchmark of a known format is one more Y
 
 from eval.benchmarks.rows import data_folder, load_rows, use_data
 from eval.benchmarks.scoring import Completion, Scorer, Verdict, scorer_of
-from eval.benchmarks.table import Benchmark, benchmarks, read_benchmark
+from eval.benchmarks.table import (
+    Benchmark,
+    benchmarks,
+    benchmarks_in,
+    read_benchmark,
+    task_folders,
+    use_tasks,
+)
 from eval.benchmarks.tasks import Problems, load_problems
 
 __all__ = [
@@ -17,10 +24,13 @@ __all__ = [
     "Scorer",
     "Verdict",
     "benchmarks",
+    "benchmarks_in",
     "data_folder",
     "load_problems",
     "load_rows",
     "read_benchmark",
     "scorer_of",
+    "task_folders",
     "use_data",
+    "use_tasks",
 ]

@@ -9,6 +9,7 @@ benchmark's row of our table. ``dataset_kwargs`` is what its kind needs; the fil
 from __future__ import annotations
 
 import functools
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from datetime import date
@@ -19,6 +20,7 @@ from eval.benchmarks.formats import FORMATS
 from opd.errors import UserError
 
 TASKS = Path(__file__).parents[2] / "tasks"
+MORE_TASKS = "OPD_TASKS"  # environment variable: a folder with tasks of the user's
 NONE_SEEN = "none seen"
 ScorerName = Literal["math", "choice", "code", "pattern"]
 
@@ -114,8 +116,30 @@ def read_benchmark(path: Path) -> Benchmark:
     return _Reader(path, _configuration(path)).benchmark()
 
 
+def use_tasks(folder: str | Path) -> None:
+    """Take tasks from one more folder, in this process and in those that it starts.
+
+    Raises:
+        UserError: There is no such folder.
+    """
+    if not Path(folder).expanduser().is_dir():
+        raise UserError(f"--include_path {folder}: is no folder")
+    os.environ[MORE_TASKS] = str(folder)
+
+
+def task_folders() -> tuple[Path, ...]:
+    """Return the folders with tasks: ours, and the one that the user has named."""
+    more = os.environ.get(MORE_TASKS, "").strip()
+    return (TASKS, Path(more).expanduser()) if more else (TASKS,)
+
+
+def benchmarks() -> dict[str, Benchmark]:
+    """Return all benchmarks by name."""
+    return {name: one for folder in task_folders() for name, one in benchmarks_in(folder).items()}
+
+
 @functools.cache
-def benchmarks(folder: Path = TASKS) -> dict[str, Benchmark]:
+def benchmarks_in(folder: Path) -> dict[str, Benchmark]:
     """Return the benchmarks of a folder by name: all its YAML files that take our data sets."""
     found = {}
     for path in sorted(folder.rglob("*.yaml")):

@@ -28,6 +28,7 @@ from eval.benchmarks import (
     Completion,
     Verdict,
     benchmarks,
+    benchmarks_in,
     load_problems,
     read_benchmark,
     rows,
@@ -572,7 +573,7 @@ def test_a_new_benchmark_of_a_known_format_is_one_file(new, data):
     metrics = task.process_results(doc, [[r"\boxed{9}", r"\boxed{8}"]])
     assert metrics["avg@2"] == 0.5
     assert read_benchmark(new).samples == 32
-    assert list(benchmarks(new.parent)) == ["baskets"]
+    assert list(benchmarks_in(new.parent)) == ["baskets"]
 
 
 @pytest.mark.parametrize(
