@@ -11,7 +11,7 @@ from dataclasses import replace
 
 import pytest
 from benchmark_rows import MAKERS
-from conftest import assert_same, launch_environment, load, run_ranks, student_of
+from conftest import ROOT, assert_same, launch_environment, load, run_ranks, student_of
 
 from eval.benchmarks import benchmarks, tasks
 from eval.evaluate import read_suite
@@ -306,3 +306,18 @@ def test_the_report_draws_benchmarks(fit, tmp_path):
     assert axis.get_title() == "arithmetic/avg@2"
     (line,) = axis.lines
     assert dict(zip(*line.get_data(), strict=True)) == pytest.approx(benches(run))
+
+
+def test_a_folder_of_the_users_has_tasks_too(tmp_path, monkeypatch):
+    monkeypatch.setenv("OPD_TASKS", "")
+    (tmp_path / "sums.yaml").write_text(
+        (ROOT / "tasks/arithmetic/arithmetic.yaml")
+        .read_text()
+        .replace("task: arithmetic", "task: sums")
+        .replace("../_shared", str(ROOT / "tasks/_shared"))
+    )
+    command = ["evaluate", "--model", "embedded:base", "--tasks", "sums,arithmetic"]
+    options = ["--include_path", str(tmp_path), "--limit", "4", "--output", str(tmp_path / "out")]
+    assert main([*command, *options]) == 0
+    found = json.loads((tmp_path / "out" / "results.json").read_text())["results"]
+    assert list(found) == ["sums", "arithmetic"]
