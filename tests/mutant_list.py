@@ -165,6 +165,7 @@ loggers = of("opd/metrics_csv.py", FILES)
 sources = of("opd/prompts/sources.py", PROMPTS)
 prompt_format = of("opd/prompts/format.py", PROMPTS)
 prompt_data = of("opd/prompts/datamodule.py", PROMPTS)
+where = of("opd/prompts/where.py", PROMPTS)
 
 MUTANTS = [
     # prompts
@@ -172,6 +173,16 @@ MUTANTS = [
     sources("if len(row) < len(pairs):", "if False:"),
     sources("if len(digits) > MAX_DIGITS:", "if len(digits) > 2 * MAX_DIGITS:"),
     sources("name, split=split, revision=revision)", "name, split=split, revision=None)"),
+    where("isinstance(value, bool) == isinstance(wanted, bool)", "True"),
+    where("else [wanted]", "else [str(wanted)]"),
+    where('">=": operator.ge', '">=": operator.gt'),
+    where("isinstance(value, int | float) and not", "True and not"),
+    prompt_format('if self.system_turns == "drop":', "if False:"),
+    prompt_format("last = max(", "last = min("),
+    prompt_format("first_row + numbers[i]", "first_row + i"),
+    prompt_format("number + first}", "first}"),
+    prompt_data("first_row += part.count", "first_row += len(part.rows)"),
+    prompt_data("place = bisect.bisect_left(part.numbers, prompt.row - first_row)", "place = 0"),
     prompt_format('turns[0]["role"] not in SYSTEM', "True"),
     prompt_format("    return turns[:kept]", "    return turns[:-1]"),
     prompt_format('"".join(texts)', '" ".join(texts)'),
