@@ -34,6 +34,7 @@ HOSTILE, SANDBOX, CODE = (
 HAND_MADE = "tests/eval/test_hand_made_runs.py"
 HARNESS = "tests/eval/test_harness.py"
 TABLE = "tests/eval/test_benchmarks.py"
+VERIFIER = "tests/rewards/test_verifier.py"
 ANSWERS = "tests/test_answer_table.py"
 EQUALITY = "tests/test_equality.py"
 COMMA = "test_a_comma_separates_groups_of_three_or_numbers"
@@ -124,6 +125,8 @@ arithmetic = of("opd/embedded/arithmetic.py", "tests/test_embedded_arithmetic.py
 table = of("eval/benchmarks/table.py", TABLE)
 formats = of("eval/benchmarks/formats.py", TABLE)
 programs = of("eval/benchmarks/code.py", TABLE)
+apps = of("opd/rewards/apps.py", VERIFIER)
+verifiers = of("opd/rewards/verifier.py", VERIFIER)
 rows = of("eval/benchmarks/rows.py", TABLE)
 scoring = of("eval/benchmarks/scoring.py", TABLE)
 problems = of("eval/benchmarks/tasks.py", TABLE)
@@ -395,8 +398,8 @@ MUTANTS = [
     programs("if not stream.eof:", "if False:"),
     programs("if not start.startswith(pickle.PROTO):", "if False:"),
     programs("_begins_well(packed)", "pass"),
-    programs("output[0] if single else output", "output"),
-    programs('if not pairs:\n        raise LeftOut("no tests")', "if False:\n        pass"),
+    apps("output[0] if single else output", "output"),
+    apps("if not pairs:", "if False:"),
     programs('if record["interaction"]:', "if False:"),
     programs('not record["complete"] or not cases', "not cases"),
     programs('not record["complete"] or not cases', 'not record["complete"]'),
@@ -404,7 +407,7 @@ MUTANTS = [
     programs("int(float(memory) * 2**20)", "int(float(memory) * 10**6)"),
     programs('checker=record["checker"] or ""', 'checker=""'),
     programs('("Note", record["note"]),', ""),
-    programs('*(f"from {module} import *"', '*(f"import {module}"'),
+    apps('*(f"from {module} import *"', '*(f"import {module}"'),
     rows("if count <= benchmark.rows:", "if True:"),
     rows("if count != benchmark.rows:", "if count < benchmark.rows:"),
     rows("if count != benchmark.rows:", "if count > benchmark.rows:"),
@@ -735,9 +738,17 @@ MUTANTS = [
     stages("derive_seed(seed, p.row, i)", "derive_seed(seed, i)"),
     stages("temperature=temperature)", "temperature=1.0)", SEARCHES),
     records(
-        "float(verifier(text, prompt.answer))", "float(not verifier(text, prompt.answer))", ACCURACY
+        "verifier.verify(completions, answers)",
+        "verifier.verify(completions, answers[::-1])",
+        ACCURACY,
     ),
     records("if prompt.answer is not None:", "if True:", ACCURACY),
+    verifiers("setup=IMPORTS", 'setup=""'),
+    verifiers("if len(reasons) == len(references):", "if False:"),
+    verifiers("seconds=self.seconds", "seconds=10.0"),
+    verifiers("if not allow_code_execution:", "if False:"),
+    apps("if all(isinstance(part, str) for pair in pairs for part in pair):", "if False:"),
+    apps("with contextlib.suppress(ValueError):", "if True:"),
     teachers(
         "self[self.name_of(micro.prompts.prompts[0])].read", "next(iter(self.values())).read", STEP
     ),
