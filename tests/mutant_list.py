@@ -399,7 +399,7 @@ MUTANTS = [
     programs("if not start.startswith(pickle.PROTO):", "if False:"),
     programs("_begins_well(packed)", "pass"),
     apps("output[0] if single else output", "output"),
-    apps("if not pairs:", "if False:"),
+    apps("if not pairs:", "if False:", TABLE),
     programs('if record["interaction"]:', "if False:"),
     programs('not record["complete"] or not cases', "not cases"),
     programs('not record["complete"] or not cases', 'not record["complete"]'),
