@@ -10,6 +10,7 @@ from __future__ import annotations
 import functools
 import logging
 import re
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
@@ -74,8 +75,27 @@ def _warn_once(what: str, example: str) -> None:
     )
 
 
+class Verifier(ABC):
+    """Decides whether completions are right, by what their prompts have as answers."""
+
+    def check(self, references: Sequence[str]) -> None:  # noqa: B027 - any text may be an answer
+        """Called before a run, with the answers of all its prompts.
+
+        Raises:
+            UserError: It can do nothing with them.
+        """
+
+    @abstractmethod
+    def __call__(self, completion: str, reference: str) -> bool:
+        """Whether the completion is right."""
+
+    def verify(self, completions: Sequence[str], references: Sequence[str]) -> list[bool]:
+        """Decide about several completions, each with the answer of its prompt."""
+        return [self(c, r) for c, r in zip(completions, references, strict=True)]
+
+
 @dataclass(frozen=True)
-class AnswerVerifier:
+class AnswerVerifier(Verifier):
     r"""Decides whether a completion is right.
 
     Args:

@@ -18,7 +18,7 @@ from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from transformers import PreTrainedModel
 
 from opd import checkpoints, compatibility, models, optimization, sharding
-from opd.answers import AnswerVerifier
+from opd.answers import AnswerVerifier, Verifier
 from opd.errors import UserError
 from opd.evaluation import evaluate, predict
 from opd.ledger import Ledger
@@ -75,7 +75,8 @@ class OPDModule(LightningModule):
         rollouts_per_prompt: Completions sampled per prompt.
         eos_token_ids: Tokens that end a completion. None: those of the student and of all teachers.
         engine: What samples completions. None: TransformersEngine.
-        verifier: Finds and checks the answers of prompts that have one.
+        verifier: Finds and checks the answers of prompts that have one: AnswerVerifier, whose
+            options need no class_path, or opd.rewards.ProgramVerifier, for programs with tests.
         micro_batch_tokens: Positions per forward and backward, padding and prompts included. Bounds
             memory; does not change the loss.
         tile_tokens: Completion tokens whose logits exist at a time. Bounds memory; does not change
@@ -114,7 +115,7 @@ class OPDModule(LightningModule):
         rollouts_per_prompt: int = 1,
         eos_token_ids: list[int] | None = None,
         engine: RolloutEngine | None = None,
-        verifier: AnswerVerifier = AnswerVerifier(),  # noqa: B008 - frozen
+        verifier: Verifier = AnswerVerifier(),  # noqa: B008 - frozen
         micro_batch_tokens: int = 32768,
         tile_tokens: int | None = None,
         max_grad_norm: float = 1.0,
@@ -289,6 +290,8 @@ class OPDModule(LightningModule):
         data = getattr(self.trainer, "datamodule", None)
         prompts = data.prompts if isinstance(data, PromptDataModule) else []
         self.teachers.check(prompts)
+        if answers := [prompt.answer for prompt in prompts if prompt.answer is not None]:
+            self.verifier.check(answers)
         if isinstance(data, PromptDataModule) and self.world.rank == 0 and not self._compared:
             self._compared = True
             self.teachers.check_rendering(data.examples, data.format, self.tokenizer)

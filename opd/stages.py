@@ -16,7 +16,7 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from opd import memory, tokens
-from opd.answers import AnswerVerifier
+from opd.answers import Verifier
 from opd.ledger import Ledger
 from opd.metrics import StepMetrics, rollout_metrics
 from opd.objectives import Objective
@@ -45,7 +45,7 @@ class Distillation(Protocol):
     objective: Objective
     engine: RolloutEngine
     sampler: Sampler
-    verifier: AnswerVerifier
+    verifier: Verifier
     rollouts_per_prompt: int
     micro_batch_tokens: int
     tile_tokens: int | None

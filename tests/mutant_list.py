@@ -37,6 +37,7 @@ EVALUATE = "tests/eval/test_evaluate.py"
 SEARCHED = f"{EVALUATE}::test_benchmarks_stand_before_and_after_a_search"
 RANKS = "tests/test_distributed.py::test_benchmarks_score_the_student_of_any_strategy"
 TABLE = "tests/eval/test_benchmarks.py"
+VERIFIER = "tests/rewards/test_verifier.py"
 ANSWERS = "tests/test_answer_table.py"
 EQUALITY = "tests/test_equality.py"
 COMMA = "test_a_comma_separates_groups_of_three_or_numbers"
@@ -131,6 +132,8 @@ arithmetic = of("opd/embedded/arithmetic.py", "tests/test_embedded_arithmetic.py
 table = of("eval/benchmarks/table.py", TABLE)
 formats = of("eval/benchmarks/formats.py", TABLE)
 programs = of("eval/benchmarks/code.py", TABLE)
+apps = of("opd/rewards/apps.py", VERIFIER)
+verifiers = of("opd/rewards/verifier.py", VERIFIER)
 rows = of("eval/benchmarks/rows.py", TABLE)
 scoring = of("eval/benchmarks/scoring.py", TABLE)
 problems = of("eval/benchmarks/tasks.py", TABLE)
@@ -172,6 +175,7 @@ loggers = of("opd/metrics_csv.py", FILES)
 sources = of("opd/prompts/sources.py", PROMPTS)
 prompt_format = of("opd/prompts/format.py", PROMPTS)
 prompt_data = of("opd/prompts/datamodule.py", PROMPTS)
+where = of("opd/prompts/where.py", PROMPTS)
 
 MUTANTS = [
     # prompts
@@ -179,6 +183,16 @@ MUTANTS = [
     sources("if len(row) < len(pairs):", "if False:"),
     sources("if len(digits) > MAX_DIGITS:", "if len(digits) > 2 * MAX_DIGITS:"),
     sources("name, split=split, revision=revision)", "name, split=split, revision=None)"),
+    where("isinstance(value, bool) == isinstance(wanted, bool)", "True"),
+    where("else [wanted]", "else [str(wanted)]"),
+    where('">=": operator.ge', '">=": operator.gt'),
+    where("isinstance(value, int | float) and not", "True and not"),
+    prompt_format('if self.system_turns == "drop":', "if False:"),
+    prompt_format("last = max(", "last = min("),
+    prompt_format("first_row + numbers[i]", "first_row + i"),
+    prompt_format("number + first}", "first}"),
+    prompt_data("first_row += part.count", "first_row += len(part.rows)"),
+    prompt_data("place = bisect.bisect_left(part.numbers, prompt.row - first_row)", "place = 0"),
     prompt_format('turns[0]["role"] not in SYSTEM', "True"),
     prompt_format("    return turns[:kept]", "    return turns[:-1]"),
     prompt_format('"".join(texts)', '" ".join(texts)'),
@@ -388,8 +402,8 @@ MUTANTS = [
     programs("if not stream.eof:", "if False:"),
     programs("if not start.startswith(pickle.PROTO):", "if False:"),
     programs("_begins_well(packed)", "pass"),
-    programs("output[0] if single else output", "output"),
-    programs('if not pairs:\n        raise LeftOut("no tests")', "if False:\n        pass"),
+    apps("output[0] if single else output", "output"),
+    apps("if not pairs:", "if False:", TABLE),
     programs('if record["interaction"]:', "if False:"),
     programs('not record["complete"] or not cases', "not cases"),
     programs('not record["complete"] or not cases', 'not record["complete"]'),
@@ -397,7 +411,7 @@ MUTANTS = [
     programs("int(float(memory) * 2**20)", "int(float(memory) * 10**6)"),
     programs('checker=record["checker"] or ""', 'checker=""'),
     programs('("Note", record["note"]),', ""),
-    programs('*(f"from {module} import *"', '*(f"import {module}"'),
+    apps('*(f"from {module} import *"', '*(f"import {module}"'),
     rows("if count <= benchmark.rows:", "if True:"),
     rows("if count != benchmark.rows:", "if count < benchmark.rows:"),
     rows("if count != benchmark.rows:", "if count > benchmark.rows:"),
@@ -744,9 +758,17 @@ MUTANTS = [
     stages("derive_seed(seed, p.row, i)", "derive_seed(seed, i)"),
     stages("temperature=temperature)", "temperature=1.0)", SEARCHES),
     records(
-        "float(verifier(text, prompt.answer))", "float(not verifier(text, prompt.answer))", ACCURACY
+        "verifier.verify(completions, answers)",
+        "verifier.verify(completions, answers[::-1])",
+        ACCURACY,
     ),
     records("if prompt.answer is not None:", "if True:", ACCURACY),
+    verifiers("setup=IMPORTS", 'setup=""'),
+    verifiers("if len(reasons) == len(references):", "if False:"),
+    verifiers("seconds=self.seconds", "seconds=10.0"),
+    verifiers("if not allow_code_execution:", "if False:"),
+    apps("if all(isinstance(part, str) for pair in pairs for part in pair):", "if False:"),
+    apps("with contextlib.suppress(ValueError):", "if True:"),
     teachers(
         "self[self.name_of(micro.prompts.prompts[0])].read", "next(iter(self.values())).read", STEP
     ),

@@ -594,8 +594,8 @@ def hub(tmp_path, monkeypatch):
 
 
 def test_a_data_set_of_the_hub_has_configurations_and_splits(hub):
-    assert read_rows(hub, "test", name="main")[0] == [{"prompt": "main-test"}]
-    assert read_rows(hub, "train", name="hard")[0] == [{"prompt": "hard-train"}]
+    assert list(read_rows(hub, "test", name="main")[0]) == [{"prompt": "main-test"}]
+    assert list(read_rows(hub, "train", name="hard")[0]) == [{"prompt": "hard-train"}]
 
 
 @pytest.mark.parametrize(
@@ -649,3 +649,118 @@ def test_a_folder_of_save_to_disk_is_refused_with_the_way_out(tmp_path):
     datasets.Dataset.from_list([{"prompt": "1"}]).save_to_disk(tmp_path / "saved")
     with pytest.raises(UserError, match=r"was written by save_to_disk; .* Dataset.to_parquet"):
         read_rows(str(tmp_path / "saved"), "train")
+
+
+KINDS = [
+    {"prompt": "1+1=", "answer": "2", "ability": "math", "level": 3, "facts": {"hard": False}},
+    {"prompt": "2+2=", "answer": "4", "ability": "code", "level": 6.5, "facts": {"hard": True}},
+    {"prompt": "3+3=", "answer": "6", "ability": "code", "level": 6, "facts": {"hard": False}},
+    {"prompt": "4+4=", "answer": "8", "level": 1, "facts": None},
+]
+
+
+@pytest.mark.parametrize(
+    ("where", "rows"),
+    [
+        ({"ability": "code"}, [1, 2]),
+        ({"ability": ["code", "math"]}, [0, 1, 2]),
+        ({"ability": "code", "level": ">= 6.5"}, [1]),
+        ({"level": "<3"}, [3]),
+        ({"level": ["< 3", "> 6"]}, [1, 3]),
+        ({"level": "<= 6"}, [0, 2, 3]),
+        ({"level": 6.0}, [2]),
+        ({"level": 1}, [3]),
+        ({"facts.hard": True}, [1]),
+        ({"facts.hard": False}, [0, 2]),
+        (None, [0, 1, 2, 3]),
+        ({}, [0, 1, 2, 3]),
+    ],
+)
+@pytest.mark.parametrize("kind", ["jsonl", "hub"])
+def test_only_rows_whose_fields_have_these_values(tmp_path, monkeypatch, where, rows, kind):
+    """They keep their numbers, for messages and for random numbers, whatever else is read."""
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+    (tmp_path / "hub").mkdir()
+    path = tmp_path / "hub" / "train.jsonl"
+    write(path, *KINDS)
+    source = str(path if kind == "jsonl" else path.parent)
+    both = {"a": source, "b": source}
+    module = PromptDataModule(both, tokenizer="embedded:base", where=where)
+    module.setup("fit")
+    assert [p.row for p in module.train_prompts] == [*rows, *(row + len(KINDS) for row in rows)]
+    assert [p.answer for p in module.train_prompts] == 2 * [KINDS[i]["answer"] for i in rows]
+    line = f"line {rows[0] + 1}" if kind == "jsonl" else f"row {rows[0]}"
+    assert module.train_prompts[0].where == f"{source} {line}"
+    for prompt, row in module.examples:
+        assert row["prompt"] == KINDS[prompt.row % len(KINDS)]["prompt"]
+
+
+@pytest.mark.parametrize(
+    ("where", "message"),
+    [
+        ({"ability": "codes"}, r"has all of {'ability': 'codes'}; ability is 'math', 'code', ...$"),
+        ({"ability": "math", "level": ">= 4"}, r"has all of .*; level is 3, 6.5, 6, 1, ...$"),
+        (
+            {"facts.easy": 1},
+            r"has 'facts.easy'; rows have \['ability', 'answer', 'facts', 'level',",
+        ),
+        ({"ability": "math", "source": "x"}, r"has 'source'; rows have \['ability', 'answer',"),
+        ({"facts.hard": 0}, r"has all of {'facts.hard': 0}; facts.hard is False, True, ...$"),
+        ({"ability": ">= 1"}, r"has all of {'ability': '>= 1'}"),
+    ],
+)
+def test_where_that_no_row_fulfils_is_refused(tmp_path, where, message):
+    source = write(tmp_path / "p.jsonl", *KINDS)
+    module = PromptDataModule(source, tokenizer="embedded:base", where=where)
+    with pytest.raises(UserError, match=f"^data.where: no row of {source} {message}"):
+        module.setup("fit")
+
+
+def test_rows_of_the_hub_are_not_held_in_memory(hub):
+    """A data set may have solutions of gigabytes beside its questions."""
+    assert isinstance(read_rows(hub, "test", name="main")[0], datasets.Dataset)
+
+
+ASKED = "{prompt} Answer in \\boxed{}."
+
+
+@pytest.mark.parametrize(
+    ("row", "fmt", "expected"),
+    [
+        ({"prompt": "1+1="}, {}, "[user]1+1= Answer in \\boxed{}."),
+        ({"messages": [SYSTEM, *CHAT]}, {}, "[system]hush[user]add 7 and 8 Answer in \\boxed{}."),
+        (
+            {"messages": [*CHAT, SAID, *CHAT]},
+            {},
+            "[user]add 7 and 8[assistant]it is 8</s>[user]add 7 and 8 Answer in \\boxed{}.",
+        ),
+        (
+            {"prompt": [SYSTEM, *CHAT]},
+            {"system_turns": "drop", "prompt_template": "{prompt}"},
+            "[user]add 7 and 8",
+        ),
+        (
+            {"messages": [SYSTEM, *CHAT]},
+            {"system_turns": "drop", "system_prompt": "be brief", "prompt_template": "{prompt}"},
+            "[system]be brief[user]add 7 and 8",
+        ),
+        ({"prompt": "{prompt}"}, {}, "[user]{prompt} Answer in \\boxed{}."),
+    ],
+)
+def test_what_is_asked_is_put_into_the_prompt_template(tiny, row, fmt, expected):
+    tokenizer = load_tokenizer(str(tiny / "llama-student"))
+    text = text_of(tokenizer, row, PromptFormat(**{"prompt_template": ASKED, **fmt}))
+    assert text == f"<s>{expected}[assistant]"
+
+
+def test_plain_text_is_put_into_the_prompt_template_too():
+    fmt = PromptFormat(prompt_template="0{prompt}", chat_template=False)
+    assert text_of(load_tokenizer("embedded:base"), {"prompt": "1+1="}, fmt) == "01+1="
+
+
+def test_a_chat_that_leaves_nothing_to_ask_is_refused(tiny):
+    tokenizer = load_tokenizer(str(tiny / "llama-student"))
+    with pytest.raises(UserError, match="'messages' has only system turns, which are dropped"):
+        tokenize_rows([{"messages": [SYSTEM]}], tokenizer, PromptFormat(system_turns="drop"))
+    with pytest.raises(UserError, match=r"no turn of the user for data.format.prompt_template"):
+        tokenize_rows([{"messages": [SYSTEM]}], tokenizer, PromptFormat(prompt_template=ASKED))

@@ -16,7 +16,9 @@ from datetime import date, datetime
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from eval.benchmarks.problem import Doc, LeftOut, Record, render
+from opd.errors import UserError
 from opd.rewards import CodeTests
+from opd.rewards.apps import IMPORTS, read_apps
 from opd.rewards.code import Kind
 
 if TYPE_CHECKING:
@@ -24,20 +26,6 @@ if TYPE_CHECKING:
 
 Case = tuple[Any, Any]  # input and output
 LARGEST = 1 << 30  # bytes that compressed tests may have
-
-# What LiveCodeBench has imported before a program starts (its testing_util.py); models rely on it.
-_MODULES = (
-    *("string", "re", "datetime", "collections", "heapq", "bisect", "copy", "math", "random"),
-    *("statistics", "itertools", "functools", "operator", "io", "sys", "json"),
-)
-IMPORTS = "\n".join(
-    [
-        *(f"from {module} import *" for module in (*_MODULES, "builtins", "typing")),
-        *(f"import {module}" for module in _MODULES),
-        "sys.setrecursionlimit(50000)",
-        "",
-    ]
-)
 
 
 def json_tests(
@@ -194,48 +182,24 @@ def _begins_well(packed: str) -> None:
 
 
 def taco(record: Record, benchmark: Benchmark) -> Doc:
-    """TACO: a program that reads stdin, or a function where ``fn_name`` names one.
-
-    A value that a function must return stands in a list of its own in most rows, and not in
-    others: where all outputs of a problem are lists of one, that one is meant.
-    """
+    """TACO: a program that reads stdin, or a function where ``fn_name`` names one."""
     try:
-        tests = json.loads(record["tests"] or "{}")
-        pairs = list(zip(tests.get("inputs", []), tests.get("outputs", []), strict=True))
-    except (ValueError, AttributeError, TypeError) as error:
-        raise LeftOut("tests that cannot be read") from error
-    if not pairs:
-        raise LeftOut("no tests")
+        tests = read_apps(record["tests"])
+    except UserError as reason:
+        raise LeftOut(str(reason)) from reason
     if not record["problem"]:
         raise LeftOut("no question")
-    function = tests.get("fn_name") or None
-    cases: tuple[Case, ...]
-    if function:
-        single = all(isinstance(output, list) and len(output) == 1 for _, output in pairs)
-        cases = tuple(
-            (
-                arguments if isinstance(arguments, list) else [arguments],
-                output[0] if single else output,
-            )
-            for arguments, output in pairs
-        )
-    else:
-        cases = tuple((_lines(given), _lines(printed)) for given, printed in pairs)
     return {
-        "prompt": _ask(benchmark, str(record["problem"]), record["starter"], function),
+        "prompt": _ask(benchmark, str(record["problem"]), record["starter"], tests.entry_point),
         "reference": "",
         "tests": json_tests(
-            "call" if function else "stdin",
+            tests.kind,
             benchmark,
-            cases=cases,
-            entry_point=function or "",
+            cases=tests.cases,
+            entry_point=tests.entry_point,
             setup=IMPORTS,
         ),
     }
-
-
-def _lines(text: str | list[str]) -> str:
-    return text if isinstance(text, str) else "\n".join(map(str, text))
 
 
 def codeforces(record: Record, benchmark: Benchmark) -> Doc:

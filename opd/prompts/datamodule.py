@@ -7,6 +7,7 @@ nothing, with any number of devices and any batch size.
 
 from __future__ import annotations
 
+import bisect
 import functools
 import hashlib
 import logging
@@ -25,9 +26,10 @@ from transformers import PreTrainedTokenizerBase
 
 from opd.errors import UserError
 from opd.models import load_tokenizer
-from opd.prompts.format import PromptFormat, pad_token_id, tokenize_rows
+from opd.prompts.format import PromptFormat, pad_token_id, tokenize_rows, value_of
 from opd.prompts.prompt import Prompt, PromptBatch
-from opd.prompts.sources import Row, is_of_the_hub, read_rows
+from opd.prompts.sources import Row, choose, columns, is_of_the_hub, read_rows
+from opd.prompts.where import check_where, matching
 from opd.randomness import derive_seed
 
 log = logging.getLogger(__name__)
@@ -137,9 +139,11 @@ class PromptLoader:
 
 @dataclass(frozen=True)
 class _Rows:
-    """The rows of a source, and what messages and metrics call it."""
+    """The rows of a source that count, and what messages and metrics call it."""
 
-    rows: list[Row]
+    rows: Sequence[Row]
+    numbers: Sequence[int]  # of these rows in the source
+    count: int  # rows of the source
     source: str
     unit: str
     data_set: str | None
@@ -159,6 +163,9 @@ class PromptDataModule(LightningDataModule):
         validation_limit: Validate on the first so many prompts of each data set only. None: on all.
         max_prompt_tokens: Longest prompt in tokens.
         overlong: Longer prompts are dropped and counted, or end the run with an error.
+        where: Take only the rows of each source whose fields have these values, for example
+            ``{ability: code}``, ``{level: [4, 5]}`` or ``{difficulty: '>= 6'}``; fields may be
+            nested, as those of the format. None: all rows.
         format: Field names and chat template options.
         name: Configuration of data sets of the hub; or a mapping from the id to it, where they
             have different ones.
@@ -179,6 +186,7 @@ class PromptDataModule(LightningDataModule):
         validation_limit: int | None = None,
         max_prompt_tokens: int = 2048,
         overlong: Literal["drop", "error"] = "drop",
+        where: dict[str, Any] | None = None,
         format: PromptFormat = PromptFormat(),  # noqa: A002, B008 - the YAML key; frozen
         name: str | dict[str, str] | None = None,
         revision: str | dict[str, str] | None = None,
@@ -200,6 +208,7 @@ class PromptDataModule(LightningDataModule):
                 f"data.validation_limit must be at least 1, got {validation_limit}; null is all "
                 "prompts, and data.validation null is no validation"
             )
+        check_where(where)
         self.train = train
         self.validation = validation
         self._train = _by_name("train", train)
@@ -210,6 +219,7 @@ class PromptDataModule(LightningDataModule):
         self.validation_limit = validation_limit
         self.max_prompt_tokens = max_prompt_tokens
         self.overlong = overlong
+        self.where = where
         self.format = format
         self.train_split = train_split
         self.validation_split = validation_split
@@ -284,7 +294,11 @@ class PromptDataModule(LightningDataModule):
         for data_set, source in sources.items():
             name, revision = self._names.get(source), self._revisions.get(source)
             rows, unit = read_rows(source, split, name=name, revision=revision)
-            parts.append(_Rows(rows, source, unit, data_set))
+            numbers: Sequence[int] = range(len(rows))
+            if self.where:
+                numbers = matching(rows, self.where, source)
+            kept = choose(rows, numbers) if len(numbers) < len(rows) else rows
+            parts.append(_Rows(kept, numbers, len(rows), source, unit, data_set))
         return parts
 
     def _tokenize(
@@ -295,23 +309,32 @@ class PromptDataModule(LightningDataModule):
         first_row = 0
         for part in parts:
             tokenized = tokenize_rows(
-                part.rows,
+                self._narrow(part.rows),
                 tokenizer,
                 self.format,
                 source=part.source,
                 unit=part.unit,
                 data_set=part.data_set,
                 first_row=first_row,
+                numbers=part.numbers,
             )
             kept = self._short(tokenized, part.source)[:limit]
             count = Counter[str | None]()
             for prompt in kept:
                 count[prompt.teacher] += 1
                 if count[prompt.teacher] <= EXAMPLES:
-                    self.examples.append((prompt, part.rows[prompt.row - first_row]))
+                    place = bisect.bisect_left(part.numbers, prompt.row - first_row)
+                    self.examples.append((prompt, part.rows[place]))
             prompts += kept
-            first_row += len(part.rows)
+            first_row += part.count
         return prompts
+
+    def _narrow(self, rows: Sequence[Row]) -> Sequence[Row]:
+        """Read only what is needed, if rows have what is needed most: else a message says all."""
+        asked = (self.format.messages_field, self.format.prompt_field)
+        if all(value_of(rows[0], field) is None for field in asked):
+            return rows
+        return columns(rows, [*asked, self.format.answer_field, self.format.teacher_field])
 
     def _short(self, prompts: Sequence[Prompt], source: str) -> Sequence[Prompt]:
         kept = [p for p in prompts if len(p.token_ids) <= self.max_prompt_tokens]

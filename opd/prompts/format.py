@@ -23,6 +23,7 @@ Turn = dict[str, Any]
 SYSTEM = ("system", "developer")
 ROLES = (*SYSTEM, "user", "assistant", "tool")  # others must be named by the template
 PROBE = "PROBE"
+PROMPT = "{prompt}"
 SHORTEST_MARKER = 3  # characters; what is shorter than that stands in ordinary text too
 WRITE_LIST = "write it as a JSON list of {role, content}, without quotes around it"
 CHAT = "must be a non-empty list of objects with a 'role' and a 'content'"
@@ -42,7 +43,7 @@ KINDS = {
 
 @dataclass(frozen=True)
 class PromptFormat:
-    """How a row becomes token ids.
+    r"""How a row becomes token ids.
 
     A field may be nested: ``reward_model.ground_truth`` is the field ``ground_truth`` of the object
     in ``reward_model``, unless a row has a field with the whole name.
@@ -55,7 +56,10 @@ class PromptFormat:
         last_assistant: A chat that ends with turns of the assistant, as conversations do. ``drop``:
             they are left out, and the student answers what came before. ``refuse``: it ends the run
             with an error. ``continue``: the student goes on with the last one.
+        system_turns: What becomes of the rows' own system turns: ``keep`` or ``drop``.
         system_prompt: System message put before prompts that have none.
+        prompt_template: What the student is asked, where {prompt} stands for the prompt or for a
+            chat's last turn of the user. For example: "{prompt} Answer in \\boxed{}."
         chat_template: Render plain-text prompts as a user message where the tokenizer has a chat
             template. Set to false for base models that are prompted with plain text.
         chat_template_kwargs: Passed to the chat template, for example {enable_thinking: false}.
@@ -66,9 +70,18 @@ class PromptFormat:
     answer_field: str = "answer"
     teacher_field: str = "teacher"
     last_assistant: Literal["drop", "refuse", "continue"] = "drop"
+    system_turns: Literal["keep", "drop"] = "keep"
     system_prompt: str | None = None
+    prompt_template: str = "{prompt}"
     chat_template: bool = True
     chat_template_kwargs: dict[str, Any] | None = None
+
+    def __post_init__(self) -> None:
+        if PROMPT not in self.prompt_template:
+            raise UserError(
+                f"data.format.prompt_template must hold {PROMPT}, which stands for what a row "
+                f"asks; it is {self.prompt_template[:60]!r}"
+            )
 
     def check_fields(self, rows: Iterable[Row], sources: str) -> None:
         """Make sure that fields which the user names are there.
@@ -99,7 +112,7 @@ class PromptFormat:
         Raises:
             UserError: The row has no usable prompt; ``where`` names it.
         """
-        prompt = self._read(row, where)
+        prompt = self._asked(self._read(row, where), where)
         template = tokenizer.chat_template
         if isinstance(prompt, str) and (template is None or not self.chat_template):
             for name in ("system_prompt", "chat_template_kwargs"):
@@ -149,7 +162,23 @@ class PromptFormat:
             if not isinstance(turn.get("role"), str) or not ("content" in turn or tools):
                 raise UserError(f"{must}; turn {i} has {sorted(turn)}")
         turns = [_turn(turn, f"{where}: turn {i} of {name!r}") for i, turn in enumerate(value, 1)]
+        if self.system_turns == "drop":
+            turns = [turn for turn in turns if turn["role"] not in SYSTEM]
+            if not turns:
+                raise UserError(f"{where}: {name!r} has only system turns, which are dropped")
         return self._ending(turns, f"{where}: {name!r}")
+
+    def _asked(self, prompt: str | list[Turn], where: str) -> str | list[Turn]:
+        """Put what a row asks into the prompt template."""
+        if self.prompt_template == PROMPT:
+            return prompt
+        if isinstance(prompt, str):
+            return self.prompt_template.replace(PROMPT, prompt)
+        last = max((i for i, turn in enumerate(prompt) if turn["role"] == "user"), default=None)
+        if last is None:
+            raise UserError(f"{where}: has no turn of the user for data.format.prompt_template")
+        content = self.prompt_template.replace(PROMPT, prompt[last]["content"])
+        return [*prompt[:last], {**prompt[last], "content": content}, *prompt[last + 1 :]]
 
     def _ending(self, turns: list[Turn], where: str) -> list[Turn]:
         """Do what is to be done about last turns of the assistant."""
@@ -323,6 +352,7 @@ def tokenize_rows(
     unit: str = "row",
     data_set: str | None = None,
     first_row: int = 0,
+    numbers: Sequence[int] | None = None,
 ) -> list[Prompt]:
     """Render and tokenize rows.
 
@@ -334,12 +364,14 @@ def tokenize_rows(
         unit: What a row is called in messages; ``line`` counts from 1, all else from 0.
         data_set: Name of the data set, if it has one.
         first_row: Number of the first row, where there are several data sets.
+        numbers: Numbers of the rows in their source. None: 0, 1, 2, ...
 
     Raises:
         UserError: A row has no usable prompt, or a field of the wrong type.
     """
     first = 1 if unit == "line" else 0
-    where = [f"{source} {unit} {i + first}" for i in range(len(rows))]
+    numbers = range(len(rows)) if numbers is None else numbers
+    where = [f"{source} {unit} {number + first}" for number in numbers]
     rendered = [fmt.render(row, w, tokenizer) for row, w in zip(rows, where, strict=True)]
     fmt.check_template(rendered, where, tokenizer)
     ids = encode(rendered, tokenizer)
@@ -353,7 +385,7 @@ def tokenize_rows(
         if not ids[i]:
             raise UserError(f"{where[i]}: the prompt is empty after tokenization")
         prompts.append(
-            Prompt(first_row + i, tuple(ids[i]), answer, teacher, data_set, where=where[i])
+            Prompt(first_row + numbers[i], tuple(ids[i]), answer, teacher, data_set, where=where[i])
         )
     return prompts
 

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from opd.embedded import arithmetic
 from opd.errors import UserError
@@ -18,8 +18,8 @@ MAX_DIGITS = 4300  # of a number that Python reads
 
 def read_rows(
     source: str, split: str, *, name: str | None = None, revision: str | None = None
-) -> tuple[list[Row], str]:
-    """Read all rows of a prompt source.
+) -> tuple[Sequence[Row], str]:
+    """Read all rows of a prompt source; those of a hub data set stay on disk until they are needed.
 
     Args:
         source: ``embedded:train``, ``embedded:test``, a .jsonl or .parquet file, a hub id, or a
@@ -40,16 +40,35 @@ def read_rows(
         if embedded not in arithmetic.PROMPTS:
             known = ", ".join(f"embedded:{known}" for known in arithmetic.PROMPTS)
             raise UserError(f"{source}: the embedded prompts are {known}")
-        rows: list[Row] = list(arithmetic.rows(embedded))
+        rows: Sequence[Row] = list(arithmetic.rows(embedded))
     elif is_of_the_hub(source):
         rows = _read_hub(source, split, name, revision)
     elif source.endswith(".parquet"):
         rows = _read_parquet(_path(source))
     else:
         rows, unit = _read_jsonl(_path(source)), "line"
-    if not rows:
+    if not len(rows):
         raise UserError(f"{source}: holds no prompts")
     return rows, unit
+
+
+def choose(rows: Sequence[Row], numbers: Sequence[int]) -> Sequence[Row]:
+    """Return some rows; those of a hub data set stay on disk."""
+    import datasets
+
+    if isinstance(rows, datasets.Dataset):
+        return cast(Sequence[Row], rows.select(numbers))
+    return [rows[number] for number in numbers]
+
+
+def columns(rows: Sequence[Row], fields: Iterable[str]) -> Sequence[Row]:
+    """Leave out columns of a hub data set that hold none of these fields: they may be large."""
+    import datasets
+
+    if not isinstance(rows, datasets.Dataset):
+        return rows
+    needed = {name for field in fields for name in (field, field.split(".")[0])}
+    return cast(Sequence[Row], rows.select_columns(sorted(needed & set(rows.column_names))))
 
 
 def is_of_the_hub(source: str) -> bool:
@@ -140,7 +159,7 @@ def _read_parquet(path: Path) -> list[Row]:
     return [dict(zip(columns, row, strict=True)) for row in zip(*columns.values(), strict=True)]
 
 
-def _read_hub(source: str, split: str, name: str | None, revision: str | None) -> list[Row]:
+def _read_hub(source: str, split: str, name: str | None, revision: str | None) -> Sequence[Row]:
     import datasets
 
     path = _path(source)
@@ -155,7 +174,8 @@ def _read_hub(source: str, split: str, name: str | None, revision: str | None) -
     silent = None if path.is_dir() else hub.unreachable(source, revision, "dataset")
     try:
         with cache_only() if silent else nullcontext():
-            return list(datasets.load_dataset(source, name, split=split, revision=revision))
+            loaded = datasets.load_dataset(source, name, split=split, revision=revision)
+            return cast(Sequence[Row], loaded)
     except Exception as error:  # the hub client raises dozens of unrelated types
         if silent is None and (there_is := _available(source, split, name, revision)):
             raise UserError(f"{source}: {there_is}") from error

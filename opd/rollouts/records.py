@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from opd.answers import AnswerVerifier
+from opd.answers import Verifier
 from opd.rollouts.rollouts import Rollouts
 
 
@@ -46,15 +46,14 @@ def rollout_records(
         }
 
 
-def verify(
-    rollouts: Rollouts, tokenizer: PreTrainedTokenizerBase, verifier: AnswerVerifier
-) -> Tensor:
+def verify(rollouts: Rollouts, tokenizer: PreTrainedTokenizerBase, verifier: Verifier) -> Tensor:
     """Check the answers of the prompts that have one: 1 right, 0 wrong, float64."""
     ids, lengths = rollouts.completion_ids.tolist(), rollouts.lengths.tolist()
-    verdicts = []
+    completions, answers = [], []
     for i, prompt in enumerate(rollouts.prompts.prompts):
         if prompt.answer is not None:
             text = tokenizer.decode(ids[i][: lengths[i]], skip_special_tokens=True)
             assert isinstance(text, str)
-            verdicts.append(float(verifier(text, prompt.answer)))
-    return torch.tensor(verdicts, dtype=torch.float64)
+            completions.append(text)
+            answers.append(prompt.answer)
+    return torch.tensor(verifier.verify(completions, answers), dtype=torch.float64)
