@@ -211,7 +211,6 @@ MUTANTS = [
     prompt_data('state["epoch"], state["prompts"]', 'self.epoch, state["prompts"]'),
     prompt_data('state["position"] * self.batch_size', 'state["position"]'),
     prompt_data("[len(prompt.token_ids), *prompt.token_ids]", "[*prompt.token_ids]"),
-    prompt_data("first_row += len(part.rows)", "first_row += 0"),
     prompt_data(
         "self._short(tokenized, part.source)[:limit]", "self._short(tokenized, part.source)"
     ),
