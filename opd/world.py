@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from typing import TypeVar
+from typing import TYPE_CHECKING, TypeVar
 
 import torch
-from lightning.pytorch.strategies import Strategy
 from torch import Tensor
 
 from opd import sharding
+
+if TYPE_CHECKING:
+    from lightning.pytorch.strategies import Strategy
 
 T = TypeVar("T")
 

@@ -304,7 +304,7 @@ def test_commands_work_from_any_directory(tmp_path):
     options = ["--tasks", "arithmetic", "--limit", "8", "--output", "out"]
     subprocess.run([*command, *options], cwd=tmp_path, check=True, capture_output=True)
     results = json.loads((tmp_path / "out" / "results.json").read_text())
-    assert results["problems"] == {"arithmetic": 8}
+    assert results["n-samples"]["arithmetic"]["effective"] == 8
 
 
 def test_predict_writes_completions_with_teacher_scores(tmp_path):

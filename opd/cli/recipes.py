@@ -15,7 +15,8 @@ from jsonargparse import ActionConfigFile  # type: ignore[attr-defined]  # lazil
 from opd.errors import UserError
 
 CONFIGS = Path(__file__).parents[2] / "configs"
-KINDS = ("study", "eval")  # folders of names that `opd study` and `opd evaluate --suite` take alone
+SUITES = "eval"
+KINDS = ("study", SUITES)  # folders of names that `opd study` and `opd evaluate --suite` take alone
 LITERAL = "{:\n"  # of these a name has none, and YAML written out has one
 
 
@@ -35,7 +36,7 @@ def find(text: str, option: str = "--config", *, kind: str = "") -> str:
     Args:
         text: Path of a file, or name of one in configs/.
         option: What it was given for, for messages.
-        kind: What it is to be: one of KINDS, whose names may go without it; or a recipe.
+        kind: What it is to be: one of KINDS, or a recipe.
 
     Returns:
         Path of the file.
@@ -46,7 +47,8 @@ def find(text: str, option: str = "--config", *, kind: str = "") -> str:
     if Path(text).expanduser().is_file():
         return str(Path(text).expanduser())
     known = names(kind)
-    for name in (text, f"{kind}/{text}"):
+    suites = [f"{SUITES}/{text}"] if kind == SUITES else []  # a suite's name needs no folder
+    for name in (text, *suites):
         if name in known:
             return str(CONFIGS / f"{name}.yaml")
     name = text.removeprefix("configs/").removesuffix(".yaml")

@@ -7,7 +7,6 @@ from collections.abc import Sequence
 from typing import Any, cast
 
 import torch
-from lightning.pytorch.utilities import rank_zero_info
 from torch import FloatTensor, LongTensor, Tensor
 from transformers import (
     GenerationConfig,
@@ -66,6 +65,8 @@ class _Sampling(LogitsProcessor):
 
     def _report(self, completions: int) -> None:
         if time.monotonic() > self.next_report:
+            from lightning.pytorch.utilities import rank_zero_info  # `opd evaluate` does without
+
             self.next_report = time.monotonic() + self.progress_seconds
             done, limit = len(self.logprobs), self.sampler.max_new_tokens
             rank_zero_info(f"rollout: token {done} of at most {limit}, {completions} completions")
