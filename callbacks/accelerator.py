@@ -20,6 +20,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from torch.nn.parallel import DistributedDataParallel
 
 from opd import extrapolation, memory
+from opd.compatibility import callbacks_of
 from opd.errors import UserError
 from opd.ledger import Ledger
 from opd.log_once import log_once
@@ -98,8 +99,7 @@ class Accelerator(Callback, ABC):
         Raises:
             UserError: Another accelerator would move the same weights.
         """
-        callbacks: list[Callback] = trainer.callbacks  # type: ignore[attr-defined]  # by a connector
-        names = [type(c).__name__ for c in callbacks if isinstance(c, Accelerator)]
+        names = [type(c).__name__ for c in callbacks_of(trainer) if isinstance(c, Accelerator)]
         if len(names) > 1:
             raise UserError(
                 f"trainer.callbacks: {' and '.join(names)} would both move the weights, each "
@@ -155,8 +155,7 @@ class Accelerator(Callback, ABC):
     ) -> None:
         if not self.due(trainer.global_step):
             return
-        callbacks: list[Callback] = trainer.callbacks  # type: ignore[attr-defined]  # by a connector
-        watching = [c for c in callbacks if isinstance(c, WatchesAccelerators)]
+        watching = [c for c in callbacks_of(trainer) if isinstance(c, WatchesAccelerators)]
         for callback in watching:
             callback.before_acceleration(trainer, pl_module)
         start, world = time.perf_counter(), World(trainer.strategy)

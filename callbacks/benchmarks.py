@@ -8,6 +8,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 
 from callbacks.accelerator import Accelerator, WatchesAccelerators
 from opd import extrapolation
+from opd.compatibility import callbacks_of
 from opd.errors import UserError
 from opd.log_once import log_once
 from opd.module import OPDModule
@@ -106,8 +107,7 @@ class Benchmarks(Callback, WatchesAccelerators):
         batch_idx: int,
     ) -> None:
         t = trainer.global_step
-        callbacks: list[Callback] = trainer.callbacks  # type: ignore[attr-defined]  # by a connector
-        searched = any(isinstance(c, Accelerator) and c.due(t) for c in callbacks)
+        searched = any(isinstance(c, Accelerator) and c.due(t) for c in callbacks_of(trainer))
         if self.around_searches and searched:
             return  # has been done
         if self.due(t) or t == trainer.max_steps:

@@ -12,6 +12,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 
 from callbacks.accelerator import Accelerator
 from callbacks.earlier_run import refuse_to_replace
+from opd.compatibility import callbacks_of
 
 PACKAGES = ("opd", "lightning", "torch", "transformers", "lm-eval")
 
@@ -70,7 +71,7 @@ class RunSummary(Callback):
             return
         ledger = getattr(pl_module, "ledger", None)
         costs = ledger.metrics() if ledger is not None else {}
-        searches = [c.history for c in _callbacks(trainer) if isinstance(c, Accelerator)]
+        searches = [c.history for c in callbacks_of(trainer) if isinstance(c, Accelerator)]
         summary = {
             "steps": trainer.global_step,
             "seed": getattr(pl_module, "seed", None),
@@ -94,8 +95,3 @@ class RunSummary(Callback):
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self.initial, self.final = state_dict["initial"], state_dict["final"]
-
-
-def _callbacks(trainer: Trainer) -> list[Callback]:
-    callbacks: list[Callback] = trainer.callbacks  # type: ignore[attr-defined]  # set by a connector
-    return callbacks

@@ -27,6 +27,12 @@ REFUSED: dict[type[lightning.Callback], str] = {
 LOGGED = ("val", "opd", "rollout", "optim")  # prefixes of metrics that this package alone logs
 
 
+def callbacks_of(trainer: Trainer) -> list[lightning.Callback]:
+    """Return a trainer's callbacks, which a connector sets and its class does not declare."""
+    callbacks: list[lightning.Callback] = trainer.callbacks  # type: ignore[attr-defined]
+    return callbacks
+
+
 def check_trainer(trainer: Trainer) -> None:
     """Refuse what would do nothing, or harm, before anything is loaded.
 
@@ -43,7 +49,7 @@ def check_trainer(trainer: Trainer) -> None:
             f"trainer.gradient_clip_val {trainer.gradient_clip_val}: gradients are clipped to "
             "model.max_grad_norm; set that"
         )
-    for callback in trainer.callbacks:  # type: ignore[attr-defined]  # set by a connector
+    for callback in callbacks_of(trainer):
         for refused, reason in REFUSED.items():
             if isinstance(callback, refused):
                 raise UserError(f"trainer.callbacks: {type(callback).__name__}: {reason}")
@@ -65,7 +71,7 @@ def check_monitors(trainer: Trainer, logged: Iterable[str]) -> None:
         UserError: A callback's ``monitor`` is none of them, but looks like one.
     """
     names = sorted(set(logged))
-    for callback in trainer.callbacks:  # type: ignore[attr-defined]
+    for callback in callbacks_of(trainer):
         monitor = getattr(callback, "monitor", None)
         if isinstance(monitor, str) and monitor not in names and monitor.startswith(_prefixes()):
             near = [name for name in names if name.partition("/")[0] == monitor.partition("/")[0]]

@@ -356,7 +356,7 @@ class OPDModule(LightningModule):
             raise UserError(
                 f"OPDModule is trained on prompts of a PromptDataModule, not on {type(batch)}"
             )
-        callbacks = self.trainer.callbacks  # type: ignore[attr-defined]  # set by a connector
+        callbacks = compatibility.callbacks_of(self.trainer)
         t = self.global_step + 1
         asked = StepRequest.merged(
             c.step_request(t) for c in callbacks if isinstance(c, RequestsSteps)

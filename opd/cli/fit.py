@@ -26,6 +26,7 @@ from lightning.pytorch.loggers import Logger, TensorBoardLogger
 from callbacks import RunCheckpoint, RunSummary, SampleWriter
 from opd import checkpoints
 from opd.cli import explain, ranks, recipes, run_folder
+from opd.compatibility import callbacks_of
 from opd.errors import UserError
 from opd.metrics_csv import MetricsCSV
 from opd.module import OPDModule
@@ -241,7 +242,7 @@ class OPDCLI(LightningCLI):
                     f"trainer.callbacks: {twice[1]} is there twice; keep one"
                 ) from error
             raise
-        for callback in trainer.callbacks:  # type: ignore[attr-defined]  # set by a connector
+        for callback in callbacks_of(trainer):
             if isinstance(callback, RunSummary | SampleWriter):
                 callback.overwrite = True  # what may go, the run folder decides
         return trainer
@@ -252,7 +253,7 @@ class OPDCLI(LightningCLI):
         Raises:
             UserError: Lightning refuses an option, which it does with errors of all types.
         """
-        callbacks = self.trainer.callbacks  # type: ignore[attr-defined]  # set by a connector
+        callbacks = callbacks_of(self.trainer)
         start = next((c for c in callbacks if isinstance(c, RunStart)), None)
         try:
             super()._run_subcommand(subcommand)
