@@ -72,6 +72,7 @@ class Benchmarks(Callback, WatchesAccelerators):
         self.max_new_tokens = max_new_tokens
         self.batch_size = batch_size
         self.allow_code_execution = allow_code_execution
+        self._loaded: dict[str, Any] = {}  # the tasks, once their problems have been read
 
     def due(self, t: int) -> bool:
         """Whether to evaluate after step t."""
@@ -88,7 +89,7 @@ class Benchmarks(Callback, WatchesAccelerators):
             raise UserError("callbacks.Benchmarks needs opd's module; use opd evaluate")
         from eval.harness import load_tasks  # loads lm-eval: only when it is used
 
-        load_tasks(self.tasks, self._settings(pl_module))
+        self._loaded = load_tasks(self.tasks, self._settings(pl_module))
 
     def before_acceleration(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if self.around_searches:
@@ -124,7 +125,7 @@ class Benchmarks(Callback, WatchesAccelerators):
             results = evaluate_model(
                 pl_module.student,
                 pl_module.tokenizer,
-                self.tasks,
+                self._loaded,
                 pl_module.engine,
                 self._settings(pl_module),
                 completions=Completions(rank=world.rank, world_size=world.size),

@@ -145,16 +145,20 @@ class EngineLM(LM):
         how: object,
     ) -> list[Item]:
         """List the completions that are wanted: of each request as many as it is repeated."""
+        digests = {
+            text: hashlib.sha256(
+                repr((self.identity, how, prompt, self.seed)).encode()
+            ).hexdigest()[:16]
+            for text, prompt in prompts.items()
+        }
         copies = Counter[int]()
         items = []
         for request in requests:
-            problem, prompt = int(request.doc_id or 0), prompts[str(request.args[0])]
+            problem, text = int(request.doc_id or 0), str(request.args[0])
             copy = copies[problem]
             copies[problem] += 1
-            depends_on = (self.identity, how, prompt, self.seed)
-            digest = hashlib.sha256(repr(depends_on).encode()).hexdigest()[:16]
             seed = derive_seed(self.seed, "evaluate", task, problem, copy)
-            items.append(Item((problem, copy, digest), prompt, seed, request))
+            items.append(Item((problem, copy, digests[text]), prompts[text], seed, request))
         return items
 
     def _sampler(self, task: str, options: Mapping[str, Any], longest: int) -> Sampler:

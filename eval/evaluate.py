@@ -27,7 +27,7 @@ from eval.benchmarks.scoring import verdict_of
 from eval.compare import compare_results
 from eval.completions import Completions
 from eval.files import make_folder, write_files
-from eval.harness import Settings, check_tasks, evaluate_model
+from eval.harness import Settings, check_tasks, evaluate_model, load_tasks
 from eval.tables import results_table
 from opd.cli import ranks, recipes, run_folder
 from opd.errors import UserError
@@ -162,8 +162,9 @@ def evaluate(
         )
         if rank == 0:
             config = {**told, "seconds": round(time.perf_counter() - start, 1)}
-            _write(folder, results, config)
-            print(results_table(results, config), end="")
+            table = results_table(results, config)
+            _write(folder, results, config, table)
+            print(table, end="")
     finally:
         if lock is not None:
             os.close(lock)
@@ -183,7 +184,7 @@ def _results(
         return evaluate_model(
             model,
             tokenizer,
-            tasks,
+            load_tasks(tasks, settings),
             engine,
             settings,
             completions=completions,
@@ -315,7 +316,9 @@ def _join(folder: Path | None) -> tuple[int, int]:
     return torch.distributed.get_rank(), torch.distributed.get_world_size()
 
 
-def _write(folder: Path | None, results: Mapping[str, Any], config: Mapping[str, Any]) -> None:
+def _write(
+    folder: Path | None, results: Mapping[str, Any], config: Mapping[str, Any], table: str
+) -> None:
     """Write results and samples, all or nothing."""
     if folder is None:
         return
@@ -328,7 +331,7 @@ def _write(folder: Path | None, results: Mapping[str, Any], config: Mapping[str,
     kept = {name: value for name, value in results.items() if name != "samples"}
     layout = {**kept, "config": dict(config), "date": time.time()}
     contents[folder / "results.json"] = json.dumps(layout, indent=2, default=str) + "\n"
-    contents[folder / "results.md"] = results_table(results, config)
+    contents[folder / "results.md"] = table
     write_files(contents)
 
 

@@ -95,7 +95,7 @@ def _at_most(high: int | None) -> str:
 def evaluate_model(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
-    tasks: Sequence[str],
+    tasks: Mapping[str, Any],
     engine: RolloutEngine,
     settings: Settings,
     *,
@@ -110,7 +110,7 @@ def evaluate_model(
     Args:
         model: Causal language model.
         tokenizer: Its tokenizer.
-        tasks: Names of lm-eval tasks.
+        tasks: What :func:`load_tasks` returns; may be used again.
         engine: Started with the model; samples for the tasks of tasks/.
         settings: What is asked beyond what tasks say.
         completions: What has been generated before; None: nothing.
@@ -122,16 +122,14 @@ def evaluate_model(
         other processes than the first.
 
     Raises:
-        UserError: A task is unknown, scores only the first of several samples, cannot be loaded, or
-            would run programs without leave.
+        UserError: A prompt does not fit the model, or programs cannot be confined.
     """
-    loaded = load_tasks(tasks, settings)
     templated = settings.chat_template and tokenizer.chat_template is not None
     lm = EngineLM(
         model,
         tokenizer,
         engine,
-        scorers(loaded),
+        scorers(tasks),
         completions or Completions(),
         identity=identity,
         batch_size=settings.batch_size,
@@ -145,7 +143,7 @@ def evaluate_model(
         with _quiet():
             results = run_tasks(
                 lm,
-                {"tasks": loaded, "groups": {}, "group_map": {}},
+                {"tasks": dict(tasks), "groups": {}, "group_map": {}},
                 limit=settings.limit,
                 system_instruction=settings.system_prompt,
                 apply_chat_template=templated,
@@ -255,8 +253,14 @@ def scorers(loaded: Mapping[str, Any]) -> dict[str, Scorer]:
         UserError: Programs are to be run, and cannot be confined.
     """
     own = {name: benchmarks()[name] for name in loaded if name in benchmarks()}
-    sandbox = None
-    if any(benchmark.scorer == "code" for benchmark in own.values()):
-        sandbox = Sandbox()
-        log.warning("programs of the model are run: %s", sandbox.confinement)
+    runs_programs = any(benchmark.scorer == "code" for benchmark in own.values())
+    sandbox = _sandbox() if runs_programs else None
     return {name: scorer_of(benchmark, sandbox) for name, benchmark in own.items()}
+
+
+@functools.cache
+def _sandbox() -> Sandbox:
+    """Confine programs, and say how, once per process."""
+    sandbox = Sandbox()
+    log.warning("programs of the model are run: %s", sandbox.confinement)
+    return sandbox

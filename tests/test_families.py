@@ -172,5 +172,7 @@ def test_training_predict_and_lm_eval_see_the_same_token_ids(
         return generate(self, context, max_length, stop, **kwargs)
 
     monkeypatch.setattr(HFLM, "_model_generate", spy)
-    harness.evaluate_model(model, tokenizer, ["sums"], TransformersEngine(), harness.Settings())
+    settings = harness.Settings()
+    loaded = harness.load_tasks(["sums"], settings)
+    harness.evaluate_model(model, tokenizer, loaded, TransformersEngine(), settings)
     assert sorted(seen) == sorted(training)

@@ -13,7 +13,7 @@ import pytest
 from benchmark_rows import MAKERS
 from conftest import ROOT, assert_same, launch_environment, load, run_ranks, student_of
 
-from eval.benchmarks import benchmarks, tasks
+from eval.benchmarks import benchmarks, load_rows, tasks
 from eval.evaluate import read_suite
 from eval.figures import bench_curves
 from eval.runs import read_run
@@ -321,3 +321,10 @@ def test_a_folder_of_the_users_has_tasks_too(tmp_path, monkeypatch):
     assert main([*command, *options]) == 0
     found = json.loads((tmp_path / "out" / "results.json").read_text())["results"]
     assert list(found) == ["sums", "arithmetic"]
+
+
+def test_problems_are_read_once_in_a_run(fit, monkeypatch):
+    read = []
+    monkeypatch.setattr(tasks, "load_rows", lambda *args: read.append(args) or load_rows(*args))
+    fit("run", *BENCHMARKS, "--trainer.callbacks.every_n_steps=1", steps=3)
+    assert len(read) == 1

@@ -65,7 +65,11 @@ def test_metrics_of_keeps_scores_and_drops_the_rest():
 
 def test_the_table_has_a_row_per_task_with_its_error_and_interval():
     """By hand: 0, 1/2, 1/2, 1 have the mean 1/2 and the standard error 0.2041."""
-    shares = {"avg@2": [0.0, 0.5, 0.5, 1.0], "pass@2": [0.0, 1.0, 1.0, 1.0], "length": [5, 6, 7, 8]}
+    shares = {
+        **{"avg@2": [0.0, 0.5, 0.5, 1.0], "length": [5, 6, 7, 8]},
+        **{"pass@2": [0.0, 0.0, 0.0, 1.0], "pass@16": [0.0, 1.0, 1.0, 1.0], "pass@4": [0.0] * 4},
+        **{"truncated": [0.0, 0.0, 0.5, 0.5], "no_answer": [0.5, 0.0, 0.0, 0.0]},
+    }
     samples = [
         {"metrics": list(shares), **{name: values[i] for name, values in shares.items()}}
         for i in range(4)
@@ -79,6 +83,7 @@ def test_the_table_has_a_row_per_task_with_its_error_and_interval():
     cells = [cell.strip() for cell in lines[4].split("|")]
     assert cells[2:5] == ["4", "2", "0.5000 ± 0.2041"]
     assert cells[6:9] == ["0.7500 ± 0.2500", "", "6"]  # no answers were compared: no maj
+    assert cells[9:11] == ["25.0%", "12.5%"]
     assert "| other | acc (none) | 0.2500 | 0.1000 |" in lines
     assert "seed 3" in lines[-1]
     assert "limit 4" in lines[-1]
@@ -135,7 +140,9 @@ GREEDY_TRAPS = {
 def answers_of(model, tokenizer) -> list:
     engine = TransformersEngine()
     engine.start(model, Weights(model), tokenizer)
-    results = evaluate_model(model, tokenizer, ["arithmetic"], engine, Settings(limit=16))
+    settings = Settings(limit=16)
+    tasks = load_tasks(["arithmetic"], settings)
+    results = evaluate_model(model, tokenizer, tasks, engine, settings)
     return [record["resps"] for record in results["samples"]["arithmetic"]]
 
 
