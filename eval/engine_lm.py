@@ -19,7 +19,6 @@ from typing import Any
 import torch
 from lm_eval.api.instance import Instance
 from lm_eval.api.model import LM
-from lm_eval.models.huggingface import HFLM
 from tqdm import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
@@ -293,7 +292,9 @@ class EngineLM(LM):
             return answer(list(requests), disable_tqdm=not self.progress)
 
     @functools.cached_property
-    def _hflm(self) -> HFLM:
+    def _hflm(self) -> Any:
+        from lm_eval.models.huggingface import HFLM  # takes a while, and our tasks do without
+
         return HFLM(
             pretrained=self.model,
             tokenizer=self.tokenizer,
