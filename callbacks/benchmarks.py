@@ -115,20 +115,23 @@ class Benchmarks(Callback, WatchesAccelerators):
             self._evaluate(trainer, pl_module)
 
     def _evaluate(self, trainer: Trainer, pl_module: LightningModule, suffix: str = "") -> None:
-        from eval.completions import Completions
         from eval.harness import evaluate_model
+        from eval.kept import Kept
         from eval.runs import metrics_of
 
         assert isinstance(pl_module, OPDModule)
         world = pl_module.world
+        kept = Kept(rank=world.rank, world_size=world.size)
         with gathered(pl_module.student), trainer.precision_plugin.train_step_context():
-            results = evaluate_model(
-                pl_module.student,
-                pl_module.tokenizer,
-                self._loaded,
-                pl_module.engine,
-                self._settings(pl_module),
-                completions=Completions(rank=world.rank, world_size=world.size),
+            results = world.together(  # only the first judges; if it fails, none may wait for it
+                lambda: evaluate_model(
+                    pl_module.student,
+                    pl_module.tokenizer,
+                    self._loaded,
+                    pl_module.engine,
+                    self._settings(pl_module),
+                    kept=kept,
+                )
             )
         scores = world.broadcast(metrics_of(results["results"]))
         named = {f"bench/{name}{suffix}": value for name, value in scores.items()}

@@ -23,7 +23,7 @@ from tqdm import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from eval.benchmarks import Completion, Scorer
-from eval.completions import Completions, Generated, Key
+from eval.kept import Generated, Kept, Key, question
 from opd.errors import UserError
 from opd.models import (
     context_length,
@@ -68,7 +68,7 @@ class EngineLM(LM):
         tokenizer: Its tokenizer.
         engine: Started with the model.
         scorers: By task: what judges completions; tasks without one are lm-eval's own.
-        completions: What has been generated before, and where to keep what is.
+        kept: What has been generated and judged before, and where to keep what is.
         identity: What tells the model from others, in the digest of a completion.
         batch_size: Completions per call of the engine.
         chat_template_kwargs: Passed to the chat template; None: prompts are plain text.
@@ -83,7 +83,7 @@ class EngineLM(LM):
         tokenizer: PreTrainedTokenizerBase,
         engine: RolloutEngine,
         scorers: Mapping[str, Scorer],
-        completions: Completions,
+        kept: Kept,
         *,
         identity: str,
         batch_size: int,
@@ -97,7 +97,7 @@ class EngineLM(LM):
         self.tokenizer = tokenizer
         self.engine = engine
         self.scorers = scorers
-        self.completions = completions
+        self.kept = kept
         self.identity = identity
         self.batch_size = batch_size
         self.chat_template_kwargs = chat_template_kwargs
@@ -198,8 +198,8 @@ class EngineLM(LM):
         for request in requests:
             by_task[str(request.task_name)].append(request)
         items = {task: self._generate(task, some) for task, some in by_task.items()}
-        self.completions.exchange(items)
-        if self.completions.rank:
+        self.kept.exchange(items)
+        if self.kept.rank:
             raise GeneratedElsewhere
         # lm-eval wants them in the order in which it has asked
         said = {task: iter(self._judged(task, some)) for task, some in items.items()}
@@ -214,10 +214,10 @@ class EngineLM(LM):
             sample = functools.partial(self._sample, sampler=sampler)
             options = asdict(sampler)
         items = self._items(task, requests, prompts, (how, options))
-        known = self.completions.of(task)
+        known = self.kept.completions(task)
         ordered = sorted(items, key=lambda item: (len(item.token_ids), item.key))
         chunks = [ordered[i : i + self.batch_size] for i in range(0, len(ordered), self.batch_size)]
-        rank, size = self.completions.rank, self.completions.world_size
+        rank, size = self.kept.rank, self.kept.world_size
         own = [[item for item in chunk if item.key not in known] for chunk in chunks[rank::size]]
         total = sum(map(len, own))
         shown = self.progress and total > 0
@@ -225,7 +225,7 @@ class EngineLM(LM):
             for chunk in filter(None, own):
                 generated = sample(chunk)
                 keys = [item.key for item in chunk]
-                self.completions.add(task, dict(zip(keys, generated, strict=True)))
+                self.kept.add_completions(task, dict(zip(keys, generated, strict=True)))
                 bar.update(len(chunk))
         return items
 
@@ -252,28 +252,40 @@ class EngineLM(LM):
 
     def _judged(self, task: str, items: Sequence[Item]) -> list[str]:
         """Return completions in the order of ``items``; those of our tasks have verdicts."""
-        known = self.completions.of(task)
+        known = self.kept.completions(task)
         generated = [known[item.key] for item in items]
         scorer = self.scorers.get(task)
         if scorer is None:
             return [one.text for one in generated]
-        questions = {  # what several copies say is judged once
-            (item.key[0], one.text): item.request.doc
-            for item, one in zip(items, generated, strict=True)
-        }
-        with ThreadPoolExecutor(self.workers) as pool:
-            texts = [text for _, text in questions]
-            judged = pool.map(scorer, texts, questions.values())
-            verdicts = dict(zip(questions, judged, strict=True))
-        return [
-            Completion(
-                one.text,
-                tokens=one.tokens,
-                truncated=one.truncated,
-                verdict=verdicts[item.key[0], one.text],
-            )
+        asked = [
+            (question(one.text, item.request.doc), one.text, item.request.doc)
             for item, one in zip(items, generated, strict=True)
         ]
+        self._judge(task, scorer, asked)
+        verdicts = self.kept.verdicts(task)
+        return [
+            Completion(
+                one.text, tokens=one.tokens, truncated=one.truncated, verdict=verdicts[digest]
+            )
+            for (digest, _, _), one in zip(asked, generated, strict=True)
+        ]
+
+    def _judge(
+        self, task: str, scorer: Scorer, asked: Sequence[tuple[str, str, Mapping[str, Any]]]
+    ) -> None:
+        """Judge what has not been: what several copies say, once."""
+        known = self.kept.verdicts(task)
+        new = {digest: (text, doc) for digest, text, doc in asked if digest not in known}
+        shown = self.progress and bool(new)
+        bar = tqdm(total=len(new), desc=f"{task}, scoring", unit="answer", disable=not shown)
+        with ThreadPoolExecutor(self.workers) as pool, bar:
+            judged = pool.map(lambda one: scorer(*one), new.values())
+            try:
+                for digest, verdict in zip(new, judged, strict=True):
+                    self.kept.add_verdict(task, digest, verdict)
+                    bar.update()
+            finally:  # upon an error or Ctrl-C: not all that were waiting
+                pool.shutdown(cancel_futures=True)
 
     # --- what only lm-eval's own tasks ask for ----------------------------------------------------
 

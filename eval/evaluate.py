@@ -8,6 +8,7 @@ samples_TASK.jsonl, one problem a line.
 
 from __future__ import annotations
 
+import contextlib
 import datetime
 import hashlib
 import json
@@ -25,9 +26,9 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from eval.benchmarks import benchmarks, use_data, use_tasks
 from eval.benchmarks.scoring import verdict_of
 from eval.compare import compare_results
-from eval.completions import Completions
-from eval.files import make_folder, write_files
+from eval.files import output_folder, write_files
 from eval.harness import Settings, check_tasks, evaluate_model, load_tasks
+from eval.kept import Kept
 from eval.tables import results_table
 from opd.cli import ranks, recipes, run_folder
 from opd.errors import UserError
@@ -142,13 +143,17 @@ def evaluate(
         "tokenizer": tokenizer,
         **{k: v for k, v in vars(settings).items() if k not in WHERE},
     }
-    folder = _output_folder(output, told, overwrite=overwrite)
-    rank, world_size = _join(folder)
-    if str(where) == "cuda" and world_size > 1:
-        where = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
-    lock = run_folder.lock(folder) if folder is not None and rank == 0 else None
     start = time.perf_counter()
-    try:
+    with contextlib.ExitStack() as exits:
+        folder = None if output is None else exits.enter_context(output_folder(output))
+        if folder is not None and not overwrite:
+            _refuse_other_results(folder, told)
+        rank, world_size = _join(folder)
+        if str(where) == "cuda" and world_size > 1:
+            where = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
+        if folder is not None and rank == 0:
+            exits.callback(os.close, run_folder.lock(folder))
+        kept = Kept(folder, rank, world_size)
         loaded = load_model(model, dtype=dtype, trust_remote_code=trust_remote_code)
         torch.nn.Module.to(loaded, where)
         results = _results(
@@ -157,17 +162,15 @@ def evaluate(
             names,
             engine or TransformersEngine(),
             settings,
-            Completions(None if folder is None else folder / "completions", rank, world_size),
+            kept,
             f"{identity} {dtype}",
         )
         if rank == 0:
             config = {**told, "seconds": round(time.perf_counter() - start, 1)}
             table = results_table(results, config)
             _write(folder, results, config, table)
+            kept.forget_verdicts()
             print(table, end="")
-    finally:
-        if lock is not None:
-            os.close(lock)
 
 
 def _results(
@@ -176,7 +179,7 @@ def _results(
     tasks: Sequence[str],
     engine: RolloutEngine,
     settings: Settings,
-    completions: Completions,
+    kept: Kept,
     identity: str,
 ) -> dict[str, Any]:
     engine.start(model, Weights(model), tokenizer)
@@ -187,9 +190,9 @@ def _results(
             load_tasks(tasks, settings),
             engine,
             settings,
-            completions=completions,
+            kept=kept,
             identity=identity,
-            progress=completions.rank == 0,
+            progress=kept.rank == 0,
         )
     finally:
         engine.stop()
@@ -275,19 +278,16 @@ def fingerprint(source: str) -> str:
     return hashlib.sha256(repr(states or source).encode()).hexdigest()[:16]
 
 
-def _output_folder(output: str | None, told: Mapping[str, Any], *, overwrite: bool) -> Path | None:
-    """Make the folder; results of the same evaluation in it are made again.
+def _refuse_other_results(folder: Path, told: Mapping[str, Any]) -> None:
+    """See that results in a folder are of the same evaluation; those are made again.
 
     Raises:
-        UserError: It cannot be written, or holds something else's results.
+        UserError: It holds something else's results.
     """
-    if output is None:
-        return None
-    folder = make_folder(output)
     earlier = [path for path in map(folder.joinpath, RESULTS) if path.exists()]
     earlier += sorted(folder.glob("samples_*.jsonl"))
-    if not earlier or overwrite:
-        return folder
+    if not earlier:
+        return
     try:
         config = json.loads((folder / "results.json").read_text("utf-8"))["config"]
         same = all(config[name] == value for name, value in told.items())
@@ -298,7 +298,6 @@ def _output_folder(output: str | None, told: Mapping[str, Any], *, overwrite: bo
             f"{earlier[0]} exists, of another evaluation; name another folder or add "
             "--overwrite true"
         )
-    return folder
 
 
 def _join(folder: Path | None) -> tuple[int, int]:

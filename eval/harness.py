@@ -17,8 +17,8 @@ from lm_eval.tasks import TaskManager
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from eval.benchmarks import Scorer, benchmarks, scorer_of, task_folders
-from eval.completions import Completions
 from eval.engine_lm import EngineLM, GeneratedElsewhere
+from eval.kept import Kept
 from opd.errors import UserError
 from opd.rewards import Sandbox
 from opd.rollouts import RolloutEngine
@@ -99,7 +99,7 @@ def evaluate_model(
     engine: RolloutEngine,
     settings: Settings,
     *,
-    completions: Completions | None = None,
+    kept: Kept | None = None,
     identity: str = "",
     progress: bool = False,
 ) -> dict[str, Any]:
@@ -113,7 +113,7 @@ def evaluate_model(
         tasks: What :func:`load_tasks` returns; may be used again.
         engine: Started with the model; samples for the tasks of tasks/.
         settings: What is asked beyond what tasks say.
-        completions: What has been generated before; None: nothing.
+        kept: What has been generated and judged before; None: nothing.
         identity: What tells the model from others whose completions are kept in the same place.
         progress: Show how many completions are done, and the time left.
 
@@ -130,7 +130,7 @@ def evaluate_model(
         tokenizer,
         engine,
         scorers(tasks),
-        completions or Completions(),
+        kept or Kept(),
         identity=identity,
         batch_size=settings.batch_size,
         chat_template_kwargs=(settings.chat_template_kwargs or {}) if templated else None,

@@ -18,7 +18,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from eval.figures import png, steps_to_target
-from eval.files import make_folder, write_files
+from eval.files import output_folder, write_files
 from eval.report import text_table
 from eval.runs import check_target, read_run
 from opd.cli import recipes
@@ -124,10 +124,6 @@ def study(
         name: recipes.find(preset, f"accelerators.{name}") if preset else None
         for name, preset in accelerators.items()
     }
-    folder = make_folder(output)
-    taken = [name for name in RESULTS if (folder / name).exists()]
-    if taken and not any(folder.glob(f"*/{FINISHED}")):
-        raise UserError(f"output {output}: would replace {taken[0]}, which is of no study")
     trials = [
         Trial(name, rate, seed)
         for seed in seeds
@@ -144,21 +140,25 @@ def study(
         *("--trainer.callbacks.mode", "max", "--trainer.callbacks.patience", "1000000"),
         *("--trainer.callbacks.stopping_threshold", str(target)),
     ]
-    waiting: dict[Trial, tuple[list[str], list[str]]] = {}
-    for trial in trials:
-        preset = presets[trial.accelerator]
-        command = [
-            *("fit", "--config", recipe, *(("--config", preset) if preset else ())),
-            *(*defaults, *arguments, "--model.optimizer.lr", str(trial.learning_rate)),
-            *("--seed_everything", str(trial.seed), *common),
-        ]
-        made_with = [f"opd {importlib.metadata.version('opd')}", f"{threads} threads"]
-        made_with += map(fingerprint, command)
-        if not _is_finished(folder / trial.name, made_with):
-            waiting[trial] = command, made_with
-    _run_all(waiting, folder, workers, threads, opd, done=len(trials) - len(waiting))
-    outcomes = [_outcome(trial, folder / trial.name, target) for trial in trials]
-    _write(outcomes, folder, target, max_steps)
+    with output_folder(output) as folder:
+        taken = [name for name in RESULTS if (folder / name).exists()]
+        if taken and not any(folder.glob(f"*/{FINISHED}")):
+            raise UserError(f"output {output}: would replace {taken[0]}, which is of no study")
+        waiting: dict[Trial, tuple[list[str], list[str]]] = {}
+        for trial in trials:
+            preset = presets[trial.accelerator]
+            command = [
+                *("fit", "--config", recipe, *(("--config", preset) if preset else ())),
+                *(*defaults, *arguments, "--model.optimizer.lr", str(trial.learning_rate)),
+                *("--seed_everything", str(trial.seed), *common),
+            ]
+            made_with = [f"opd {importlib.metadata.version('opd')}", f"{threads} threads"]
+            made_with += map(fingerprint, command)
+            if not _is_finished(folder / trial.name, made_with):
+                waiting[trial] = command, made_with
+        _run_all(waiting, folder, workers, threads, opd, done=len(trials) - len(waiting))
+        outcomes = [_outcome(trial, folder / trial.name, target) for trial in trials]
+        _write(outcomes, folder, target, max_steps)
 
 
 def _check_names(accelerators: Mapping[str, str | None], arguments: Sequence[str]) -> None:

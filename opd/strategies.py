@@ -14,10 +14,9 @@ import shutil
 from collections.abc import Callable, Iterable, Mapping
 from datetime import timedelta
 from pathlib import Path
-from typing import Any, TypeVar, cast
+from typing import Any, cast
 
 import torch
-import torch.distributed as dist
 from lightning.pytorch import LightningModule
 from lightning.pytorch.core.optimizer import LightningOptimizer
 from lightning.pytorch.plugins.precision import FSDPPrecision, Precision
@@ -44,8 +43,8 @@ from transformers import PreTrainedModel
 from opd import checkpoints, sharding, weights
 from opd.errors import UserError
 from opd.models import load_model
+from opd.world import World
 
-T = TypeVar("T")
 PATIENCE = timedelta(minutes=30)  # of one rank with the others, in one collective
 
 
@@ -95,22 +94,6 @@ class ShardedStrategy(ParallelStrategy):
         assert self.lightning_module is not None
         return self.lightning_module
 
-    def _together(self, function: Callable[[], T]) -> T:
-        """Do something on every rank; if one fails, all fail, and none waits for it."""
-        result, failure = None, None
-        try:
-            result = function()
-        except Exception as error:
-            failure = error
-        reasons: list[str | None] = [None] * self.world_size
-        dist.all_gather_object(reasons, None if failure is None else str(failure))
-        if failure is not None:
-            raise failure
-        for rank, reason in enumerate(reasons):
-            if reason is not None:
-                raise UserError(f"rank {rank} has failed: {reason}")
-        return cast(T, result)
-
     @property
     def compute_dtype(self) -> torch.dtype | None:
         """What parameters are gathered in; None: their own dtype."""
@@ -158,7 +141,7 @@ class ShardedStrategy(ParallelStrategy):
                 _give_name(partial, path)
 
         try:
-            self._together(write)
+            World(self).together(write)
         except Exception as error:
             if self.is_global_zero:
                 shutil.rmtree(partial, ignore_errors=True)
@@ -264,8 +247,8 @@ class FSDP2(ShardedStrategy, ModelParallelStrategy):
         Raises:
             UserError: A rank cannot load it; raised on all ranks.
         """
-        whole = self._together(lambda: load() if self.is_global_zero else None)
-        model = self._together(lambda: load(weights=False))
+        whole = World(self).together(lambda: load() if self.is_global_zero else None)
+        model = World(self).together(lambda: load(weights=False))
         sharding.shard(
             model,
             whole,
@@ -322,7 +305,7 @@ class FSDP1(ShardedStrategy, FSDPStrategy):
     ) -> PreTrainedModel:
         """Read a model on every rank and keep a share of it; a collective."""
         return sharding.wrap_with_fsdp1(
-            self._together(load),
+            World(self).together(load),
             self.root_device,
             compute_dtype=self.compute_dtype,
             trained=trained,

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, TypeVar
+from collections.abc import Callable
+from typing import TYPE_CHECKING, TypeVar, cast
 
 import torch
+import torch.distributed
 from torch import Tensor
 
 from opd import sharding
+from opd.errors import UserError
 
 if TYPE_CHECKING:
     from lightning.pytorch.strategies import Strategy
@@ -46,6 +49,28 @@ class World:
     def broadcast(self, value: T, source: int = 0) -> T:
         """Give all ranks what one of them has."""
         return value if self._strategy is None else self._strategy.broadcast(value, src=source)
+
+    def together(self, function: Callable[[], T]) -> T:
+        """Do something on every rank; if one fails, all fail, and none waits for it.
+
+        Raises:
+            UserError: Another rank has failed. This one's own failure is raised as it is.
+        """
+        result, failure = None, None
+        try:
+            result = function()
+        except Exception as error:
+            failure = error
+        reasons: list[str | None] = [None] * self.size
+        if self.size > 1:
+            own = None if failure is None else str(failure)
+            torch.distributed.all_gather_object(reasons, own)
+        if failure is not None:
+            raise failure
+        for rank, reason in enumerate(reasons):
+            if reason is not None:
+                raise UserError(f"rank {rank} has failed: {reason}")
+        return cast(T, result)
 
     def backward(self, loss: Tensor, model: torch.nn.Module, *, sync: bool) -> None:
         """Take gradients.

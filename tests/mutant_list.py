@@ -120,7 +120,7 @@ figures = of("eval/figures.py", HAND_MADE)
 study = of("eval/study.py", f"{HAND_MADE}::test_study_compares_trials")
 harness = of("eval/harness.py", HARNESS)
 engine_lm = of("eval/engine_lm.py", EVALUATE)
-completions = of("eval/completions.py", EVALUATE)
+kept = of("eval/kept.py", EVALUATE)
 evaluating = of("eval/evaluate.py", EVALUATE)
 comparing = of("eval/compare.py", EVALUATE)
 statistics = of("eval/statistics.py", "tests/eval/test_statistics.py")
@@ -515,8 +515,8 @@ MUTANTS = [
     engine_lm('if options.get("do_sample") else 0.0', ""),
     engine_lm("(not e for e in ended)", "ended"),
     engine_lm("torch.manual_seed(items[0].seed)", "torch.seed()", "tests/test_families.py"),
-    completions("if file.tell() and not _ends_a_line(path):", "if False:"),
-    completions("if self.folder is not None:\n            torch", "if False:\n            torch"),
+    of("eval/files.py", EVALUATE)("if file.tell() and not _ends_a_line(path):", "if False:"),
+    kept("if self.folder is not None:\n            torch", "if False:\n            torch"),
     evaluating("name.strip() for name in tasks.split", "name for name in tasks.split", HARNESS),
     evaluating("{**said, **over, **always}", "{**over, **said, **always}"),
     evaluating("if not earlier or overwrite:", "if True:"),

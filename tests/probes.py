@@ -11,8 +11,9 @@ from conftest import memory_profile, peak_bytes
 from lightning.pytorch import Callback
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from callbacks import EffOPD
+from callbacks import Benchmarks, EffOPD
 from opd import extrapolation
+from opd.errors import UserError
 from opd.extrapolation import Score
 from opd.objectives import Objective, reverse_kl
 from opd.prompts import PromptBatch
@@ -52,6 +53,22 @@ class CountingEngine(TransformersEngine):
         with Path(f"{self.path}_{torch.distributed.get_rank()}.txt").open("a") as file:
             file.write(f"{len(prompts)} {mode.count}\n")
         return rollouts
+
+
+class Unjudged(Benchmarks):
+    """Cannot judge what the student says; the first rank does that."""
+
+    def on_fit_start(self, trainer, pl_module):
+        super().on_fit_start(trainer, pl_module)
+        import eval.harness  # loads lm-eval
+
+        eval.harness.scorer_of = self._scorer_of
+
+    def _scorer_of(self, *_):
+        return self._refuse
+
+    def _refuse(self, completion, doc):
+        raise UserError("nobody can judge this")
 
 
 class Constant(CandidateScore):

@@ -350,6 +350,14 @@ def test_benchmarks_score_the_student_of_any_strategy(tmp_path, strategy):
     assert float(row["bench/arithmetic/length"]) == scores["arithmetic"]["length,none"]
 
 
+def test_what_the_first_rank_cannot_judge_stops_all(tmp_path):
+    callback = ["--trainer.callbacks+=probes.Unjudged", "--trainer.callbacks.limit", "4"]
+    callback += ["--trainer.callbacks.tasks", "[arithmetic]"]
+    _, printed = fail(2, tmp_path / "run", *DDP, *callback, steps=1)
+    assert "opd fit: error: nobody can judge this" in printed
+    assert "rank 1: error: rank 0 has failed: nobody can judge this" in printed
+
+
 def test_a_loss_that_is_not_a_number_stops_all_ranks_and_keeps_the_weights(tmp_path):
     probe = ["--model.objective", "probes.NaNOnRank1"]
     _, printed = fail(2, tmp_path / "run", *FSDP2, *probe, steps=4)

@@ -14,6 +14,7 @@ from benchmark_rows import MAKERS
 from conftest import ROOT, assert_same, launch_environment, load, run_ranks, student_of
 
 from eval.benchmarks import benchmarks, load_rows, tasks
+from eval.benchmarks.scoring import SCORERS
 from eval.evaluate import read_suite
 from eval.figures import bench_curves
 from eval.runs import read_run
@@ -110,6 +111,40 @@ def test_scoring_again_needs_no_generation(undisturbed, monkeypatch):
     assert main(arguments(undisturbed)) == 0
     assert results(undisturbed) == before
     assert (undisturbed / "results.md").is_file()
+
+
+def test_a_verdict_is_kept_until_the_evaluation_ends(undisturbed, tmp_path, monkeypatch):
+    folder = tmp_path / "out"
+    judged = []
+
+    def score(completion, doc, scorer=SCORERS["pattern"]):
+        if len(judged) == stop:
+            raise KeyboardInterrupt
+        judged.append(completion)
+        return scorer(completion, doc)
+
+    monkeypatch.setattr("os.sched_getaffinity", lambda _: {0})  # one thread
+    monkeypatch.setattr("eval.harness.scorer_of", lambda *_: score)
+    monkeypatch.setattr(score, "group", SCORERS["pattern"].group, raising=False)
+    stop = 20
+    assert main(arguments(folder)) == 130
+    (kept,) = (folder / "verdicts").iterdir()
+    assert len(kept.read_text().splitlines()) == 20
+    stop = None
+    assert main(arguments(folder)) == 0
+    once = len(judged)
+    assert once == len({(one["problem"], one["text"]) for one in completions(folder)})
+    assert results(folder) == results(undisturbed)
+    assert not (folder / "verdicts").exists()
+    assert main(arguments(folder)) == 0  # scores all of them again
+    assert len(judged) == 2 * once
+
+
+def test_a_command_that_fails_leaves_no_folder(tmp_path, capsys):
+    missing = ["evaluate", "--model", str(tmp_path / "missing"), "--tasks", "arithmetic"]
+    assert main([*missing, "--output", str(tmp_path / "new" / "out")]) == 2
+    assert "missing" in capsys.readouterr().err
+    assert not (tmp_path / "new").exists()
 
 
 def test_other_settings_do_not_replace_results_unasked(undisturbed, tmp_path, capsys):
