@@ -198,7 +198,7 @@ class EngineLM(LM):
         for request in requests:
             by_task[str(request.task_name)].append(request)
         items = {task: self._generate(task, some) for task, some in by_task.items()}
-        self.kept.exchange(items)
+        self.kept.gather()
         if self.kept.rank:
             raise GeneratedElsewhere
         # lm-eval wants them in the order in which it has asked

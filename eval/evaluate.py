@@ -148,7 +148,7 @@ def evaluate(
         folder = None if output is None else exits.enter_context(output_folder(output))
         if folder is not None and not overwrite:
             _refuse_other_results(folder, told)
-        rank, world_size = _join(folder)
+        rank, world_size = _join()
         if str(where) == "cuda" and world_size > 1:
             where = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
         if folder is not None and rank == 0:
@@ -300,16 +300,10 @@ def _refuse_other_results(folder: Path, told: Mapping[str, Any]) -> None:
         )
 
 
-def _join(folder: Path | None) -> tuple[int, int]:
-    """Return rank and number of the processes that a launcher has started.
-
-    Raises:
-        UserError: There are several, and no folder in which they meet.
-    """
+def _join() -> tuple[int, int]:
+    """Return rank and number of the processes that a launcher has started."""
     if ranks.world_size() == 1:
         return 0, 1
-    if folder is None:
-        raise UserError("name a folder with --output when a launcher starts several processes")
     if not torch.distributed.is_initialized():
         torch.distributed.init_process_group("gloo", timeout=FAR)
     return torch.distributed.get_rank(), torch.distributed.get_world_size()

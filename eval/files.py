@@ -9,6 +9,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from opd.cli import run_folder
 from opd.errors import UserError
 
 
@@ -21,16 +22,7 @@ def output_folder(output: str) -> Iterator[Path]:
     Raises:
         UserError: It cannot be written to.
     """
-    if not output.strip():
-        raise UserError(f"--output {output!r}: names no folder")
-    folder = Path(output).expanduser()
-    made = [place for place in (folder, *folder.parents) if not place.exists()]
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        (folder / ".writable").touch()
-        (folder / ".writable").unlink()
-    except OSError as error:
-        raise UserError(f"--output {output}: cannot be written ({error.strerror})") from error
+    folder, made = run_folder.make(output)
     try:
         yield folder
     finally:

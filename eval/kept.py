@@ -11,7 +11,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import shutil
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -82,18 +82,13 @@ class Kept:
                 (dict(zip(KEY, key, strict=True)) | vars(made) for key, made in new.items()),
             )
 
-    def exchange(self, tasks: Iterable[str]) -> None:
-        """Give each process the completions of the others; all of them together."""
+    def gather(self) -> None:
+        """Give the first process the completions of the others; all of them together."""
         if self.world_size == 1:
             return
-        if self.folder is not None:
-            torch.distributed.barrier()
-            for task in tasks:
-                self._read_completions(task)
-            return
-        parts: list[Any] = [None] * self.world_size
-        torch.distributed.all_gather_object(parts, self._completions)
-        for part in parts:
+        parts: list[Any] | None = [None] * self.world_size if self.rank == 0 else None
+        torch.distributed.gather_object(self._completions, parts)
+        for part in parts or ():
             for task, generated in part.items():
                 self._completions.setdefault(task, {}).update(generated)
 

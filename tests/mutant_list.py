@@ -36,6 +36,7 @@ HARNESS = "tests/eval/test_harness.py"
 EVALUATE = "tests/eval/test_evaluate.py"
 SEARCHED = f"{EVALUATE}::test_benchmarks_stand_before_and_after_a_search"
 RANKS = "tests/test_distributed.py::test_benchmarks_score_the_student_of_any_strategy"
+UNJUDGED = "tests/test_distributed.py::test_what_the_first_rank_cannot_judge_stops_all"
 TABLE = "tests/eval/test_benchmarks.py"
 VERIFIER = "tests/rewards/test_verifier.py"
 ANSWERS = "tests/test_answer_table.py"
@@ -516,10 +517,16 @@ MUTANTS = [
     engine_lm("(not e for e in ended)", "ended"),
     engine_lm("torch.manual_seed(items[0].seed)", "torch.seed()", "tests/test_families.py"),
     of("eval/files.py", EVALUATE)("if file.tell() and not _ends_a_line(path):", "if False:"),
-    kept("if self.folder is not None:\n            torch", "if False:\n            torch"),
+    kept("self._completions.setdefault(task, {}).update(generated)", "pass"),
+    kept("(record.pop(name) for name in KEY)", "(record[name] for name in KEY)"),
+    kept('digest = record.pop("digest")', 'digest = record["digest"]'),
+    kept('shutil.rmtree(self.folder / "verdicts", ignore_errors=True)', "pass"),
+    engine_lm("if digest not in known}", "}"),
+    of("eval/files.py", EVALUATE)("                place.rmdir()", "                pass"),
+    of("opd/world.py", UNJUDGED)("if reason is not None:", "if False:"),
     evaluating("name.strip() for name in tasks.split", "name for name in tasks.split", HARNESS),
     evaluating("{**said, **over, **always}", "{**over, **said, **always}"),
-    evaluating("if not earlier or overwrite:", "if True:"),
+    evaluating("if folder is not None and not overwrite:", "if False:"),
     evaluating("config[name] == value for name", "True for name"),
     evaluating("public = task not in own or not own[task].gated", "public = True"),
     comparing("paired_difference(b[task], a[task])", "paired_difference(a[task], b[task])"),

@@ -340,7 +340,12 @@ def test_benchmarks_score_the_student_of_any_strategy(tmp_path, strategy):
     """Ranks share the work: chunks of four, of which there is an odd number."""
     callback = ["--trainer.callbacks+=callbacks.Benchmarks", "--trainer.callbacks.limit", "10"]
     callback += ["--trainer.callbacks.tasks", "[arithmetic]", "--trainer.callbacks.batch_size", "4"]
-    run = launch(2, tmp_path / "run", *strategy, *callback, steps=1)
+    engine = ["--model.engine", "probes.CountingEngine", "--model.engine.path"]
+    none = ["--trainer.limit_val_batches", "0"]
+    options = [*strategy, *callback, *none, *engine, str(tmp_path / "rank")]
+    run = launch(2, tmp_path / "run", *options, steps=1)
+    said = [(tmp_path / f"rank_{rank}.txt").read_text().splitlines() for rank in (0, 1)]
+    assert [[int(line.split()[0]) for line in lines[1:]] for lines in said] == [[4, 2], [4]]
     (row,) = [r for r in read_metrics(run / "metrics.csv") if "bench/arithmetic/avg@1" in r]
     checkpoint = str(run / "checkpoints" / "last.ckpt")
     out = ["--output", str(tmp_path / "scores"), "--limit", "10", "--batch_size", "4"]

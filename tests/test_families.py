@@ -104,6 +104,22 @@ def test_fit_export_evaluate(tiny, tmp_path, prompts, tasks, family):
     assert results[0] == results[1]
 
 
+def test_a_generation_config_does_not_change_what_lm_evals_own_tasks_hear(tiny, tmp_path, tasks):
+    own = tiny / "gpt2-student"
+    trapped = shutil.copytree(own, tmp_path / "trapped")
+    traps = {"do_sample": True, "top_k": 1, "repetition_penalty": 5.0, "temperature": 0.01}
+    path = trapped / "generation_config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), **traps}))
+    said = []
+    for source in (own, trapped):
+        output = tmp_path / f"out of {source.name}"
+        command = ["evaluate", "--model", str(source), "--tasks", "sums", "--output", str(output)]
+        assert main(command) == 0
+        lines = (output / "samples_sums.jsonl").read_text().splitlines()
+        said.append([json.loads(line)["resps"] for line in lines])
+    assert said[0] == said[1]
+
+
 def padded(tiny, folder, entries):
     """Save the student with padding in its vocabulary that it says more often than not."""
     model = load_model(str(tiny / "llama-student"))

@@ -78,9 +78,21 @@ def choose(output: str | None, configs: Sequence[str]) -> tuple[Path, list[Path]
             raise UserError("name the run folder with --output when a launcher starts the ranks")
         recipe = Path(configs[0]).stem if configs else "opd"
         output = f"runs/{recipe}/{time.strftime('%Y-%m-%d_%H-%M-%S')}"
-    if not output.strip():
-        raise UserError(f"--output {output!r}: names no folder; leave it out for runs/RECIPE/TIME")
     os.environ[OUTPUT_VARIABLE] = output
+    return make(output)
+
+
+def make(output: str) -> tuple[Path, list[Path]]:
+    """Make the folder that ``--output`` names and see that it can be written to.
+
+    Returns:
+        The folder; the folders that were not there before, the innermost first.
+
+    Raises:
+        UserError: It cannot.
+    """
+    if not output.strip():
+        raise UserError(f"--output {output!r}: names no folder")
     folder = Path(output).expanduser()
     made = [place for place in (folder, *folder.parents) if not place.exists()]
     try:

@@ -85,13 +85,16 @@ def test_kill_9_and_the_same_command_give_the_undisturbed_numbers(undisturbed, t
     assert len(completions(folder)) == 80  # none of them twice
 
 
-def test_a_line_that_a_kill_has_cut_is_made_again(undisturbed, tmp_path):
+def test_a_line_that_a_kill_has_cut_is_made_again(undisturbed, tmp_path, monkeypatch):
     folder = tmp_path / "out"
     assert main(arguments(folder)) == 0
     (path,) = (folder / "completions").iterdir()
     path.write_bytes(path.read_bytes()[:-20])
     assert main(arguments(folder)) == 0
     assert results(folder) == results(undisturbed)
+    monkeypatch.delattr(TransformersEngine, "__call__")  # and is whole
+    monkeypatch.setattr(TransformersEngine, "__abstractmethods__", frozenset())
+    assert main(arguments(folder)) == 0
 
 
 def test_two_processes_give_the_numbers_of_one(undisturbed, tmp_path):
@@ -111,6 +114,25 @@ def test_scoring_again_needs_no_generation(undisturbed, monkeypatch):
     assert main(arguments(undisturbed)) == 0
     assert results(undisturbed) == before
     assert (undisturbed / "results.md").is_file()
+
+
+@pytest.mark.parametrize(
+    "other", [["--model", "embedded:teacher"], ["--temperature", "0.5"], ["--seed", "1"]]
+)
+def test_completions_of_another_evaluation_are_not_taken_for_its_own(undisturbed, tmp_path, other):
+    folder = tmp_path / "out"
+    shutil.copytree(undisturbed, folder)
+    assert main(arguments(folder, *other, "--overwrite")) == 0
+    assert main(arguments(tmp_path / "fresh", *other)) == 0
+    assert results(folder) == results(tmp_path / "fresh")
+    assert results(folder)[0] != results(undisturbed)[0]
+
+
+def test_copies_of_a_problem_are_draws_of_their_own(undisturbed):
+    said = {}
+    for one in completions(undisturbed):
+        said.setdefault(one["problem"], set()).add(one["text"])
+    assert sum(len(texts) == 2 for texts in said.values()) > 20  # of 40
 
 
 def test_a_verdict_is_kept_until_the_evaluation_ends(undisturbed, tmp_path, monkeypatch):
@@ -203,13 +225,12 @@ def test_two_evaluations_are_compared_problem_by_problem(tmp_path, capsys):
     """By hand: differences 1, 0, 0.5, -0.5 have the mean 0.25 and the standard error 0.3227."""
     for name, values in [("a", [0, 1, 0.5, 0.5]), ("b", [1, 1, 1, 0])]:
         (tmp_path / name).mkdir()
+        problems = list(enumerate(values))[:: 1 if name == "a" else -1]  # of rows in another order
         lines = [
-            json.dumps({"doc_id": i, "id": f"p{i}", "metrics": ["avg@2"], "avg@2": value})
-            for i, value in enumerate(values)
+            json.dumps({"doc_id": row, "id": f"p{i}", "metrics": ["avg@2"], "avg@2": value})
+            for row, (i, value) in enumerate(problems)
         ]
-        (tmp_path / name / "samples_sums.jsonl").write_text(
-            "\n".join(lines[:: 1 if name == "a" else -1])
-        )
+        (tmp_path / name / "samples_sums.jsonl").write_text("\n".join(lines))
     assert main(["evaluate", "--compare", str(tmp_path / "a"), str(tmp_path / "b")]) == 0
     (row,) = [x for x in capsys.readouterr().out.splitlines() if x.startswith("| sums")]
     assert row.startswith("| sums | 4 | +0.2500 ± 0.3227 |")
@@ -263,7 +284,7 @@ def test_a_gated_problem_is_nowhere_in_the_results(sums, patient, tmp_path):
     record = json.loads((sums / "gpqa_diamond.jsonl").read_text().splitlines()[0])
     for path in (tmp_path / "out").glob("*.*"):
         for text in (record["Question"], record["Correct Answer"]):
-            assert text not in path.read_text()
+            assert text.strip() not in path.read_text()
     (sample, _) = (tmp_path / "out" / "samples_gpqa_diamond.jsonl").read_text().splitlines()
     assert len(json.loads(sample)["completions"]) == 2
 
@@ -356,6 +377,24 @@ def test_a_folder_of_the_users_has_tasks_too(tmp_path, monkeypatch):
     assert main([*command, *options]) == 0
     found = json.loads((tmp_path / "out" / "results.json").read_text())["results"]
     assert list(found) == ["sums", "arithmetic"]
+
+
+def test_a_task_that_does_not_sample_is_greedy_whatever_its_temperature(tmp_path, monkeypatch):
+    monkeypatch.setenv("OPD_TASKS", "")
+    (tmp_path / "sums.yaml").write_text(
+        (ROOT / "tasks/arithmetic/arithmetic.yaml")
+        .read_text()
+        .replace("task: arithmetic", "task: sums")
+        .replace("do_sample: true", "do_sample: false")
+        .replace("../_shared", str(ROOT / "tasks/_shared"))
+    )
+    command = ["evaluate", "--model", "embedded:base", "--tasks", "sums", "--samples", "2"]
+    options = ["--include_path", str(tmp_path), "--limit", "20", "--output", str(tmp_path / "out")]
+    assert main([*command, *options]) == 0
+    first, second = {}, {}
+    for one in completions(tmp_path / "out"):
+        (second if one["copy"] else first)[one["problem"]] = one["text"]
+    assert first == second
 
 
 def test_problems_are_read_once_in_a_run(fit, monkeypatch):
