@@ -19,11 +19,10 @@ from typing import Any, ClassVar
 from lightning.pytorch import Callback, LightningModule, Trainer
 from torch.nn.parallel import DistributedDataParallel
 
-from opd import extrapolation, memory
+from opd import extrapolation, logs, memory
 from opd.compatibility import callbacks_of
 from opd.errors import UserError
 from opd.ledger import Ledger
-from opd.log_once import log_once
 from opd.step import StepRequest
 from opd.weights import Companion, Device, Weights, copy_of
 from opd.world import World
@@ -176,7 +175,7 @@ class Accelerator(Callback, ABC):
         self.history.append({"step": trainer.global_step, **record, **cost})
         logged = {**metrics, "seconds": seconds, "tokens": tokens}
         named = {f"{self.label}/{name}": value for name, value in logged.items()}
-        log_once(trainer, pl_module, named)
+        logs.log(trainer, named)
         for callback in watching:
             callback.after_acceleration(trainer, pl_module)
 

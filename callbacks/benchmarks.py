@@ -7,10 +7,9 @@ from typing import TYPE_CHECKING, Any
 from lightning.pytorch import Callback, LightningModule, Trainer
 
 from callbacks.accelerator import Accelerator, WatchesAccelerators
-from opd import extrapolation
+from opd import extrapolation, logs
 from opd.compatibility import callbacks_of
 from opd.errors import UserError
-from opd.log_once import log_once
 from opd.module import OPDModule
 from opd.sharding import gathered
 
@@ -135,7 +134,7 @@ class Benchmarks(Callback, WatchesAccelerators):
             )
         scores = world.broadcast(metrics_of(results["results"]))
         named = {f"bench/{name}{suffix}": value for name, value in scores.items()}
-        log_once(trainer, pl_module, named)
+        logs.log(trainer, named)
 
     def _settings(self, pl_module: OPDModule) -> Settings:
         from eval.harness import Settings

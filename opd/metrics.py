@@ -144,8 +144,6 @@ class StepMetrics(Metric):
         self.summed = {name: i for i, name in enumerate([*means, *sums])}
         self.means = frozenset(means)
         self.maxima = {name: i for i, name in enumerate(maxima)}
-        names = [*self.summed, *self.maxima]
-        self.names_of_groups = {n for n in names if n.endswith(tuple(f"/{g}" for g in self.groups))}
         zeros = torch.zeros(len(self.summed), dtype=torch.float64)
         self.add_state("totals", zeros, dist_reduce_fx="sum")
         self.add_state("counts", zeros.clone(), dist_reduce_fx="sum")

@@ -17,12 +17,11 @@ from lightning.pytorch import Callback, LightningModule
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from transformers import PreTrainedModel
 
-from opd import checkpoints, compatibility, models, optimization, sharding
+from opd import checkpoints, compatibility, logs, models, optimization, sharding
 from opd.answers import AnswerVerifier, Verifier
 from opd.errors import UserError
 from opd.evaluation import evaluate, predict
 from opd.ledger import Ledger
-from opd.log_once import log_once
 from opd.metrics import (
     ROLLOUT_MAXIMA,
     ROLLOUT_MEANS,
@@ -180,6 +179,7 @@ class OPDModule(LightningModule):
         self._student_files: dict[str, bytes] = {}
         self._options: optimization.Options = {}  # of optimizer and schedule, as configured
         self._saved_options: optimization.Options | None = None  # as a checkpoint was saved with
+        self._measured: dict[str, float] = {}  # of the last step
         self._compared = False  # how student and teachers render prompts
 
     def configure_callbacks(self) -> list[Callback]:
@@ -365,18 +365,15 @@ class OPDModule(LightningModule):
         self.ledger.synchronize(self.world.sum, self.world.size)
         measured = self.train_metrics.compute()
         self.train_metrics.reset()
-        of_groups = self.train_metrics.names_of_groups
-        some = {name: value for name, value in measured.items() if name in of_groups}
-        every = {name: value for name, value in measured.items() if name not in of_groups}
-        self.log_dict({**every, **output.update, "step": float(output.t)})
-        often = self.trainer.log_every_n_steps  # type: ignore[attr-defined]  # set by a connector
-        if some and often and output.t % often == 0:
-            log_once(self.trainer, self, some)  # the next step may have none of a data set
-        return {"step": output, "loss": torch.tensor(every.get("opd/loss", 0.0))}
+        self._measured = {**measured, **output.update}
+        logs.show(self.trainer, self._measured)
+        return {"step": output, "loss": torch.tensor(measured.get("opd/loss", 0.0))}
 
     def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:
-        """Log the cost, that of searches included; runs after all callbacks."""
-        self.log_dict(self.ledger.metrics())
+        """Log the step, and the cost with that of searches; runs after all callbacks."""
+        often = self.trainer.log_every_n_steps  # type: ignore[attr-defined]  # set by a connector
+        if often and self.global_step % often == 0:
+            logs.log(self.trainer, {**self._measured, **self.ledger.metrics()})
 
     # --- validation, test, predict --------------------------------------------------------------
 

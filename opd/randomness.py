@@ -18,20 +18,20 @@ def derive_seed(*key: int | str) -> int:
     return int.from_bytes(digest[:8], "big") >> 1
 
 
-def uniform(seeds: Tensor, position: int) -> Tensor:
-    """Return one number per seed, a function of (seed, position) alone: no state, no order.
+def uniform(seeds: Tensor, positions: Tensor) -> Tensor:
+    """Return numbers, each a function of its (seed, position) alone: no state, no order.
 
     A counter-based generator: seed and position are hashed by the finaliser of SplitMix64 (Steele,
     Lea and Flood, OOPSLA 2014).
 
     Args:
-        seeds: int64, [B].
-        position: From 0.
+        seeds: int64.
+        positions: From 0, int64, of a shape that goes with that of the seeds.
 
     Returns:
-        Uniform in [0, 1), float64 with 53 random bits, [B].
+        Uniform in [0, 1), float64 with 53 random bits.
     """
-    bits = _mix(seeds + _int64(_GOLDEN_GAMMA * (position + 1)))
+    bits = _mix(seeds + _int64(_GOLDEN_GAMMA) * (positions + 1))
     return _shift_right(bits, 11).double() / 2**53
 
 

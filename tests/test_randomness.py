@@ -20,7 +20,7 @@ def splitmix64(seed: int, position: int) -> float:
 def test_uniform_is_splitmix64(position):
     seeds = [0, 1, 2**62 + 12345, derive_seed("any")]
     expected = [splitmix64(seed, position) for seed in seeds]
-    assert uniform(torch.tensor(seeds), position).tolist() == expected
+    assert uniform(torch.tensor(seeds), torch.tensor(position)).tolist() == expected
 
 
 @pytest.mark.parametrize("along", ["seeds", "positions"])
@@ -28,10 +28,12 @@ def test_numbers_are_uniform_and_neighbours_independent(along):
     """Chi-squared over 64 cells, of numbers and of pairs of neighbours; 6 standard deviations."""
     count = 20_000
     if along == "seeds":
-        numbers = uniform(torch.tensor([derive_seed("run", i) for i in range(count)]), 5)
+        numbers = uniform(
+            torch.tensor([derive_seed("run", i) for i in range(count)]), torch.tensor(5)
+        )
     else:
         one = torch.tensor([derive_seed("run")])
-        numbers = torch.cat([uniform(one, t) for t in range(count)])
+        numbers = uniform(one, torch.arange(count))
     cells = [(numbers * 64).long(), (numbers[:-1] * 8).long() * 8 + (numbers[1:] * 8).long()]
     for cell in cells:
         found = torch.bincount(cell, minlength=64).double()

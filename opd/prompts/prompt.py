@@ -87,3 +87,12 @@ class PromptBatch:
     def repeat(self, times: int) -> PromptBatch:
         """Repeat each prompt ``times`` times, copies side by side."""
         return self.select([i for i in range(len(self)) for _ in range(times)])
+
+    def unique(self) -> tuple[PromptBatch, Tensor]:
+        """Return the U prompts that differ in their tokens, and which of them each is, [B]."""
+        first: dict[tuple[int, ...], int] = {}
+        of = [first.setdefault(prompt.token_ids, len(first)) for prompt in self.prompts]
+        index = torch.tensor(of, device=self.ids.device, dtype=torch.long)
+        if len(first) == len(self):
+            return self, index
+        return self.select([of.index(i) for i in range(len(first))]), index

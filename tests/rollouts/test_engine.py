@@ -1,6 +1,7 @@
 """The transformers engine: what it samples, what it says of it, and what it leaves alone."""
 
 import dataclasses
+import math
 
 import pytest
 import torch
@@ -10,7 +11,8 @@ from opd.models import completion_logits, eos_token_ids, load_model, load_tokeni
 from opd.prompts import PromptBatch, PromptFormat, tokenize_rows
 from opd.randomness import derive_seed
 from opd.rollouts import Sampler, TransformersEngine
-from opd.rollouts.transformers import completion_lengths, draw
+from opd.rollouts.sampling import draw
+from opd.rollouts.transformers import completion_lengths
 from opd.weights import Weights
 
 
@@ -82,9 +84,34 @@ def test_a_completion_depends_on_its_seed_alone(tiny, family):
 
 def test_draw_is_the_inverse_of_the_cumulated_distribution():
     """Probabilities 0, 1/4, 0, 3/4: numbers below 1/4 give token 1, others token 3."""
-    logprobs = torch.tensor([0.0, 0.25, 0.0, 0.75]).log().expand(5, 4)
+    weights = torch.tensor([0.0, 1.0, 0.0, 3.0]).expand(5, 4)
     numbers = torch.tensor([0.0, 0.2499, 0.25, 0.6, 1 - 2.0**-53], dtype=torch.float64)
-    assert draw(logprobs, numbers).tolist() == [1, 1, 3, 3, 3]
+    tokens, total = draw(weights, numbers)
+    assert tokens.tolist() == [1, 1, 3, 3, 3]
+    assert total.tolist() == [4.0] * 5
+
+
+@pytest.mark.parametrize("vocabulary", [7, 512, 1024, 1500])
+def test_draws_among_many_tokens_are_those_of_the_definition(vocabulary):
+    """Sums are taken in blocks: so the first token whose cumulated weight passes the number's."""
+    generator = torch.Generator().manual_seed(0)
+    weights = torch.rand(200, vocabulary, generator=generator).square()
+    weights[torch.rand(200, vocabulary, generator=generator) < 0.5] = 0.0
+    weights[:, 0] = 0.0  # a first and a last token that may not be drawn
+    weights[:, -1] = 0.0
+    weights[:20, :-3] = 0.0  # and a block of them
+    weights[:20, -2] = 1.0
+    numbers = torch.rand(200, generator=generator, dtype=torch.float64)
+    numbers[::3], numbers[1::3] = 0.0, 1 - 2.0**-53
+    tokens, total = draw(weights, numbers)
+    assert (weights.gather(1, tokens[:, None]) > 0).all()
+    for row, token in enumerate(tokens.tolist()):
+        exact = [float(w) for w in weights[row]]
+        wanted = float(numbers[row]) * math.fsum(exact)
+        slack = 1e-6 * math.fsum(exact)  # blocks are summed in float32
+        assert math.fsum(exact[:token]) <= wanted + slack
+        assert wanted < math.fsum(exact[: token + 1]) + slack
+    assert torch.allclose(total, weights.double().sum(dim=1), rtol=1e-6)
 
 
 def test_a_draw_from_no_distribution_is_a_token_and_its_logprob_no_number(tiny):
