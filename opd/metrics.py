@@ -11,11 +11,12 @@ import torch
 from torch import Tensor
 from torchmetrics import Metric
 
-from opd.objectives import as_needed, entropy, kl, of_sampled
+from opd.objectives import Distributions, as_needed, of_sampled
 from opd.rollouts import Rollouts, Tokens
 from opd.teachers import TEACHER
 
 OVERLAP_K = 16
+BLOCK = 256  # tokens among which the likeliest is looked for first
 TOKEN_METRICS = (
     "opd/reverse_kl",
     "opd/forward_kl",
@@ -32,14 +33,11 @@ ROLLOUT_SUMS = ("rollout/tokens",)
 ROLLOUT_MAXIMA = ("rollout/length_max",)
 
 
-def token_metrics(
-    log_p: Tensor, opinions: Mapping[str, Tensor], tokens: Tokens
-) -> dict[str, Tensor]:
+def token_metrics(both: Distributions, tokens: Tokens) -> dict[str, Tensor]:
     r"""Diagnose every token; what a teacher of sampled tokens cannot tell is left out.
 
     Args:
-        log_p: Student's log-probabilities, [n, V].
-        opinions: The teacher's under ``teacher``, [n, V]; or of the tokens sampled only, [n].
+        both: What student and teacher think.
         tokens: What is known of the sampled tokens, n of them.
 
     Returns:
@@ -48,43 +46,41 @@ def token_metrics(
         teacher's; ``overlap_advantage``, sum over those of p (log q - log p) with p and q
         renormalised over them (0 = they agree); log q(y); and \\|log p(y) - log mu(y)\\|.
     """
-    log_q = opinions[TEACHER]
-    student_entropy = entropy(log_p)
     values = {
-        "opd/student_entropy": student_entropy,
-        "opd/teacher_logprob": as_needed(opinions, {TEACHER: "sampled"}, tokens.y)[TEACHER],
-        "rollout/engine_logprob_gap": (of_sampled(log_p, tokens.y) - tokens.logmu_y).abs(),
+        "opd/student_entropy": both.student_entropy,
+        "opd/teacher_logprob": _teacher_logprob(both, tokens),
+        "rollout/engine_logprob_gap": (of_sampled(both.log_p, tokens.y) - tokens.logmu_y).abs(),
     }
-    if log_q.ndim == 2:
-        teacher_entropy = entropy(log_q)
-        overlap, advantage = overlap_at_k(log_p, log_q, OVERLAP_K)
+    if both.log_q.ndim == 2:
+        overlap, advantage = overlap_at_k(both.log_p, both.log_q, OVERLAP_K)
         values |= {
-            "opd/reverse_kl": kl(log_p, log_q),
-            "opd/forward_kl": kl(log_q, log_p),
-            "opd/teacher_entropy": teacher_entropy,
-            "opd/entropy_gap": (teacher_entropy - student_entropy).abs(),
+            "opd/reverse_kl": both.reverse_kl,
+            "opd/forward_kl": both.forward_kl,
+            "opd/teacher_entropy": both.teacher_entropy,
+            "opd/entropy_gap": (both.teacher_entropy - both.student_entropy).abs(),
             "opd/overlap_at_16": overlap,
             "opd/overlap_advantage": advantage,
         }
     return values
 
 
-def reverse_kl_only(
-    log_p: Tensor, opinions: Mapping[str, Tensor], tokens: Tokens
-) -> dict[str, Tensor]:
+def reverse_kl_only(both: Distributions, tokens: Tokens) -> dict[str, Tensor]:
     """Measure what judges a candidate, and nothing else: KL(p || q), [n]."""
-    log_q = as_needed(opinions, {TEACHER: "full"}, tokens.y)[TEACHER]
-    return {"opd/reverse_kl": kl(log_p, log_q)}
+    return {"opd/reverse_kl": both.reverse_kl}
 
 
-def prediction(log_p: Tensor, opinions: Mapping[str, Tensor], tokens: Tokens) -> dict[str, Tensor]:
+def prediction(both: Distributions, tokens: Tokens) -> dict[str, Tensor]:
     """Measure what predictions.jsonl holds of every token, [n] each."""
-    log_q = opinions[TEACHER]
     values = {
-        "student_logprob": of_sampled(log_p, tokens.y),
-        "teacher_logprob": as_needed(opinions, {TEACHER: "sampled"}, tokens.y)[TEACHER],
+        "student_logprob": of_sampled(both.log_p, tokens.y),
+        "teacher_logprob": _teacher_logprob(both, tokens),
     }
-    return values | ({"reverse_kl": kl(log_p, log_q)} if log_q.ndim == 2 else {})
+    return values | ({"reverse_kl": both.reverse_kl} if both.log_q.ndim == 2 else {})
+
+
+def _teacher_logprob(both: Distributions, tokens: Tokens) -> Tensor:
+    """Return log q(y), [n]."""
+    return as_needed(both.opinions, {TEACHER: "sampled"}, tokens.y)[TEACHER]
 
 
 def overlap_at_k(log_p: Tensor, log_q: Tensor, k: int) -> tuple[Tensor, Tensor]:
@@ -94,14 +90,32 @@ def overlap_at_k(log_p: Tensor, log_q: Tensor, k: int) -> tuple[Tensor, Tensor]:
         The share of them in common [N], and the student's advantage on those [N].
     """
     k = min(k, log_p.shape[1])
-    top_p, ids_p = log_p.topk(k, dim=1)
-    ids_q = log_q.topk(k, dim=1).indices
+    top_p, ids_p = largest(log_p, k)
+    _, ids_q = largest(log_q, k)
     shared = (ids_p[:, :, None] == ids_q[:, None, :]).any(dim=2)  # [N, k]
     lowest = torch.finfo(log_p.dtype).min
     student = top_p.masked_fill(~shared, lowest).log_softmax(dim=1)
     teacher = log_q.gather(1, ids_p).masked_fill(~shared, lowest).log_softmax(dim=1)
     advantage = (student.exp() * (teacher - student)).masked_fill(~shared, 0.0).sum(dim=1)
     return shared.float().mean(dim=1), advantage
+
+
+def largest(values: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    """Find the k largest values of each row and their columns, [n, V] -> [n, k] twice.
+
+    The largest are in the k blocks whose own largest are: only these are sorted.
+    """
+    size = values.shape[1]
+    whole = size // BLOCK
+    if whole <= k:
+        values, columns = values.topk(k, dim=1)
+        return values, columns
+    blocks = values[:, : whole * BLOCK].unflatten(1, (whole, BLOCK)).amax(dim=2).topk(k).indices
+    columns = (blocks[:, :, None] * BLOCK + torch.arange(BLOCK, device=values.device)).flatten(1)
+    rest = torch.arange(whole * BLOCK, size, device=values.device).expand(len(values), -1)
+    columns = torch.cat([columns, rest], dim=1)
+    found, at = values.gather(1, columns).topk(k, dim=1)
+    return found, columns.gather(1, at)
 
 
 def rollout_metrics(rollouts: Rollouts) -> dict[str, Tensor]:

@@ -52,7 +52,7 @@ def _adamw(params: Any) -> torch.optim.Optimizer:
 
 TRAIN_METRICS = (
     *("opd/loss", *TOKEN_METRICS, *ROLLOUT_MEANS, *ROLLOUT_SUMS, *ROLLOUT_MAXIMA),
-    *("optim/lr", "optim/grad_norm", "optim/update_norm"),
+    *("optim/lr", "optim/grad_norm"),
 )
 
 
@@ -79,8 +79,11 @@ class OPDModule(LightningModule):
         micro_batch_tokens: Positions per forward and backward, padding and prompts included. Bounds
             memory; does not change the loss.
         tile_tokens: Completion tokens whose logits exist at a time. Bounds memory; does not change
-            the loss. None: as many as have 2**22 logits on a CPU, 2**26 on a GPU.
+            the loss. None: as many as have 2**22 logits on a CPU, 2**26 on a GPU, or an eighth of
+            the numbers of the head if that is more.
         max_grad_norm: Gradients are clipped to this norm.
+        update_norm: Log optim/update_norm, the norm of the weights' change, which takes a copy of
+            the weights for the time of the optimizer's step.
         tokenizer: Where the tokenizer comes from, named like a model. None: the student.
         teacher_dtype: Dtype of the teacher's weights.
         teacher_offload: Keep the teacher's weights in host memory, and copy each layer to the
@@ -118,6 +121,7 @@ class OPDModule(LightningModule):
         micro_batch_tokens: int = 32768,
         tile_tokens: int | None = None,
         max_grad_norm: float = 1.0,
+        update_norm: bool = False,
         tokenizer: str | None = None,
         teacher_dtype: models.Dtype = "float32",
         teacher_offload: bool = False,
@@ -153,6 +157,8 @@ class OPDModule(LightningModule):
         self.micro_batch_tokens = micro_batch_tokens
         self.tile_tokens = tile_tokens
         self.max_grad_norm = max_grad_norm
+        self.update_norm = update_norm
+        self._logged = (*TRAIN_METRICS, *(["optim/update_norm"] if update_norm else []))
         self.teacher_dtype: models.Dtype = teacher_dtype
         self.teacher_offload = teacher_offload
         self.attn_implementation = attn_implementation
@@ -277,7 +283,7 @@ class OPDModule(LightningModule):
         data = getattr(self.trainer, "datamodule", None)
         has_prompts = not isinstance(data, PromptDataModule) or data.validation_prompts
         if not (has_prompts and self.trainer.limit_val_batches):
-            compatibility.check_monitors(self.trainer, TRAIN_METRICS)
+            compatibility.check_monitors(self.trainer, self._logged)
         models.check_master_weights(self.student)
         models.check_precision(str(self.trainer.precision))
 
@@ -388,7 +394,7 @@ class OPDModule(LightningModule):
         self.ledger.synchronize(self.world.sum, self.world.size)
         results = self._evaluation_results("val")
         if self.trainer.sanity_checking:  # the first validation: what will be logged is known now
-            compatibility.check_monitors(self.trainer, [*results, *TRAIN_METRICS])
+            compatibility.check_monitors(self.trainer, [*results, *self._logged])
         self.log_dict({**results, "step": float(self.global_step)})
 
     def on_test_epoch_end(self) -> None:

@@ -50,6 +50,7 @@ class Distillation(Protocol):
     micro_batch_tokens: int
     tile_tokens: int | None
     max_grad_norm: float
+    update_norm: bool
     weights: Weights
     gradient_sync: Literal["last", "every"]
     seed: int

@@ -123,6 +123,7 @@ def take_step(
             optimizer,
             scheduler,
             max_grad_norm=module.max_grad_norm,
+            update_norm=module.update_norm,
             t=t,
             world=world,
         )
@@ -254,6 +255,7 @@ def apply_gradients(
     scheduler: Any,
     *,
     max_grad_norm: float,
+    update_norm: bool,
     t: int,
     world: World,
 ) -> dict[str, float]:
@@ -265,12 +267,13 @@ def apply_gradients(
         optimizer: Lightning's or torch's optimizer of them.
         scheduler: Of the learning rate; None: it is constant.
         max_grad_norm: Gradients are scaled down to this norm.
+        update_norm: Whether to measure how far the weights move.
         t: Number of the step, from 1.
         world: The ranks.
 
     Returns:
         The metrics of the update: ``optim/lr`` that it was made with, ``optim/grad_norm`` before
-        clipping, ``optim/update_norm`` of the change of the weights.
+        clipping, and, if it is to be measured, ``optim/update_norm`` of the change of the weights.
 
     Raises:
         NonFiniteError: The gradient is infinite or NaN.
@@ -282,19 +285,21 @@ def apply_gradients(
             f"weights are those of step {t - 1}{ADVICE}"
         )
     learning_rate = float(optimizer.param_groups[0]["lr"])
-    before = weights.copy(list(weights.parameters()))
+    before = weights.copy(list(weights.parameters())) if update_norm else None
     with memory.needed_for("the optimizer's step", weights_change=True):
         optimizer.step()
     optimizer.zero_grad()
     weights.changed()
-    torch._foreach_sub_(before, weights.shards())
-    squares = torch.stack(torch._foreach_norm(before)).double().square().sum()
-    if weights.sharded:
-        squares = world.sum(squares)
     if scheduler is not None:
         scheduler.step()
-    return {
-        "optim/lr": learning_rate,
-        "optim/grad_norm": grad_norm,
-        "optim/update_norm": float(squares.sqrt()),
-    }
+    update = {"optim/lr": learning_rate, "optim/grad_norm": grad_norm}
+    if before is not None:
+        update["optim/update_norm"] = _distance(before, weights, world)
+    return update
+
+
+def _distance(before: list[Tensor], weights: Weights, world: World) -> float:
+    """Return how far the weights are from a copy, which is used up."""
+    torch._foreach_sub_(before, weights.shards())
+    squares = torch.stack(torch._foreach_norm(before)).double().square().sum()
+    return float((world.sum(squares) if weights.sharded else squares).sqrt())

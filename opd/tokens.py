@@ -7,6 +7,11 @@ gradients of hidden states and head. Backward only passes those on. This makes f
 heads: the teacher's, the student's, and two for its gradient; logits that were thrown away and made
 once more in backward would need six.
 
+A tile has two arrays, the student's and the teacher's logits, in memory that all tiles share; the
+gradient takes the place of the student's. All else is done for a few rows at a time, whose numbers
+a processor keeps at hand: on a CPU that is much faster than whole tiles, one operation after the
+other.
+
 Shapes: N tokens of a micro-batch, n of a tile, H hidden size, V vocabulary. Symbols as in the paper
 (arXiv 2605.11739): p = student, q = teacher, mu = rollout engine, y = the token sampled.
 """
@@ -20,21 +25,22 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 from transformers import PreTrainedModel
 
-from opd.models.passes import Head, body
-from opd.objectives import Objective, as_needed
+from opd.models.passes import Buffer, Head, body
+from opd.objectives import Distributions, Objective
 from opd.rollouts import Rollouts, Tokens
 from opd.sharding import forward_pass
 from opd.teachers.teacher import Opened, Opinion
 
-# Numbers of an [n, V] array where nobody says otherwise: 16 MiB in float32, which a CPU's memory
-# allocator reuses; a GPU wants larger products.
+# Numbers of an [n, V] array where nobody says otherwise: 16 MiB in float32; a GPU wants larger
+# products. But a tile must not be so small that to read the head takes longer than to multiply.
 TILE_NUMBERS = {"cpu": 2**22, "cuda": 2**26}
+LEAST_SHARE = 1 / 8  # of the numbers of the head
+ROWS_NUMBERS = {"cpu": 2**18}  # of what is worked on at a time: all of a tile on a GPU
 
-# (log_p [n, V], opinions {name: [n, V] or [n]}, tokens of n) -> {name: [n]}, without gradient
-Measure = Callable[[Tensor, Mapping[str, Tensor], Tokens], Mapping[str, Tensor]]
+# What student and teachers think of n tokens, and what else is known of them -> {name: [n]}
+Measure = Callable[[Distributions, Tokens], Mapping[str, Tensor]]
 
 
 @dataclass(frozen=True)
@@ -74,15 +80,13 @@ def compare(
         measure: What else is wanted of every token.
         vocabulary: Tokens beyond so many are left out: padding of the larger vocabulary.
         temperature: Divides the student's logits.
-        tile: Tokens per tile; None: as many as have 2**22 logits on a CPU, 2**26 on a GPU.
+        tile: Tokens per tile; None: as many as have 2**22 logits on a CPU, 2**26 on a GPU, or an
+            eighth of the numbers of the head if that is more.
     """
-    tile = tile or max(TILE_NUMBERS.get(micro.lengths.device.type, 2**26) // vocabulary, 1)
     with ExitStack() as stack:
         opened = {name: stack.enter_context(o.opened()) for name, o in opinions.items()}
-        tiles = _Tiles(opened, objective, measure, Tokens.of(micro), temperature)
-        total = _student_pass(
-            student, *micro.inputs(), run=lambda head, h: tiles.run(head, h, tile), size=vocabulary
-        )
+        tiles = _Tiles(opened, objective, measure, Tokens.of(micro), temperature, tile)
+        total = _student_pass(student, *micro.inputs(), run=tiles.run, size=vocabulary)
         return Compared(total, tiles.joined())
 
 
@@ -111,41 +115,77 @@ class _Tiles:
         measure: Measure,
         tokens: Tokens,
         temperature: float,
+        tile: int | None,
     ) -> None:
         self.opened = opened
         self.objective = objective
         self.measure = measure
         self.tokens = tokens
         self.temperature = temperature
+        self.tile = tile
         self.values: dict[str, list[Tensor]] = {}
 
-    def run(self, head: Head, hidden: Tensor, tile: int) -> Tensor:
+    def run(self, head: Head, hidden: Tensor) -> Tensor:
         """Go through all tiles; returns the sum of the loss."""
         if self.objective is not None and torch.is_grad_enabled():
-            total: Tensor = _GradientInForward.apply(
-                hidden, head.weight, head.bias, self, head, tile
-            )
+            total: Tensor = _GradientInForward.apply(hidden, head.weight, head.bias, self, head)
             return total
-        total = hidden.new_zeros(())
-        for rows in _cut(len(hidden), tile):
-            total += self.loss(head.product(hidden[rows]), head, rows).detach()
-        return total
+        with torch.no_grad():
+            losses = [loss for _, _, loss in self.each(head, hidden, gradient=False)]
+        return torch.stack(losses).sum()
 
-    def loss(self, product: Tensor, head: Head, rows: slice) -> Tensor:
-        """Return the loss of one tile, summed over its tokens, and note its values."""
-        log_p = torch.log_softmax(head.finish(product) / self.temperature, dim=-1)
-        with torch.no_grad():
+    def each(
+        self, head: Head, hidden: Tensor, *, gradient: bool
+    ) -> Iterator[tuple[slice, Tensor, Tensor]]:
+        """Go through the tiles.
+
+        Args:
+            head: The student's.
+            hidden: Its hidden states, [N, H].
+            gradient: Whether to take that of the loss.
+
+        Yields:
+            Which tokens a tile has; the gradient by the products with the head, [n, V], until the
+            next tile is begun, if it is wanted; the sum of the loss.
+        """
+        size, device = len(head.weight), hidden.device.type
+        least = int(head.weight.shape[1] * LEAST_SHARE)
+        tile = self.tile or max(TILE_NUMBERS.get(device, 2**26) // size, least, 1)
+        few = max(ROWS_NUMBERS[device] // size, 1) if device in ROWS_NUMBERS else tile
+        buffer = Buffer()
+        for rows in _cut(len(hidden), tile):
+            product = head.product(hidden[rows], buffer.of(hidden[rows], size))
             opinions = {name: opened(rows) for name, opened in self.opened.items()}
-        tokens = self.tokens[rows]
-        with torch.no_grad():
-            self._note(self.measure(log_p.detach(), opinions, tokens))
+            tokens, total = self.tokens[rows], hidden.new_zeros(())
+            for some in _cut(len(product), few):
+                of_some = {name: opinion[some] for name, opinion in opinions.items()}
+                loss, slope = self.judge(head.finish(product[some]), of_some, tokens[some])
+                if gradient and slope is not None:
+                    head.slope(product[some], slope, self.temperature)
+                total += loss
+            yield rows, product, total
+
+    def judge(
+        self, logits: Tensor, opinions: Mapping[str, Tensor], tokens: Tokens
+    ) -> tuple[Tensor, Tensor | None]:
+        """Note the values of some tokens; returns their summed loss, and its slope, [n, V]."""
+        if self.temperature != 1:
+            logits = logits / self.temperature
+        both = Distributions(
+            logits.log_softmax(dim=-1),
+            {
+                name: opinion if opinion.ndim == 1 else opinion.log_softmax(dim=-1)
+                for name, opinion in opinions.items()
+            },
+        )
+        self._note(self.measure(both, tokens))
         if self.objective is None:
-            return product.new_zeros(())
-        loss = self.objective(log_p, as_needed(opinions, self.objective.needs, tokens.y), tokens)
+            return logits.new_zeros(()), None
+        loss, slope = self.objective.with_slope(both, tokens)
         if tokens.weight is not None:
-            loss = loss * tokens.weight
-        self._note({"opd/loss": loss.detach()})
-        return loss.sum()
+            loss, slope = loss * tokens.weight, slope * tokens.weight[:, None]
+        self._note({"opd/loss": loss})
+        return loss.sum(), slope
 
     def _note(self, values: Mapping[str, Tensor]) -> None:
         for name, value in values.items():
@@ -161,25 +201,15 @@ class _GradientInForward(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any,
-        hidden: Tensor,
-        weight: Tensor,
-        bias: Tensor | None,
-        tiles: _Tiles,
-        head: Head,
-        tile: int,
+        ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, tiles: _Tiles, head: Head
     ) -> Tensor:
         for_hidden, for_weight, for_bias = (
             torch.zeros_like(tensor) if tensor is not None and needed else None
             for tensor, needed in zip((hidden, weight, bias), ctx.needs_input_grad[:3], strict=True)
         )
         total = hidden.new_zeros(())
-        for rows in _cut(len(hidden), tile):
-            product = F.linear(hidden[rows], weight, bias)
-            with torch.enable_grad():
-                loss = tiles.loss(product.requires_grad_(), head, rows)
-            (gradient,) = torch.autograd.grad(loss, product)  # [n, V]
-            total += loss.detach()
+        for rows, gradient, loss in tiles.each(head, hidden, gradient=True):
+            total += loss
             if for_hidden is not None:
                 torch.mm(gradient, weight, out=for_hidden[rows])
             if for_weight is not None:
@@ -196,7 +226,7 @@ class _GradientInForward(torch.autograd.Function):
         assert ctx.gradients is not None, "the gradient of a comparison is taken once"
         found, ctx.gradients = ctx.gradients, None
         scaled = [None if gradient is None else gradient.mul_(factor) for gradient in found]
-        return *scaled, None, None, None
+        return *scaled, None, None
 
 
 def _cut(length: int, tile: int) -> Iterator[slice]:

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from opd.metrics import TOKEN_METRICS, StepMetrics, overlap_at_k, token_metrics
+from opd.objectives import Distributions
 from opd.rollouts import Tokens
 
 
@@ -57,7 +58,7 @@ def test_every_metric_of_a_token_is_its_definition():
         "rollout/engine_logprob_gap": 2 * ln2 - ln3,
     }
     expected["opd/entropy_gap"] = abs(expected["opd/entropy_gap"])
-    ours = token_metrics(log_p, {"teacher": log_q}, tokens)
+    ours = token_metrics(Distributions(log_p, {"teacher": log_q}), tokens)
     assert set(expected) == set(TOKEN_METRICS)
     assert {name: value.item() for name, value in ours.items()} == pytest.approx(expected)
 
@@ -67,7 +68,7 @@ def test_forward_and_reverse_kl_are_not_exchanged():
     log_p = torch.tensor([[1 - 1e-3, 1e-3]], dtype=torch.float64).log()
     log_q = torch.tensor([[0.5, 0.5]], dtype=torch.float64).log()
     tokens = Tokens(torch.tensor([0]), torch.zeros(1, dtype=torch.float64))
-    values = token_metrics(log_p, {"teacher": log_q}, tokens)
+    values = token_metrics(Distributions(log_p, {"teacher": log_q}), tokens)
     assert values["opd/reverse_kl"].item() == pytest.approx(math.log(2), abs=0.01)
     assert values["opd/forward_kl"].item() == pytest.approx(
         0.5 * math.log(1e3) - math.log(2), abs=0.01
@@ -77,7 +78,7 @@ def test_forward_and_reverse_kl_are_not_exchanged():
 def test_a_student_equal_to_its_teacher_has_no_gap():
     log_p = logprobs(2)
     own = log_p.gather(1, torch.arange(6)[:, None]).squeeze(1)
-    values = token_metrics(log_p, {"teacher": log_p}, Tokens(torch.arange(6), own))
+    values = token_metrics(Distributions(log_p, {"teacher": log_p}), Tokens(torch.arange(6), own))
     zero = ("opd/reverse_kl", "opd/forward_kl", "opd/entropy_gap", "rollout/engine_logprob_gap")
     for name in zero:
         assert values[name].abs().max().item() == pytest.approx(0, abs=1e-12)

@@ -11,7 +11,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from opd.metrics import TOKEN_METRICS, token_metrics
 from opd.models import load_model
-from opd.objectives import ForwardKL, GeneralizedJSD, PolicyGradient, ReverseKL
+from opd.objectives import Distributions, ForwardKL, GeneralizedJSD, PolicyGradient, ReverseKL
 from opd.prompts import Prompt, PromptBatch
 from opd.rollouts import Rollouts
 from opd.teachers import LocalTeacher
@@ -294,7 +294,7 @@ def tiled_loss(hidden, student, teacher, objective, tile):
     tokens = Tokens(torch.zeros(len(hidden), dtype=torch.long), torch.zeros(len(hidden)))
     head, theirs = (Head(weight, None, None, 1.0) for weight in (student, teacher))
     opened = {"teacher": lambda rows: theirs(hidden[rows].detach()).log_softmax(-1)}
-    return _Tiles(opened, objective, token_metrics, tokens, 1.0).run(head, hidden, tile)
+    return _Tiles(opened, objective, token_metrics, tokens, 1.0, tile).run(head, hidden)
 
 
 def full_loss(hidden, student, teacher, objective):
@@ -305,5 +305,5 @@ def full_loss(hidden, student, teacher, objective):
     log_p = (hidden @ student.T).log_softmax(-1)
     log_q = (hidden.detach() @ teacher.T).log_softmax(-1)
     opinions = as_needed({"teacher": log_q}, objective.needs, tokens.y)
-    token_metrics(log_p.detach(), {"teacher": log_q}, tokens)
+    token_metrics(Distributions(log_p.detach(), {"teacher": log_q}), tokens)
     return objective(log_p, opinions, tokens).sum()

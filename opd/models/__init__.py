@@ -17,9 +17,10 @@ from opd.models.generation import (
     plain_sampling,
 )
 from opd.models.load import Dtype, load_model, load_tokenizer, student_files
-from opd.models.passes import Head, completion_logits, hidden_states
+from opd.models.passes import Buffer, Head, completion_logits, hidden_states
 
 __all__ = [
+    "Buffer",
     "Dtype",
     "Head",
     "check_context",

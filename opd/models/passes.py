@@ -52,9 +52,18 @@ class Head:
             / (getattr(config, "logits_scaling", None) or 1.0),
         )
 
-    def product(self, hidden: Tensor) -> Tensor:
-        """Multiply hidden states, [n, H], with the weight: [n, V]."""
-        return F.linear(hidden.float(), self.weight, self.bias)
+    def product(self, hidden: Tensor, out: Tensor | None = None) -> Tensor:
+        """Multiply hidden states, [n, H], with the weight: [n, V].
+
+        Args:
+            hidden: Hidden states.
+            out: Where to put it, without gradient; fresh memory of this size is slower than the
+                product itself. None: somewhere new.
+        """
+        if out is None:
+            return F.linear(hidden.float(), self.weight, self.bias)
+        torch.mm(hidden.float(), self.weight.T, out=out)
+        return out if self.bias is None else out.add_(self.bias)
 
     def finish(self, product: Tensor) -> Tensor:
         """Turn products into logits, [n, V]."""
@@ -62,10 +71,29 @@ class Head:
             product = self.softcap * torch.tanh(product / self.softcap)
         return product if self.scale == 1.0 else product * self.scale
 
+    def slope(self, product: Tensor, by_logits: Tensor, temperature: float) -> None:
+        """Put the gradient by products in their place, [n, V], given that by logits / T."""
+        if self.softcap is not None:
+            by_logits = by_logits * (1 - torch.tanh(product / self.softcap).square())
+        torch.mul(by_logits, self.scale / temperature, out=product)
+
     def __call__(self, hidden: Tensor) -> Tensor:
         """Turn hidden states, [n, H], into float32 logits, [n, V]."""
         with torch.autocast(hidden.device.type, enabled=False):
             return self.finish(self.product(hidden))
+
+
+class Buffer:
+    """Memory for products of a head, used again and again."""
+
+    def __init__(self) -> None:
+        self._memory = torch.empty(0)
+
+    def of(self, hidden: Tensor, size: int) -> Tensor:
+        """Return room for [n, size] float32 numbers, where ``hidden`` [n, H] is."""
+        if self._memory.numel() < len(hidden) * size:
+            self._memory = torch.empty(len(hidden) * size, device=hidden.device)
+        return self._memory[: len(hidden) * size].view(len(hidden), size)
 
 
 def body(model: PreTrainedModel, ids: Tensor, mask: Tensor, select: Tensor) -> Tensor:

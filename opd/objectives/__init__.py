@@ -1,5 +1,6 @@
 """Objectives: the loss per token, from what student and teacher think of it."""
 
+from opd.objectives.distributions import Distributions
 from opd.objectives.divergences import entropy, forward_kl, generalized_jsd, kl, reverse_kl
 from opd.objectives.objective import (
     ForwardKL,
@@ -12,6 +13,7 @@ from opd.objectives.objective import (
 )
 
 __all__ = [
+    "Distributions",
     "ForwardKL",
     "GeneralizedJSD",
     "Objective",

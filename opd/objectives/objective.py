@@ -13,14 +13,17 @@ is the step's business. Symbols as in the paper (arXiv 2605.11739): p = student,
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import ClassVar
 
+import torch
 from torch import Tensor
 
 from opd.errors import UserError
+from opd.objectives.distributions import Distributions
 from opd.objectives.divergences import forward_kl, generalized_jsd, reverse_kl
 from opd.objectives.policy_gradient import (
     importance_weight,
@@ -55,6 +58,25 @@ class Objective(ABC):
             [n].
         """
 
+    def with_slope(self, both: Distributions, tokens: Tokens) -> tuple[Tensor, Tensor]:
+        """Return the loss per token and its gradient by the student's logits; no graph is left.
+
+        This is :meth:`__call__` and autograd; a subclass may know a closed form that takes less.
+
+        Args:
+            both: What student and teachers think.
+            tokens: What is known of the sampled tokens, n of them.
+
+        Returns:
+            [n] and [n, V].
+        """
+        with torch.enable_grad():
+            logits = both.log_p.detach().requires_grad_()
+            opinions = as_needed(both.opinions, self.needs, tokens.y)
+            loss = self(logits.log_softmax(dim=-1), opinions, tokens)
+            (slope,) = torch.autograd.grad(loss.sum(), logits)
+        return loss.detach(), slope
+
 
 def as_needed(
     opinions: Mapping[str, Tensor], needs: Mapping[str, Gives], y: Tensor
@@ -88,6 +110,10 @@ class ReverseKL(Objective):
     def __call__(self, log_p: Tensor, opinions: Mapping[str, Tensor], tokens: Tokens) -> Tensor:
         return reverse_kl(log_p, opinions[TEACHER])
 
+    def with_slope(self, both: Distributions, tokens: Tokens) -> tuple[Tensor, Tensor]:
+        """By the logits: p (log p - log q - KL)."""
+        return both.reverse_kl, (both.ratio - both.reverse_kl[:, None]).mul_(both.p)
+
 
 @dataclass(frozen=True)
 class ForwardKL(Objective):
@@ -95,6 +121,10 @@ class ForwardKL(Objective):
 
     def __call__(self, log_p: Tensor, opinions: Mapping[str, Tensor], tokens: Tokens) -> Tensor:
         return forward_kl(log_p, opinions[TEACHER])
+
+    def with_slope(self, both: Distributions, tokens: Tokens) -> tuple[Tensor, Tensor]:
+        """By the logits: p - q."""
+        return both.forward_kl, both.p - both.q
 
 
 @dataclass(frozen=True)
@@ -116,6 +146,17 @@ class GeneralizedJSD(Objective):
 
     def __call__(self, log_p: Tensor, opinions: Mapping[str, Tensor], tokens: Tokens) -> Tensor:
         return generalized_jsd(log_p, opinions[TEACHER], self.beta)
+
+    def with_slope(self, both: Distributions, tokens: Tokens) -> tuple[Tensor, Tensor]:
+        """By the logits: (1 - beta) p (log p - log m - KL(p || m))."""
+        log_m = torch.logaddexp(
+            both.log_q + math.log(self.beta), both.log_p + math.log1p(-self.beta)
+        )
+        of_teacher = (both.q * (both.log_q - log_m)).sum(dim=-1)
+        ratio = both.log_p - log_m
+        of_student = (both.p * ratio).sum(dim=-1)
+        slope = (ratio - of_student[:, None]).mul_(both.p).mul_(1 - self.beta)
+        return self.beta * of_teacher + (1 - self.beta) * of_student, slope
 
 
 @dataclass(frozen=True)

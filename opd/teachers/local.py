@@ -16,7 +16,7 @@ from accelerate.utils import set_module_tensor_to_device
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from opd.models import Head, context_length, hidden_states
+from opd.models import Buffer, Head, context_length, hidden_states
 from opd.rollouts import Rollouts
 from opd.sharding import head_gathered, is_sharded, transformer_layers
 from opd.teachers.teacher import Gives, Opened
@@ -91,15 +91,19 @@ class LocalOpinion:
 
     @contextmanager
     def opened(self) -> Iterator[Opened]:
-        """Hold the teacher's head; rows of the N tokens become log-probabilities, [n, V]."""
-        teacher = self.teacher
+        """Hold the teacher's head; rows of the N tokens become logits, [n, V]."""
+        teacher, buffer = self.teacher, Buffer()
         with head_gathered(teacher.model):
             head = Head.of(teacher.model, teacher.vocabulary)
 
-            def log_q(rows: slice) -> Tensor:
-                return torch.log_softmax(head(self.hidden[rows]) / teacher.temperature, dim=-1)
+            def logits(rows: slice) -> Tensor:
+                hidden = self.hidden[rows]
+                with torch.autocast(hidden.device.type, enabled=False):
+                    product = head.product(hidden, buffer.of(hidden, len(head.weight)))
+                    logits = head.finish(product)
+                    return logits if teacher.temperature == 1 else logits / teacher.temperature
 
-            yield log_q
+            yield logits
 
     def select(self, completions: Sequence[int]) -> LocalOpinion:
         """Keep the opinion of some completions, in the order given."""

@@ -28,8 +28,10 @@ class Opinion(Protocol):
         Once a micro-batch and on all ranks together: it may be a collective, or wait for an answer.
 
         Returns:
-            A context, and in it a function from rows of the N tokens to log-probabilities, float32:
-            [n, V] where its teacher ``gives`` all, [n] where it gives sampled tokens.
+            A context, and in it a function from rows of the N tokens to float32 numbers: where its
+            teacher ``gives`` all, logits [n, V], which are log-probabilities but for a number per
+            row, and may be overwritten when the function is called again; where it gives sampled
+            tokens, their log-probabilities [n].
         """
         ...
 
