@@ -153,12 +153,15 @@ gradient = of("opd/objectives/policy_gradient.py", "tests/objectives")
 teachers = of("opd/teachers/teachers.py", STEP)
 weights = of("opd/weights.py", "tests/test_weights.py")
 accelerator = of("callbacks/accelerator.py", EFFOPD)
-log_once = of("opd/log_once.py", EFFOPD)
+logs = of("opd/logs.py", EFFOPD)
 randomness = of("opd/randomness.py", RANDOM)
 micro = of("opd/rollouts/micro_batches.py", ROLLOUTS)
 scores = of("opd/scores.py", SEARCHES)
 records = of("opd/rollouts/records.py", SAMPLES)
 engine = of("opd/rollouts/transformers.py", ENGINE)
+sampling = of("opd/rollouts/sampling.py", "tests/rollouts")
+decoding = of("opd/rollouts/decoding.py", "tests/rollouts")
+distributions = of("opd/objectives/distributions.py", UNIT_METRICS)
 rollouts = of("opd/rollouts/rollouts.py", TOKENS)
 teacher = of("opd/teachers/local.py", TOKENS)
 divergences = of("opd/objectives/divergences.py", TOKENS)
@@ -220,7 +223,7 @@ MUTANTS = [
     # metrics of data sets and teachers
     metrics("value[chosen.to(value.device)]", "value", UNIT_METRICS),
     stages("members(module, metrics, answered)", "{}"),
-    module("log_once(self.trainer, self, some)", "self.log_dict(some)", TWO),
+    module("{**self._measured, **self.ledger.metrics()}", "self.ledger.metrics()", TWO),
     # answers
     answers("return found[-1] if found", "return found[0] if found"),
     answers("found[-1].group(1)", "found[0].group(1)"),
@@ -311,12 +314,15 @@ MUTANTS = [
         "        try:\n            yield\n        finally:\n", "        yield\n        if True:\n"
     ),
     # metrics of tokens
-    metrics("(teacher_entropy - student_entropy).abs()", "teacher_entropy - student_entropy"),
+    metrics(
+        "(both.teacher_entropy - both.student_entropy).abs()",
+        "both.teacher_entropy - both.student_entropy",
+    ),
     metrics("OVERLAP_K = 16", "OVERLAP_K = 15"),
     metrics("(teacher - student)", "(student - teacher)"),
     metrics("(student.exp() * (", "(teacher.exp() * ("),
     metrics("log_q.gather(1, ids_p).masked_fill(~shared, lowest)", "log_q.gather(1, ids_p)"),
-    metrics("ids_q = log_q.topk", "ids_q = log_p.topk"),
+    metrics("_, ids_q = largest(log_q, k)", "_, ids_q = largest(log_p, k)"),
     metrics("self.counts[i] += value.numel()", "self.counts[i] += 1"),
     metrics("self.totals[i] += value.sum(", "self.totals[i] += value.mean("),
     metrics("total / count if name in self.means else total", "total / count"),
@@ -598,9 +604,9 @@ MUTANTS = [
         FRESH,
     ),
     # rollouts
-    engine("scores / self.sampler.temperature", "scores / 1.0"),
-    engine("if sampler.top_k > 0:", "if sampler.top_k > 99:"),
-    engine("self.logprobs.append(logprobs.", "self.logprobs.append(race."),
+    sampling("logits /= sampler.temperature", "pass", ENGINE),
+    sampling("if sampler.top_k > 0:", "if sampler.top_k > 99:", ENGINE),
+    sampling("(_of(weights, chosen) / total).log()", "_of(weights, chosen).log()", ENGINE),
     engine("        model.eval()\n", "", DROPOUT),
     rollouts(
         "self.prompts.ids.shape[1] - 1 : -1] = self.mask",
@@ -624,55 +630,69 @@ MUTANTS = [
     answers('_NUMBER = re.compile(rf"{_SIGN}', '_NUMBER = re.compile(rf"'),
     # metrics of tokens, and of what searches and predictions look at
     metrics(
-        '"opd/reverse_kl": kl(log_p, log_q),', '"opd/reverse_kl": kl(log_q, log_p),', UNIT_METRICS
+        '"opd/reverse_kl": both.reverse_kl,\n            "',
+        '"opd/reverse_kl": both.forward_kl,\n            "',
     ),
+    metrics('"opd/forward_kl": both.forward_kl', '"opd/forward_kl": both.reverse_kl'),
+    distributions("(self.p * self.ratio)", "(self.q * self.ratio)"),
+    distributions("-(self.q * self.ratio)", "(self.q * self.ratio)"),
+    distributions("-(self.p * self.log_p)", "-(self.p * self.log_q)"),
+    distributions("-(self.q * self.log_q)", "-(self.q * self.log_p)"),
     metrics(
-        '"opd/forward_kl": kl(log_q, log_p)', '"opd/forward_kl": kl(log_p, log_q)', UNIT_METRICS
-    ),
-    metrics(
-        '"opd/reverse_kl": kl(log_p, log_q),\n            "opd/forward_kl": kl(log_q, log_p)',
-        '"opd/reverse_kl": kl(log_q, log_p),\n            "opd/forward_kl": kl(log_p, log_q)',
-    ),
-    metrics("student_entropy = entropy(log_p)", 'student_entropy = entropy(opinions["teacher"])'),
-    metrics("teacher_entropy = entropy(log_q)", "teacher_entropy = entropy(log_p)"),
-    metrics(
-        '"opd/teacher_logprob": as_needed(opinions, {TEACHER: "sampled"}, tokens.y)[TEACHER]',
-        '"opd/teacher_logprob": of_sampled(log_p, tokens.y)',
+        '"opd/teacher_logprob": _teacher_logprob(both, tokens)',
+        '"opd/teacher_logprob": of_sampled(both.log_p, tokens.y)',
     ),
     metrics("- tokens.logmu_y).abs()", "- tokens.logmu_y)", UNIT_METRICS),
     metrics('"opd/overlap_at_16": overlap,', '"opd/overlap_at_16": advantage,'),
     metrics(
-        'return {"opd/reverse_kl": kl(log_p, log_q)}',
-        'return {"opd/reverse_kl": kl(log_q, log_p)}',
+        'return {"opd/reverse_kl": both.reverse_kl}',
+        'return {"opd/reverse_kl": both.forward_kl}',
         SCORES,
     ),
     metrics(
-        '"student_logprob": of_sampled(log_p, tokens.y)',
-        '"student_logprob": of_sampled(log_q, tokens.y)',
+        '"student_logprob": of_sampled(both.log_p, tokens.y)',
+        '"student_logprob": of_sampled(both.log_q, tokens.y)',
         PREDICTIONS,
     ),
-    metrics('"teacher_logprob": as_needed(', '"teacher_logprob": -as_needed(', PREDICTIONS),
-    metrics('({"reverse_kl": kl(log_p, log_q)}', '({"reverse_kl": kl(log_q, log_p)}', PREDICTIONS),
+    metrics('"teacher_logprob": _teacher', '"teacher_logprob": -_teacher', PREDICTIONS),
+    metrics('({"reverse_kl": both.reverse_kl}', '({"reverse_kl": both.forward_kl}', PREDICTIONS),
+    metrics("columns = torch.cat([columns, rest], dim=1)", "pass", UNIT_METRICS),
+    metrics(
+        "+ torch.arange(BLOCK, device",
+        "+ torch.zeros(BLOCK, dtype=torch.long, device",
+        UNIT_METRICS,
+    ),
     metrics("(~rollouts.finished)", "rollouts.finished"),
     metrics('"rollout/tokens": lengths', '"rollout/tokens": torch.ones_like(lengths)'),
     # comparing, tile by tile
-    tokens("head.finish(product) / self.temperature", "head.finish(product)"),
-    tokens("head.finish(product) / self.temperature", "product / self.temperature"),
-    tokens("loss = loss * tokens.weight", "loss = loss / tokens.weight"),
-    tokens("loss = loss * tokens.weight", "loss = loss * tokens.weight.mean()"),
+    tokens("logits = logits / self.temperature", "pass"),
+    tokens("self.judge(head.finish(product[some])", "self.judge(product[some]"),
+    tokens("slope * tokens.weight[:, None]", "slope / tokens.weight[:, None]"),
+    tokens("loss * tokens.weight, slope", "loss * tokens.weight.mean(), slope"),
+    tokens("head.slope(product[some], slope, self.temperature)", "product[some] = slope"),
+    passes("(1 - torch.tanh(product / self.softcap).square())", "1.0", TILES),
+    passes("self.scale / temperature", "1 / temperature", TILES),
+    passes("self.scale / temperature", "self.scale * temperature", TILES),
+    objective("return both.reverse_kl, (both", "return both.forward_kl, (both", TILES),
+    objective("(both.ratio - both.reverse_kl[:, None]).mul_(both.p)", "both.ratio * both.p", TILES),
+    objective("both.forward_kl, both.p - both.q", "both.forward_kl, both.q - both.p", TILES),
+    objective("(ratio - of_student[:, None])", "ratio.clone()", TILES),
+    objective(".mul_(1 - self.beta)", ".mul_(self.beta)", TILES),
     tokens(
         "for_weight.addmm_(gradient.T, hidden[rows])", "for_weight.copy_(gradient.T @ hidden[rows])"
     ),
     tokens("for_bias += gradient.sum(dim=0)", "for_bias += gradient.mean(dim=0)"),
     tokens("torch.mm(gradient, weight, out=for_hidden[rows])", "pass"),
     tokens("gradient.mul_(factor)", "gradient"),
-    tokens("total += loss.detach()", "total = loss.detach()"),
+    tokens("                total += loss\n", "                total = loss\n"),
     tokens("min(start + tile, length)", "min(start + tile, length - 1)"),
     tokens("range(0, max(length, 1), tile)", "range(0, length, tile)"),
+    tokens('self._note({"opd/loss": loss})', 'self._note({"opd/loss": loss.exp()})'),
     tokens(
-        'self._note({"opd/loss": loss.detach()})', 'self._note({"opd/loss": loss.detach().exp()})'
+        "tokens, total = self.tokens[rows]",
+        "tokens, total = self.tokens[slice(0, rows.stop - rows.start)]",
     ),
-    tokens("tokens = self.tokens[rows]", "tokens = self.tokens[slice(0, rows.stop - rows.start)]"),
+    tokens("of_some, tokens[some])", "of_some, tokens[: some.stop - some.start])"),
     tokens("if tensor is not None and needed else None", "if tensor is not None else None"),
     passes(
         "self.softcap * torch.tanh(product / self.softcap)",
@@ -682,7 +702,9 @@ MUTANTS = [
     passes("product * self.scale", "product", TILES),
     passes("weight[:vocabulary]", "weight[-vocabulary:]", TILES),
     passes("(mask.long().cumsum(dim=1) - 1)", "mask.long().cumsum(dim=1)", "tests/test_models.py"),
-    objective("self.beta)", "1 - self.beta)", "tests/objectives"),
+    objective(
+        "opinions[TEACHER], self.beta)", "opinions[TEACHER], 1 - self.beta)", "tests/objectives"
+    ),
     objective(
         "forward_kl(log_p, opinions[TEACHER])",
         "reverse_kl(log_p, opinions[TEACHER])",
@@ -745,7 +767,7 @@ MUTANTS = [
     step("optimizer.zero_grad()", "pass", WEIGHTS),
     step('"optim/lr": learning_rate', '"optim/lr": optimizer.param_groups[0]["lr"]'),
     step('"optim/grad_norm": grad_norm', '"optim/grad_norm": min(grad_norm, max_grad_norm)'),
-    step("float(squares.sqrt())", "float(squares)"),
+    step("else squares).sqrt())", "else squares))"),
     step("    weights.changed()\n", ""),
     step("if not math.isfinite(grad_norm):", "if math.isnan(grad_norm):"),
     step("held_out=max(", "held_out=min("),
@@ -826,7 +848,7 @@ MUTANTS = [
         "if trainer.ckpt_path is not None:",
         EFFOPD,
     ),
-    log_once(
+    logs(
         "step=trainer.global_step",
         "step=trainer.global_step - 1",
         f"{NUMBERS}::test_effopd_logs_only_when_it_searches",
@@ -845,15 +867,20 @@ MUTANTS = [
         "                    self.anchor_device,\n", '                    "parameters",\n', EFFOPD
     ),
     # draws
-    randomness("(position + 1)", "position", RANDOM),
+    randomness("(positions + 1)", "positions", RANDOM),
     randomness("_shift_right(bits, 11)", "_shift_right(bits, 12)", RANDOM),
     randomness("((1 << (64 - bits)) - 1)", "-1", RANDOM),
-    engine("right=True", "right=False", ROLLOUTS),
-    engine(
-        "numbers[:, None] * cumulated[:, -1:]",
-        "numbers[:, None]",
-        why="the sum of probabilities is 1 but for rounding",
-    ),
+    sampling("right=True", "right=False"),
+    sampling("wanted = numbers * total", "wanted = numbers"),
+    sampling("(wanted - before).clamp(min=0)", "wanted"),
+    sampling("block * BLOCK + token", "token"),
+    decoding("numbers[rows, position % NUMBERS]", "numbers[rows, 0]"),
+    decoding("coming = torch.arange(position, position + NUMBERS", "coming = torch.arange(NUMBERS"),
+    decoding("len(left) <= SHARE * len(rows) and batch.can_select", "False"),
+    decoding("rows, tokens, ended = rows[left], tokens[left], ended[left]", "rows = rows[left]"),
+    decoding("return logits[prompt_of]", "return logits[torch.zeros_like(prompt_of)]"),
+    decoding("value.batch_select_indices(rows)", "pass"),
+    decoding("self.kwargs[name] = value.index_select(along, rows)", "pass"),
     engine("sampler, seeds[cut]", "sampler, seeds[: cut.stop - cut.start]", ROLLOUTS),
     rollouts("column[index, :width]", "column[:, :width]", "tests/rollouts"),
     rollouts(
@@ -869,7 +896,9 @@ MUTANTS = [
     effopd("            move_to(0.0)\n", "", EFFOPD),
     effopd("            self.score.release()\n", "            pass\n", EFFOPD),
     scores("        self._readings = []\n", "        pass\n", SCORES),
-    engine("found.clamp(max=logprobs.shape[1] - 1)", "found", ROLLOUTS),
+    sampling("found = found.clamp(max=weights.shape[1] - 1)", "pass"),
+    sampling("masked_fill(columns >= size, 0.0)", "clone()"),
+    sampling(".clamp(max=1 - 2**-53)", ""),
     teacher("self.model.tie_weights()", "pass", STEP),
     of("opd/models/checks.py", "tests/test_models.py")('("16-mixed", "16-true")', '("16-true",)'),
     weights(
@@ -901,9 +930,7 @@ MUTANTS = [
         "(teachers, vocabulary, ends, tokenizers)",
         "(teachers, vocabulary, None, tokenizers)",
     ),
-    engine(
-        "scores[:, self.sampler.vocabulary :]", "scores[:, self.sampler.vocabulary + 1 :]", ROLLOUTS
-    ),
+    sampling("logits[:, : sampler.vocabulary]", "logits"),
     of("opd/models/passes.py", "tests/test_loading.py")("if inner is model:", "if False:"),
     checks("(differ(own[0, :2], own[1, :2]),", "(False,"),
     checks("(differ(ours[2], own[0, :2]),", "(False,"),
@@ -927,8 +954,8 @@ MUTANTS = [
     module('checkpoint["optimization"] = self._options', "pass", OPTIONS),
     module("checkpoints.find_misfit(self.state_dict(), state)", "None", OPTIONS),
     module("compatibility.check_trainer(self.trainer)", "pass", BAD_INPUT),
-    module("check_monitors(self.trainer, [*results, *TRAIN_METRICS])", "LOGGED", BAD_INPUT),
-    module("check_monitors(self.trainer, TRAIN_METRICS)", "LOGGED", BAD_INPUT),
+    module("check_monitors(self.trainer, [*results, *self._logged])", "LOGGED", BAD_INPUT),
+    module("check_monitors(self.trainer, self._logged)", "LOGGED", BAD_INPUT),
     compatibility("    lightning.BatchSizeFinder: NO_BATCH,\n", ""),
     compatibility("if trainer.gradient_clip_val:", "if False:"),
     compatibility("if getattr(trainer, name) == 0:", "if False:"),

@@ -151,6 +151,7 @@ def adders(tmp_path_factory) -> Run:
         rollouts_per_prompt=2,
         micro_batch_tokens=70,
         max_grad_norm=0.3,
+        update_norm=True,
     )
     greedy = {"num_examples": 50, "samples": 2, "temperature": 0}
     search = effopd("AnswerAccuracy", greedy, schedule=[1, 3], coefficients=[2, 4, 6])
@@ -202,6 +203,7 @@ def babble(loud, folder: Path, search: dict | None = None, **changes) -> dict:
         micro_batch_tokens=60,
         rate=20.0,
         max_grad_norm=0.02,
+        update_norm=True,
         eos_token_ids=ENDS,
         objective={"class_path": "opd.objectives.GeneralizedJSD", "init_args": {"beta": 0.25}},
     )

@@ -11,6 +11,7 @@ from opd.models import completion_logits, eos_token_ids, load_model, load_tokeni
 from opd.prompts import PromptBatch, PromptFormat, tokenize_rows
 from opd.randomness import derive_seed
 from opd.rollouts import Sampler, TransformersEngine
+from opd.rollouts.decoding import SHARE
 from opd.rollouts.sampling import draw
 from opd.rollouts.transformers import completion_lengths
 from opd.weights import Weights
@@ -80,6 +81,37 @@ def test_a_completion_depends_on_its_seed_alone(tiny, family):
         part = engine(batch.select(order), sampler, [seeds[i] for i in order])
         for row, i in enumerate(order):
             assert part.completion_ids[row, : part.lengths[row]].tolist() == texts[i]
+
+
+def test_equal_prompts_are_read_once_and_rows_that_end_leave():
+    """Twelve completions of two prompts; those of the pair are of unequal length."""
+    model, tokenizer = load_model("embedded:base"), load_tokenizer("embedded:base")
+    rows = [{"prompt": "123+456="}, {"prompt": "7+8="}]
+    batch = PromptBatch.collate(tokenize_rows(rows, tokenizer, PromptFormat()), 0).repeat(6)
+    end, nine = (tokenizer.convert_tokens_to_ids(c) for c in ("<eos>", "9"))
+    sampler = Sampler(24, temperature=1.5, eos_token_ids=(end, nine))
+    read = []
+    hook = model.register_forward_pre_hook(
+        lambda _, args, kwargs: read.append(tuple(kwargs["input_ids"].shape)), with_kwargs=True
+    )
+    rollouts = sample(TransformersEngine(), model, batch, sampler, 3)
+    hook.remove()
+    assert read[0] == (2, batch.ids.shape[1])
+    sizes = [size for size, _ in read[1:]]
+    assert sizes == sorted(sizes, reverse=True)
+    lengths = rollouts.lengths.tolist()
+    assert len(set(lengths)) > 4
+    for position, size in enumerate(sizes, start=1):
+        left = sum(length > position for length in lengths)
+        assert left <= size <= max(left / SHARE + 1, left)
+    assert len(sizes) == max(lengths) - 1
+    engine = TransformersEngine()
+    engine.start(model, Weights(model), tokenizer=None)
+    for i in range(12):
+        one = engine(batch.select([i]), sampler, [derive_seed(3, i)])
+        assert one.completion_ids[0].tolist() == rollouts.completion_ids[i, : lengths[i]].tolist()
+        gap = one.engine_logprobs[0] - rollouts.engine_logprobs[i, : lengths[i]]
+        assert gap.abs().max() < 1e-5
 
 
 def test_draw_is_the_inverse_of_the_cumulated_distribution():
