@@ -16,6 +16,7 @@ from torch import Tensor
 from transformers.cache_utils import DynamicCache, LinearAttentionCacheLayerMixin
 
 from opd.randomness import uniform
+from opd.rollouts.layers import with_room
 from opd.rollouts.rollouts import Sampler
 from opd.rollouts.sampling import sample
 
@@ -111,6 +112,8 @@ class _Batch:
         self.model = model
         self.input_ids = input_ids
         self.kwargs = kwargs
+        if isinstance(cache := kwargs.get("past_key_values"), DynamicCache):
+            with_room(cache)
 
     @property
     def can_select(self) -> bool:

@@ -57,6 +57,9 @@ def draw(weights: Tensor, numbers: Tensor) -> tuple[Tensor, Tensor]:
         float64, [B].
     """
     size = weights.shape[1]
+    if size <= 4 * BLOCK:
+        token, _, total = _find(weights, numbers)
+        return token, total
     whole = size // BLOCK * BLOCK
     sums = weights[:, :whole].unflatten(1, (-1, BLOCK)).sum(dim=2)
     if whole < size:

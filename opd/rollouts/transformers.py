@@ -12,6 +12,7 @@ from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerB
 from opd.errors import UserError
 from opd.models import generating_with
 from opd.prompts import PromptBatch
+from opd.rollouts import layers
 from opd.rollouts.decoding import Decoding
 from opd.rollouts.engine import RolloutEngine
 from opd.rollouts.rollouts import Rollouts, Sampler
@@ -63,6 +64,7 @@ class TransformersEngine(RolloutEngine):
                 gathered(model),
                 generating_with(model, GenerationConfig()),
                 torch.compiler.set_stance("force_eager"),
+                layers.decoding(model, min(size, len(prompts)), sampler.max_new_tokens),
             ):
                 parts = [
                     self._sample(
