@@ -142,3 +142,25 @@ def steps_to_target(
     axis.grid(alpha=0.3)
     axis.legend(frameon=False)
     return figure
+
+
+def bench_bars(compared: Mapping[str, Mapping[str, Sequence[float]]]) -> Figure:
+    """Speed and memory beside a peer's, one pair of bars per workload, with all runs as points.
+
+    Args:
+        compared: By workload: ``speed``, ours over theirs; ``memory``, likewise.
+    """
+    figure, axes = plt.subplots(1, 2, figsize=(9, 1.2 + 0.7 * len(compared)))
+    titles = {"speed": "steps per second, ours / TRL", "memory": "memory over models, ours / TRL"}
+    for axis, (kind, title) in zip(axes, titles.items(), strict=True):
+        for i, ratios in enumerate(compared.values()):
+            values = sorted(ratios[kind])
+            axis.barh(i, values[len(values) // 2], color="C0" if kind == "speed" else "C2")
+            axis.plot(values, [i] * len(values), "k|", markersize=8)
+        axis.axvline(1, color="gray", linewidth=0.8)
+        axis.set_yticks(range(len(compared)), list(compared))
+        axis.invert_yaxis()
+        axis.set_title(title, fontsize=10)
+        axis.grid(axis="x", alpha=0.3)
+    figure.tight_layout()
+    return figure

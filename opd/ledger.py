@@ -18,6 +18,7 @@ TOKENS = (
     "teacher_tokens",
     "train_tokens",
 )
+Mark = float | torch.cuda.Event
 SECONDS = ("rollout", "teacher", "train", "search", "validation")
 
 
@@ -32,6 +33,7 @@ class Ledger:
     def __init__(self) -> None:
         self.totals: dict[str, float] = dict.fromkeys(self._names(), 0.0)
         self._new: dict[str, float] = defaultdict(float)
+        self._phases: list[tuple[str, Mark, Mark]] = []
 
     @staticmethod
     def _names() -> list[str]:
@@ -46,14 +48,17 @@ class Ledger:
     def phase(self, name: str) -> Iterator[None]:
         """Charge the seconds of a block to a phase; phases do not nest."""
         assert name in SECONDS, name
-        start = _now()
+        start = _mark()
         try:
             yield
         finally:
-            self._new[f"{name}_seconds"] += _now() - start
+            self._phases.append((name, start, _mark()))
 
     def synchronize(self, reduce_sum: Callable[[Tensor], Tensor], world_size: int) -> None:
         """Add what all ranks have spent since the last call; a collective."""
+        for phase, start, end in self._phases:
+            self._new[f"{phase}_seconds"] += _seconds(start, end)
+        self._phases.clear()
         names = self._names()
         new = torch.tensor([self._new[name] for name in names], dtype=torch.float64)
         for name, value in zip(names, reduce_sum(new).tolist(), strict=True):
@@ -73,7 +78,19 @@ def peak_memory_bytes() -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
-def _now() -> float:
-    if torch.cuda.is_available():
-        torch.cuda.synchronize()
-    return time.perf_counter()
+def _mark() -> Mark:
+    """Mark this moment; on a GPU, where it comes among what is still to be computed."""
+    if not torch.cuda.is_available():
+        return time.perf_counter()
+    event = torch.cuda.Event(enable_timing=True)
+    event.record()
+    return event
+
+
+def _seconds(start: Mark, end: Mark) -> float:
+    if isinstance(start, float) and isinstance(end, float):
+        return end - start
+    assert isinstance(start, torch.cuda.Event)
+    assert isinstance(end, torch.cuda.Event)
+    end.synchronize()
+    return start.elapsed_time(end) / 1000

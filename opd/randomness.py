@@ -58,9 +58,17 @@ def _int64(value: int) -> int:
 @contextmanager
 def own_randomness(device: torch.device, *key: int | str) -> Iterator[None]:
     """Run a block (dropout) on global random state of its own, and put the old state back."""
-    with torch.random.fork_rng([device] if device.type == "cuda" else []):
-        torch.manual_seed(derive_seed(*key))
+    seed, state = derive_seed(*key), torch.get_rng_state()
+    of_gpu = torch.cuda.get_rng_state(device) if device.type == "cuda" else None
+    try:
+        torch.default_generator.manual_seed(seed)  # torch.manual_seed looks for all devices first
+        if of_gpu is not None:
+            torch.cuda.manual_seed(seed)
         yield
+    finally:
+        torch.set_rng_state(state)
+        if of_gpu is not None:
+            torch.cuda.set_rng_state(of_gpu, device)
 
 
 def random_state() -> dict[str, Any]:

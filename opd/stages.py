@@ -164,8 +164,8 @@ def count_tokens(
     module: Distillation, metrics: StepMetrics, micro: Rollouts, values: Mapping[str, Tensor]
 ) -> None:
     """Add metrics of the N tokens of a micro-batch, [N] each."""
-    lengths = micro.lengths.cpu()
     of_prompts = members(module, metrics, micro.prompts.prompts)
+    lengths = micro.lengths.cpu() if of_prompts else micro.lengths  # a GPU would have to be awaited
     metrics.update(values, {g: m.repeat_interleave(lengths) for g, m in of_prompts.items()})
 
 

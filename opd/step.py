@@ -191,21 +191,21 @@ def accumulate_gradients(
         with what their teachers think of them.
     """
     world = module.world
-    tokens = torch.tensor(float(sum(micro.num_tokens for micro in micro_batches)))
-    total = max(world.sum(tokens).item(), 1.0)
+    counts = [micro.num_tokens for micro in micro_batches]
+    total = max(world.sum(torch.tensor(float(sum(counts)))).item(), 1.0)
     values: list[dict[str, Tensor]] = []
     readings: list[Reading] = []
     for i, micro in enumerate(micro_batches):
         with module.ledger.phase("teacher"):
             reading = stages.read(module, micro)
-            module.ledger.count("teacher_tokens", micro.num_tokens)
+            module.ledger.count("teacher_tokens", counts[i])
         with module.ledger.phase("train"):
             compared = stages.compare(module, reading, module.objective, token_metrics)
             sync = module.gradient_sync == "every" or i == len(micro_batches) - 1
             # Data parallel strategies average gradients over ranks; the sum is wanted
             with memory.needed_for("the gradient"):
                 world.backward(compared.total * (world.size / total), module.student, sync=sync)
-            module.ledger.count("train_tokens", micro.num_tokens)
+            module.ledger.count("train_tokens", counts[i])
             stages.count_tokens(module, module.train_metrics, micro, compared.values)
         values.append(compared.values)
         readings += [reading] if keep_opinions else []
