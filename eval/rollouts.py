@@ -1,0 +1,131 @@
+"""Read what a run has said on held-out prompts: base, student and teacher, by prompt.
+
+``callbacks.SampleWriter`` writes it, a file for each validation and one for the teacher; runs of
+before have none.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from eval.files import read_lines
+from eval.runs import NUMBER, check_shape
+from opd.errors import UserError
+
+PER_TOKEN = ("reverse_kl", "student_logprob", "teacher_logprob")
+RECORD = {
+    **{"row": NUMBER, "prompt": "", "completion": "", "tokens?": [""]},
+    **{f"{name}?": [NUMBER] for name in PER_TOKEN},
+}
+BASE, STUDENT, TEACHER = "base", "student", "teacher"
+
+
+@dataclass(frozen=True)
+class Completion:
+    """What one of them says after a prompt.
+
+    Attributes:
+        tokens: Text of each token, n of them; the whole text if nobody knows.
+        values: Per token, [n] by name: ``reverse_kl`` in nats and log-probabilities of ``student``
+            and ``teacher``; those that are known.
+        correct: Whether the answer is right; None if there is nothing to judge.
+        ended: Whether it has ended by itself, rather than by the limit of tokens.
+    """
+
+    tokens: list[str]
+    values: Mapping[str, list[float]]
+    correct: bool | None
+    ended: bool
+
+
+@dataclass(frozen=True)
+class Row:
+    """A prompt, and what is said after it.
+
+    Attributes:
+        number: Of the prompt's row in the data.
+        prompt: Its text, as the models read it.
+        answer: The right one, if there is one.
+        said: By side; not all need be there.
+    """
+
+    number: int
+    prompt: str
+    answer: str | None
+    said: Mapping[str, Completion]
+
+
+@dataclass(frozen=True)
+class HeldOut:
+    """What a run has said on held-out prompts.
+
+    Attributes:
+        steps: Optimizer steps that each side has been trained for, by side; None for the teacher.
+        rows: The prompts of the last validation, in order.
+    """
+
+    steps: Mapping[str, int | None]
+    rows: list[Row]
+
+
+def read_held_out(folder: Path, last_step: int) -> HeldOut | None:
+    """Read what is in ``validation/`` of a run folder; None if nothing is.
+
+    Args:
+        folder: The run folder.
+        last_step: What a run has left there that went further, and was then resumed from an
+            earlier step, does not count.
+
+    Raises:
+        UserError: A file is damaged.
+    """
+    validation = folder / "validation"
+    found = [(int(path.stem[5:]), path) for path in validation.glob("step_*.jsonl")]
+    files = {step: path for step, path in sorted(found) if step <= last_step}
+    if not files:
+        return None
+    last = max(files)
+    chosen = {BASE: files.get(0), STUDENT: files[last] if last else None}
+    chosen[TEACHER] = validation / "teacher.jsonl"
+    sides = {side: _read(path) for side, path in chosen.items() if path is not None}
+    sides = {side: records for side, records in sides.items() if records}
+    steps = {BASE: 0, STUDENT: last, TEACHER: None}
+    rows = [
+        Row(
+            number=key[0],
+            prompt=key[1],
+            answer=None if record.get("answer") is None else str(record["answer"]),
+            said={side: _completion(found[key]) for side, found in sides.items() if key in found},
+        )
+        for key, record in sides.get(STUDENT if last else BASE, {}).items()
+    ]
+    return HeldOut({side: steps[side] for side in sides}, rows) if rows else None
+
+
+def _read(path: Path) -> dict[tuple[int, str], dict[str, Any]]:
+    """Read a file of records, by prompt: a run may have been resumed on other prompts."""
+    records = {}
+    for record in read_lines(path) if path.is_file() else ():
+        check_shape(record, RECORD, path)
+        tokens = record.get("tokens")
+        for name in PER_TOKEN:
+            if name in record and tokens is not None and len(record[name]) != len(tokens):
+                raise UserError(
+                    f"{path}: row {record['row']}: {name} has {len(record[name])} numbers for "
+                    f"{len(tokens)} tokens"
+                )
+        records[int(record["row"]), record["prompt"]] = record
+    return records
+
+
+def _completion(record: Mapping[str, Any]) -> Completion:
+    known = [name for name in PER_TOKEN if name in record and "tokens" in record]
+    return Completion(
+        tokens=record.get("tokens", [record["completion"]]),
+        values={name: record[name] for name in known},
+        correct=record.get("correct"),
+        ended=record.get("finish_reason") != "length",
+    )
