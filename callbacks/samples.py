@@ -19,6 +19,7 @@ from callbacks.earlier_run import refuse_to_replace
 from opd.errors import UserError
 from opd.evaluation import Evaluation, listen
 from opd.module import OPDModule
+from opd.prompts import Prompt, PromptBatch, PromptDataModule
 from opd.rollouts import rollout_records
 from opd.step import StepOutput
 
@@ -36,8 +37,8 @@ class SampleWriter(Callback):
     Args:
         every_n_steps: Steps between files; 0: none in training.
         rollouts: Completions per file, of this step's rank 0; 0: none in training.
-        held_out: Validation prompts, the first so many, whose completions each validation writes;
-            0: none.
+        held_out: Validation prompts whose completions each validation writes: the first so many, of
+            several data sets equally many; 0: none.
 
     Attributes:
         overwrite: Whether files of an earlier run may go; the command line guards its folder.
@@ -59,8 +60,10 @@ class SampleWriter(Callback):
         self.every_n_steps = every_n_steps
         self.rollouts = rollouts
         self.held_out = held_out
-        self._student: list[dict[str, Any]] = []  # records of this validation, of all ranks
-        self._teacher: list[dict[str, Any]] = []
+        # Of this validation: the rows to write, and this rank's prompts and completions of them
+        self._rows: frozenset[int] = frozenset()
+        self._prompts: list[Prompt] = []
+        self._records: list[dict[str, Any]] = []
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Look for an earlier run's files.
@@ -96,7 +99,11 @@ class SampleWriter(Callback):
         write_jsonl(path, records[: self.rollouts])
 
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self._student, self._teacher = [], []
+        data = getattr(trainer, "datamodule", None)
+        fits = trainer.state.fn == "fit" and not trainer.fast_dev_run  # type: ignore[attr-defined]
+        known = data.validation_prompts if fits and isinstance(data, PromptDataModule) else []
+        self._rows = first_rows(known, self.held_out)
+        self._prompts, self._records = [], []
 
     def on_validation_batch_end(
         self,
@@ -107,35 +114,27 @@ class SampleWriter(Callback):
         batch_idx: int,
         dataloader_idx: int = 0,
     ) -> None:
-        missing = self.held_out - len(self._student)
-        off = trainer.state.fn != "fit" or trainer.fast_dev_run  # type: ignore[attr-defined]
-        if off or missing <= 0 or not isinstance(pl_module, OPDModule):
+        if self._rows and isinstance(pl_module, OPDModule):
+            evaluation: Evaluation = outputs["evaluation"]
+            self._records += evaluation.records(pl_module.tokenizer, self._rows)
+            self._prompts += [prompt for prompt in batch.prompts if prompt.row in self._rows]
+
+    def on_validation_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Write what student and teachers have said; the latter once, before training."""
+        if not (self._rows and isinstance(pl_module, OPDModule)):
             return
-        world = pl_module.world
-        # Prompts are dealt to the ranks in turn: of the first that are missing, so many are here
-        count = len(range(world.rank, missing, world.size))
-        chosen = batch.select(range(min(count, len(batch))))
-
-        def gathered(evaluation: Evaluation) -> list[dict[str, Any]]:
-            rows = {prompt.row for prompt in chosen.prompts}
-            parts = world.gather(evaluation.records(pl_module.tokenizer, rows))
-            return sorted(itertools.chain(*parts), key=lambda record: record["row"])
-
-        self._student += gathered(outputs["evaluation"])
+        files = {f"step_{trainer.global_step:06d}": self._records}
         if trainer.sanity_checking:
+            pad_id = pl_module.sampler.pad_token_id
+            prompts = PromptBatch.collate(self._prompts, pad_id).to(pl_module.device)
             with pl_module.ledger.phase("validation"), trainer.precision_plugin.val_step_context():
-                heard = listen(pl_module, chosen, TEACHER_TOKENS)
-            self._teacher += gathered(heard)
-
-    @rank_zero_only
-    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        folder = Path(trainer.default_root_dir) / "validation"
-        for name, records in [
-            (f"step_{trainer.global_step:06d}", self._student),
-            ("teacher", self._teacher),
-        ]:
-            if records:
-                write_jsonl(folder / f"{name}.jsonl", records)
+                heard = listen(pl_module, prompts, TEACHER_TOKENS)
+            files["teacher"] = heard.records(pl_module.tokenizer, self._rows)
+        for name, mine in files.items():
+            records = list(itertools.chain(*pl_module.world.gather(mine)))
+            if records and trainer.is_global_zero:
+                path = Path(trainer.default_root_dir) / "validation" / f"{name}.jsonl"
+                write_jsonl(path, sorted(records, key=lambda record: record["row"]))
 
     def on_predict_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if not self.overwrite:
@@ -170,6 +169,16 @@ class SampleWriter(Callback):
         part = f"_rank{trainer.global_rank if rank is None else rank}"
         name = "predictions" + (part if trainer.world_size > 1 else "")
         return Path(trainer.default_root_dir) / f"{name}.jsonl"
+
+
+def first_rows(prompts: Iterable[Prompt], count: int) -> frozenset[int]:
+    """Choose the first rows, from several data sets in turn."""
+    by_set: dict[str | None, list[int]] = {}
+    for prompt in prompts:
+        by_set.setdefault(prompt.data_set, []).append(prompt.row)
+    turns = itertools.zip_longest(*by_set.values())
+    rows = (row for turn in turns for row in turn if row is not None)
+    return frozenset(itertools.islice(rows, count))
 
 
 def write_jsonl(path: Path, records: Iterable[Mapping[str, Any]]) -> None:

@@ -47,12 +47,14 @@ class Row:
 
     Attributes:
         number: Of the prompt's row in the data.
+        data_set: Name of its data set, if there are several.
         prompt: Its text, as the models read it.
         answer: The right one, if there is one.
         said: By side; not all need be there.
     """
 
     number: int
+    data_set: str | None
     prompt: str
     answer: str | None
     said: Mapping[str, Completion]
@@ -96,13 +98,18 @@ def read_held_out(folder: Path, last_step: int) -> HeldOut | None:
     rows = [
         Row(
             number=key[0],
+            data_set=_text(record.get("data_set")),
             prompt=key[1],
-            answer=None if record.get("answer") is None else str(record["answer"]),
+            answer=_text(record.get("answer")),
             said={side: _completion(found[key]) for side, found in sides.items() if key in found},
         )
         for key, record in sides.get(STUDENT if last else BASE, {}).items()
     ]
     return HeldOut({side: steps[side] for side in sides}, rows) if rows else None
+
+
+def _text(value: Any) -> str | None:
+    return None if value is None else str(value)
 
 
 def _read(path: Path) -> dict[tuple[int, str], dict[str, Any]]:

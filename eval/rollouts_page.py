@@ -130,9 +130,10 @@ def _run(name: str, held_out: HeldOut, is_first: bool) -> str:
 
 def _row(row: Row, held_out: HeldOut) -> str:
     answer = "" if row.answer is None else f", answer <b>{_escape(row.answer)}</b>"
+    data_set = "" if row.data_set is None else f" of {_escape(row.data_set)}"
     sides = "".join(_side(side, step, row.said.get(side)) for side, step in held_out.steps.items())
     return (
-        f"<article class=rollout><h4>prompt {row.number}{answer}</h4>"
+        f"<article class=rollout><h4>prompt {row.number}{data_set}{answer}</h4>"
         f'<p class="text prompt" dir=auto>{_prompt(row.prompt)}</p>'
         f"<div class=sides>{sides}</div></article>"
     )

@@ -55,11 +55,14 @@ def test_each_validation_writes_what_its_metrics_are_of(vanilla):
 
 
 def test_the_teacher_draws_as_the_student_does_and_the_student_reads_it(fit, vanilla):
-    """The student's own twin as teacher says what the student says, word for word."""
-    folder = fit("run", "--model.student", "embedded:teacher", steps=1)
+    """The student's own twin as teacher says what the student says, word for word, when hot too."""
+    hot = ["--model.temperature", "5"]
+    folder = fit("run", "--model.student", "embedded:teacher", *hot, steps=1)
     teacher, student = read(folder, "teacher"), read(folder, "step_000000")
+    assert any(one["finish_reason"] == "stop" and not one["correct"] for one in teacher)
     assert [one["completion"] for one in teacher] == [one["completion"] for one in student]
-    assert [one["correct"] for one in teacher] == [one["correct"] for one in student]
+    for one, other in zip(teacher, student, strict=True):
+        assert one["correct"] == (None if one["finish_reason"] == "length" else other["correct"])
     assert max(kl for one in teacher for kl in one["reverse_kl"]) < 1e-4
     for one in read(vanilla, "teacher"):  # and where the student is another
         assert one["teacher_logprob"] == pytest.approx(one["engine_logprob"], abs=1e-3)
@@ -73,6 +76,8 @@ def test_a_teacher_that_is_cut_short_is_not_judged(fit, monkeypatch, vanilla):
     ):
         assert short["completion_ids"] == whole["completion_ids"][:5]
         assert short["finish_reason"] == "length"
+        untrained = whole["student_logprob"][:5]  # although the other run has gone on to step 3
+        assert short["student_logprob"] == pytest.approx(untrained, abs=1e-5)
         assert short["correct"] is None
         assert whole["correct"] is not None
 
@@ -86,6 +91,19 @@ def test_prompts_without_answers_are_not_judged(fit, tmp_path):
         without, answered = read(folder, name)
         assert without["correct"] is None
         assert answered["correct"] in (True, False)
+
+
+def test_several_data_sets_have_equally_many(fit, tmp_path):
+    """Six prompts of one, two of another, and five to write; numbered together."""
+    for name, count in [("many", 6), ("few", 2)]:
+        lines = (json.dumps({"prompt": f"{i}+{count}="}) + "\n" for i in range(count))
+        (tmp_path / f"{name}.jsonl").write_text("".join(lines))
+    sources = f"{{many: {tmp_path}/many.jsonl, few: {tmp_path}/few.jsonl}}"
+    options = ["--data.validation", sources, "--data.validation_batch_size", "3"]
+    folder = fit("run", *options, "--samples.held_out", "5", steps=1)
+    for name in ("step_000000", "step_000001", "teacher"):
+        found = [(record["data_set"], record["row"]) for record in read(folder, name)]
+        assert found == [("many", 0), ("many", 1), ("many", 2), ("few", 6), ("few", 7)]
 
 
 def test_training_is_bit_for_bit_the_same_with_and_without(fit):

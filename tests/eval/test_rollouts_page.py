@@ -110,7 +110,10 @@ def test_base_student_and_teacher_stand_side_by_side_by_prompt(run, page):
         run,
         step_000000=[said(0, ["a0"]), said(1, ["a1"], correct=False), said(2, ["a2"])],
         step_000002=[said(0, ["no"]), said(1, ["no"])],
-        step_000003=[said(1, ["b1"], correct=True), said(0, ["b0"], finish_reason="length")],
+        step_000003=[
+            said(1, ["b1"], correct=True, data_set="sums"),
+            said(0, ["b0"], finish_reason="length"),
+        ],
         step_000009=[said(0, ["of a run that was resumed from before"])],
         teacher=[said(1, ["c1"]), said(0, ["c0"], prompt="of other data")],
     )
@@ -118,6 +121,8 @@ def test_base_student_and_teacher_stand_side_by_side_by_prompt(run, page):
     assert sides(one) == {"base": "a1", "student": "b1", "teacher": "c1"}
     assert sides(zero) == {"base": "a0", "student": "b0", "teacher": ""}
     assert one.all("prompt")[0].text == "prompt 1="
+    titles = [row.all("h4")[0].text for row in (one, zero)]
+    assert titles == ["prompt 1 of sums, answer 7", "prompt 0, answer 7"]
     heads = [[side.all("h4")[0].text for side in row.all("section")] for row in (one, zero)]
     assert [re.sub(" ·.*", "", head) for head in heads[0]] == [
         *("base, step 0", "student, step 3", "teacher")
