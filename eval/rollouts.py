@@ -85,27 +85,26 @@ def read_held_out(folder: Path, last_step: int) -> HeldOut | None:
         UserError: A file is damaged.
     """
     validation = folder / "validation"
-    found = [(int(path.stem[5:]), path) for path in validation.glob("step_*.jsonl")]
-    files = {step: path for step, path in sorted(found) if step <= last_step}
-    if not files:
-        return None
-    last = max(files)
-    chosen = {BASE: files.get(0), STUDENT: files[last] if last else None}
-    chosen[TEACHER] = validation / "teacher.jsonl"
-    sides = {side: _read(path) for side, path in chosen.items() if path is not None}
-    sides = {side: records for side, records in sides.items() if records}
-    steps = {BASE: 0, STUDENT: last, TEACHER: None}
+    numbers = [path.stem.removeprefix("step_") for path in validation.glob("step_*.jsonl")]
+    steps = [int(number) for number in numbers if number.isdecimal()]
+    last = max((step for step in steps if step <= last_step), default=0)
+    trained_for = {BASE: 0, STUDENT: last, TEACHER: None} if last else {BASE: 0, TEACHER: None}
+    said = {
+        side: _read(validation / ("teacher.jsonl" if step is None else f"step_{step:06d}.jsonl"))
+        for side, step in trained_for.items()
+    }
     rows = [
         Row(
             number=key[0],
             data_set=_text(record.get("data_set")),
             prompt=key[1],
             answer=_text(record.get("answer")),
-            said={side: _completion(found[key]) for side, found in sides.items() if key in found},
+            said={side: _completion(of[key]) for side, of in said.items() if key in of},
         )
-        for key, record in sides.get(STUDENT if last else BASE, {}).items()
+        for key, record in (said.get(STUDENT) or said[BASE]).items()
     ]
-    return HeldOut({side: steps[side] for side in sides}, rows) if rows else None
+    there = {side: step for side, step in trained_for.items() if said[side]}
+    return HeldOut(there, rows) if rows else None
 
 
 def _text(value: Any) -> str | None:

@@ -986,7 +986,7 @@ MUTANTS = [
     rollouts_page("{n: v[i] for", "{n: v[0] for"),
     rollouts_page("range(count - TAIL, count)", "range(HEAD, HEAD + TAIL)"),
     rollouts_page("id=find type=search", "id=search type=search"),
-    held_out_rows("if step <= last_step", ""),
+    held_out_rows("if step <= last_step), default", "), default"),
     held_out_rows(
         'records[int(record["row"]), record["prompt"]]', 'records[int(record["row"]), ""]'
     ),

@@ -114,6 +114,7 @@ def test_base_student_and_teacher_stand_side_by_side_by_prompt(run, page):
             said(1, ["b1"], correct=True, data_set="sums"),
             said(0, ["b0"], finish_reason="length"),
         ],
+        step_best=[said(1, ["a copy that somebody has made"])],
         step_000009=[said(0, ["of a run that was resumed from before"])],
         teacher=[said(1, ["c1"]), said(0, ["c0"], prompt="of other data")],
     )
