@@ -15,7 +15,9 @@ from itertools import pairwise
 from eval.rollouts import BASE, STUDENT, TEACHER, Completion, HeldOut, Row, read_held_out
 from eval.runs import Run
 
-PROMPTS = 32  # of a run; what is more is left out, and the page says so
+# What is more is left out, and the page says so: a prompt with three long completions is 60 kB
+PROMPTS = 32  # of a run
+PROMPTS_OF_ALL = 96  # of all runs of the page together
 HEAD, TAIL = 200, 56  # tokens of a completion that are shown
 PROMPT_HEAD, PROMPT_TAIL = 900, 300  # characters of a prompt
 LEVELS = (0.01, 0.1, 0.3, 1.0, 3.0)  # nats at which the next colour begins
@@ -94,7 +96,8 @@ def rollouts_section(runs: Sequence[Run]) -> str:
     ]
     if not found:
         return ""
-    parts = [_run(name, held_out, i == 0) for i, (name, held_out) in enumerate(found)]
+    most = max(1, min(PROMPTS, PROMPTS_OF_ALL // len(found)))
+    parts = [_run(name, held_out, most, i == 0) for i, (name, held_out) in enumerate(found)]
     return (
         "<h2>Rollouts</h2>"
         "<p>Held-out prompts, and what comes after them: the base (the student before training), "
@@ -116,10 +119,10 @@ def _legend() -> str:
     return "KL in nats: " + " ".join(f"<i class=k{i}>{text}</i>" for i, text in enumerate(boxes))
 
 
-def _run(name: str, held_out: HeldOut, is_first: bool) -> str:
-    rows, count = held_out.rows[:PROMPTS], len(held_out.rows)
+def _run(name: str, held_out: HeldOut, most: int, is_first: bool) -> str:
+    rows, count = held_out.rows[:most], len(held_out.rows)
     shown = f"{count} prompt{'s' * (count > 1)}"
-    shown = shown if count == len(rows) else f"the first {PROMPTS} of {shown}"
+    shown = shown if count == len(rows) else f"the first {most} of {shown}"
     absent = [side for side in (BASE, STUDENT, TEACHER) if side not in held_out.steps]
     note = f"<p><small>Not sampled in this run: {', '.join(absent)}.</small></p>" if absent else ""
     return (

@@ -980,6 +980,7 @@ MUTANTS = [
         f"{FOLDER}::test_overwrite_replaces_the_run_and_keeps_what_is_beside_it",
     )('"validation": re.compile(', '"other": re.compile('),
     rollouts_page("kl >= bound", "kl > bound"),
+    rollouts_page("PROMPTS_OF_ALL // len(found)", "PROMPTS_OF_ALL"),
     rollouts_page("html.escape(text.translate(UNSEEN))", "text.translate(UNSEEN)"),
     rollouts_page("html.escape(text.translate(UNSEEN))", "html.escape(text)"),
     rollouts_page('title="{_escape(title)}"', 'title="{title}"'),

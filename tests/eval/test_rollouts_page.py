@@ -235,6 +235,15 @@ def test_what_is_long_is_cut_and_the_page_says_so(run, page):
     assert prompt == "x" * 900 + " … 5,000 characters left out … " + "z" * 300
 
 
+def test_many_runs_share_the_rows_of_a_page(run, page, tmp_path, monkeypatch):
+    monkeypatch.setattr(rollouts_page, "PROMPTS_OF_ALL", 8)
+    write(run, step_000000=[said(i, ["a"]) for i in range(3)])
+    copies = [shutil.copytree(run, tmp_path / str(i)) for i in range(2)]
+    runs = page(run, *copies).all("run")
+    assert [len(one.all("rollout")) for one in runs] == [2, 2, 2]
+    assert runs[1].all("summary")[0].text == "0: the first 2 of 3 prompts"
+
+
 def test_only_the_first_of_several_runs_is_open(run, searched, page):
     write(run, step_000000=[said(0, ["a"])])
     runs = page(run, searched).all("run")
