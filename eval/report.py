@@ -1,4 +1,4 @@
-"""``opd report``: one self-contained HTML page with the curves and tables of one or more runs."""
+"""``opd report``: one self-contained HTML page with curves, tables and rollouts of runs."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import html
 from collections.abc import Sequence
 from pathlib import Path
 
+from eval import rollouts_page
 from eval.figures import bench_curves, curves, png
 from eval.files import write_files
 from eval.runs import Point, Run, check_target, read_runs
@@ -15,8 +16,9 @@ from opd.errors import UserError
 TITLE = "<title>On-policy distillation</title>"  # by which a page is known as ours
 STYLE = """
 body { font: 15px/1.5 system-ui, sans-serif; max-width: 70rem; margin: 2rem auto; padding: 0 1rem;
-       color: #222 }
-table { border-collapse: collapse; margin: 1rem 0; font-variant-numeric: tabular-nums }
+       color: #222; background: #fff }
+table { display: block; overflow-x: auto; border-collapse: collapse; margin: 1rem 0;
+        font-variant-numeric: tabular-nums }
 th, td { padding: .3rem .8rem; border-bottom: 1px solid #ddd; text-align: right }
 th:first-child, td:first-child { text-align: left }
 img { max-width: 100% } details { margin: .5rem 0 } small { color: #666 }
@@ -40,12 +42,14 @@ def report(runs: list[str], output: str, target: float = 0.95) -> None:
     picture = png(curves([run for run in records if run.points]))
     page = "\n".join(
         [
-            "<!doctype html><html lang=en><meta charset=utf-8>",
+            "<!doctype html><html lang=en><meta charset=utf-8>"
+            '<meta name=viewport content="width=device-width">',
             TITLE,
-            f"<style>{STYLE}</style><h1>On-policy distillation</h1>",
+            f"<style>{STYLE}{rollouts_page.STYLE}</style><h1>On-policy distillation</h1>",
             _runs_section(records, picture, target),
             _benchmarks_section(records),
             _searches_section(records),
+            rollouts_page.rollouts_section(records),
             _versions_section(records),
             "</html>",
         ]

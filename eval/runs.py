@@ -17,8 +17,8 @@ from opd.metrics_rows import read_metrics
 PHASES = ("rollout", "teacher", "train", "search")
 COSTS = (*(f"{phase}_seconds" for phase in PHASES), "rollout_tokens", "search_generated_tokens")
 
-# What a JSON file must hold, as a value of that form: types, a list of one item, or the keys of an
-# object. It may have more keys, and lack those with a question mark.
+# What a JSON file must hold, as a value of that form: types, text, a list of one item, or the keys
+# of an object. It may have more keys, and lack those with a question mark.
 Shape = Any
 NUMBER = (int, float)
 KNOWN = (int, float, type(None))
@@ -139,7 +139,7 @@ def read_run(folder: Path) -> Run:
         results = folder / "results.json"
     if results.is_file():
         by_task = _read_json(results, RESULTS)["results"]
-        _check(by_task, {task: {} for task in by_task}, results, "results")
+        check_shape(by_task, {task: {} for task in by_task}, results, "results")
         run.benchmarks = metrics_of(by_task)
     summary, metrics = folder / "summary.json", folder / "metrics.csv"
     if summary.is_file() and metrics.is_file():
@@ -165,17 +165,17 @@ def _read_json(path: Path, shape: Shape) -> Any:
         value = json.loads(path.read_text(encoding="utf-8"))
     except (ValueError, RecursionError) as error:
         raise UserError(f"{path}: not valid JSON ({error})") from error
-    _check(value, shape, path)
+    check_shape(value, shape, path)
     return value
 
 
-def _check(value: Any, shape: Shape, path: Path, *keys: str) -> None:
+def check_shape(value: Any, shape: Shape, path: Path, *keys: str) -> None:
     """Compare a value of a JSON file with what it must hold.
 
     Raises:
         UserError: Something is missing or of another type; ``keys`` lead to it.
     """
-    kinds: dict[type, str] = {dict: "an object", list: "a list", tuple: "a number"}
+    kinds: dict[type, str] = {dict: "an object", list: "a list", tuple: "a number", str: "text"}
     expected = shape if isinstance(shape, tuple) else type(shape)
     if not isinstance(value, expected) or isinstance(value, bool):
         found = json.dumps(value)
@@ -184,12 +184,12 @@ def _check(value: Any, shape: Shape, path: Path, *keys: str) -> None:
         raise UserError(f"{path}: {place} must be {kinds[type(shape)]}, not {found}")
     if isinstance(shape, list):
         for i, item in enumerate(value):
-            _check(item, shape[0], path, *keys, str(i))
+            check_shape(item, shape[0], path, *keys, str(i))
     elif isinstance(shape, dict):
         for name, inner in shape.items():
             key = name.removesuffix("?")
             if key in value or key == name:
-                _check(value.get(key), inner, path, *keys, key)
+                check_shape(value.get(key), inner, path, *keys, key)
 
 
 def read_points(metrics: Path) -> list[Point]:

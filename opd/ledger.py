@@ -93,4 +93,4 @@ def _seconds(start: Mark, end: Mark) -> float:
     assert isinstance(start, torch.cuda.Event)
     assert isinstance(end, torch.cuda.Event)
     end.synchronize()
-    return start.elapsed_time(end) / 1000
+    return float(start.elapsed_time(end)) / 1000

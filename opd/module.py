@@ -383,9 +383,14 @@ class OPDModule(LightningModule):
 
     # --- validation, test, predict --------------------------------------------------------------
 
-    def validation_step(self, batch: PromptBatch, batch_idx: int) -> None:
+    def validation_step(self, batch: PromptBatch, batch_idx: int) -> dict[str, Any]:
+        """Add to the metrics of held-out prompts.
+
+        Returns:
+            ``evaluation``, the :class:`opd.evaluation.Evaluation`, for callbacks.
+        """
         with self.ledger.phase("validation"):
-            evaluate(self, batch)
+            return {"evaluation": evaluate(self, batch)}
 
     def test_step(self, batch: PromptBatch, batch_idx: int) -> None:
         evaluate(self, batch)

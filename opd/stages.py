@@ -151,13 +151,18 @@ def verify(module: Distillation, rollouts: Rollouts) -> Tensor:
     return records.verify(rollouts, module.tokenizer, module.verifier)
 
 
-def count_rollouts(module: Distillation, metrics: StepMetrics, rollouts: Rollouts) -> None:
-    """Add the metrics of completions, and of their answers where prompts have one."""
+def count_rollouts(module: Distillation, metrics: StepMetrics, rollouts: Rollouts) -> Tensor:
+    """Add the metrics of completions, and of their answers where prompts have one.
+
+    Returns:
+        What :func:`verify` has found.
+    """
     prompts = rollouts.prompts.prompts
     answered = [prompt for prompt in prompts if prompt.answer is not None]
     metrics.update(rollout_metrics(rollouts), members(module, metrics, prompts))
-    right = {"rollout/accuracy": verify(module, rollouts)}
-    metrics.update(right, members(module, metrics, answered))
+    right = verify(module, rollouts)
+    metrics.update({"rollout/accuracy": right}, members(module, metrics, answered))
+    return right
 
 
 def count_tokens(

@@ -50,6 +50,14 @@ class World:
         """Give all ranks what one of them has."""
         return value if self._strategy is None else self._strategy.broadcast(value, src=source)
 
+    def gather(self, value: T) -> list[T]:
+        """Give all ranks what each of them has, in the order of the ranks."""
+        if self.size == 1:
+            return [value]
+        values: list[T | None] = [None] * self.size
+        torch.distributed.all_gather_object(values, value)
+        return cast(list[T], values)
+
     def together(self, function: Callable[[], T]) -> T:
         """Do something on every rank; if one fails, all fail, and none waits for it.
 
@@ -61,10 +69,7 @@ class World:
             result = function()
         except Exception as error:
             failure = error
-        reasons: list[str | None] = [None] * self.size
-        if self.size > 1:
-            own = None if failure is None else str(failure)
-            torch.distributed.all_gather_object(reasons, own)
+        reasons = self.gather(None if failure is None else str(failure))
         if failure is not None:
             raise failure
         for rank, reason in enumerate(reasons):

@@ -44,6 +44,14 @@ EQUALITY = "tests/test_equality.py"
 COMMA = "test_a_comma_separates_groups_of_three_or_numbers"
 EXTRAPOLATION = "tests/test_extrapolation.py"
 FILES = "tests/callbacks/test_files_of_a_run.py"
+HELD = "tests/callbacks/test_held_out.py"
+TEXTS = " ".join(
+    f"{HELD}::test_texts_of_tokens_{name}"
+    for name in ("are_together_the_completion", "keep_the_spaces_between_words")
+)
+CUT_SHORT = "test_a_teacher_that_is_cut_short_is_not_judged"
+DEALT_HELD_OUT = f"{HELD}::test_two_processes_write_the_prompts_that_one_writes[ddp]"
+ROLLOUTS_PAGE = "tests/eval/test_rollouts_page.py"
 NUMBERS = "tests/test_numbers.py"
 TOKENS = f"{NUMBERS}::test_metrics_of_tokens_and_rollouts"
 WEIGHTS = f"{NUMBERS}::test_weights_move_by_the_rate_times_the_clipped_gradient"
@@ -117,6 +125,11 @@ saving = of(
 )
 runs = of("eval/runs.py", HAND_MADE)
 report = of("eval/report.py", f"{HAND_MADE}::test_report_says_what_the_runs_cost_and_reached")
+rollouts_page = of("eval/rollouts_page.py", ROLLOUTS_PAGE)
+held_out_rows = of("eval/rollouts.py", ROLLOUTS_PAGE)
+held_out = of("callbacks/samples.py", HELD)
+evaluation = of("opd/evaluation.py", HELD)
+texts = of("opd/rollouts/records.py", TEXTS)
 figures = of("eval/figures.py", HAND_MADE)
 study = of("eval/study.py", f"{HAND_MADE}::test_study_compares_trials")
 harness = of("eval/harness.py", HARNESS)
@@ -973,9 +986,39 @@ MUTANTS = [
         "tests/callbacks/test_effopd.py::test_a_search_that_cannot_tell_weights_apart_says_so_once",
     ),
     summary("if not self.overwrite:", "if False:"),
-    of("callbacks/samples.py", FILES)(
-        'refuse_to_replace(trainer, ["samples/step_*.jsonl"])', "pass"
+    of("callbacks/samples.py", FILES)("refuse_to_replace(trainer, FILES)", "pass"),
+    held_out("if trainer.sanity_checking:", "if True:", f"{HELD}::{CUT_SHORT}"),
+    held_out("pl_module.world.gather(mine)", "[mine]", DEALT_HELD_OUT),
+    held_out('sorted(records, key=lambda record: record["row"])', "records", DEALT_HELD_OUT),
+    held_out("itertools.zip_longest(*by_set.values())", "by_set.values()"),
+    evaluation("rollouts.columns[RIGHT].masked_fill_(~rollouts.finished, math.nan)", "pass"),
+    evaluation("column[answered] = right", "column[: len(right)] = right"),
+    evaluation("derive_seed(seed, prompt.row, 0)", "derive_seed(seed, prompt.row, 1)"),
+    evaluation("if prompt.row in rows]", "]"),
+    evaluation("if not memory.is_out_of_memory(error):", "if True:"),
+    of("opd/teachers/local.py", f"{HELD}::test_two_processes_write_the_prompts_that_one_writes")(
+        "self.offload or is_sharded(self.model)", "self.offload"
     ),
+    texts("start, told = told, i", "start, told = i, i"),
+    texts("i - told < UTF8_BYTES and", ""),
+    texts(" and i < len(token_ids)", ""),
+    of(
+        "opd/cli/run_folder.py",
+        f"{FOLDER}::test_overwrite_replaces_the_run_and_keeps_what_is_beside_it",
+    )('"validation": re.compile(', '"other": re.compile('),
+    rollouts_page("kl >= bound", "kl > bound"),
+    rollouts_page("PROMPTS_OF_ALL // len(found)", "PROMPTS_OF_ALL"),
+    rollouts_page("html.escape(text.translate(UNSEEN))", "text.translate(UNSEEN)"),
+    rollouts_page("html.escape(text.translate(UNSEEN))", "html.escape(text)"),
+    rollouts_page('title="{_escape(title)}"', 'title="{title}"'),
+    rollouts_page("{n: v[i] for", "{n: v[0] for"),
+    rollouts_page("range(count - TAIL, count)", "range(HEAD, HEAD + TAIL)"),
+    rollouts_page("id=find type=search", "id=search type=search"),
+    held_out_rows("if step <= last_step), default", "), default"),
+    held_out_rows(
+        'records[int(record["row"]), record["prompt"]]', 'records[int(record["row"]), ""]'
+    ),
+    held_out_rows("len(record[name]) != len(tokens)", "False"),
     of("callbacks/earlier_run.py", FILES)("and trainer.ckpt_path is None", ""),
     of("opd/cli/fit.py", "tests/test_resume.py::test_a_resumed_run_says_which_options_are_others")(
         "if names and ranks.name() is None:", "if False:"

@@ -43,6 +43,7 @@ MINE = {
     "checkpoints/my-model/model.safetensors": "weights",
     "checkpoints/pretrained.ckpt": "of another program",
     "samples/a.wav": "wav",
+    "validation/mine.jsonl": "{}",
     "events.out.tfevents.1.host": "of another program",
 }
 
@@ -142,6 +143,7 @@ def test_overwrite_replaces_the_run_and_keeps_what_is_beside_it(vanilla, tmp_pat
     assert {name: after[name] for name in mine} == {name: before[name] for name in mine}
     assert steps_of(folder) == [1]
     gone = {"samples/step_000002.jsonl", "checkpoints/step=000002.ckpt"}
+    gone |= {"validation/step_000003.jsonl"}
     assert gone <= set(before)
     assert not gone & set(after)
     assert len(list(folder.glob("events.out.tfevents.*.opd"))) == 1

@@ -60,7 +60,9 @@ COMMANDS = {
         "evaluate a model on lm-eval tasks", "eval.evaluate:evaluate", pairs=("compare",)
     ),
     "export": Command("turn a checkpoint into a Hugging Face folder", "opd.cli.export:export"),
-    "report": Command("one HTML page with curves and tables", "eval.report:report", "runs"),
+    "report": Command(
+        "one HTML page with curves, tables and rollouts", "eval.report:report", "runs"
+    ),
     "bench": Command("speed and memory of a step, beside TRL's", "eval.bench.command:bench"),
     "study": Command("accelerators x learning rates x seeds", "eval.study:study", runs_others=True),
 }

@@ -37,7 +37,10 @@ NAMES = re.compile(
     r"\.opd-run|config\.yaml|hparams\.yaml|metrics\.csv(\.tmp)?|summary\.json(\.tmp)?"
     rf"|events\.out\.tfevents\..*{re.escape(EVENTS_SUFFIX)}"
 )
-SAMPLES = re.compile(r"step_\d{6,}\.jsonl")
+SAMPLES = {
+    "samples": re.compile(r"step_\d{6,}\.jsonl"),
+    "validation": re.compile(r"step_\d{6,}\.jsonl|teacher\.jsonl"),
+}
 SHARD_FILES = re.compile(rf".*\.distcp|\.metadata|{re.escape(checkpoints.META_FILE)}")
 ASIDE = ".replaced-"  # prefix of what has been put aside
 REMEDY = "resume it with --ckpt_path last, choose another folder, or replace it"
@@ -249,7 +252,8 @@ def files(folder: Path) -> list[Path]:
     if not holds_a_run(folder):
         return []
     found = [path for path in folder.glob("*") if NAMES.fullmatch(path.name) and path.is_file()]
-    found += [path for path in folder.glob("samples/*") if SAMPLES.fullmatch(path.name)]
+    for name, pattern in SAMPLES.items():
+        found += [path for path in folder.glob(f"{name}/*") if pattern.fullmatch(path.name)]
     place = folder / "checkpoints"
     own = [path for path in checkpoints.find_all(place) if _is_own(path, place)]
     links = [
@@ -313,7 +317,7 @@ def bring_back(folder: Path) -> None:
 
 
 def _set_aside(folder: Path) -> list[Path]:
-    places = [folder.glob(f"{ASIDE}*"), folder.glob(f"samples/{ASIDE}*")]
+    places = [folder.glob(f"{ASIDE}*"), *(folder.glob(f"{place}/{ASIDE}*") for place in SAMPLES)]
     return [path for place in places for path in place] + list(
         (folder / "checkpoints").rglob(f"{ASIDE}*")
     )

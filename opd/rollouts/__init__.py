@@ -2,7 +2,7 @@
 
 from opd.rollouts.engine import RolloutEngine
 from opd.rollouts.micro_batches import align_micro_batches, cut_into_micro_batches
-from opd.rollouts.records import rollout_records, verify
+from opd.rollouts.records import rollout_records, token_texts, verify
 from opd.rollouts.rollouts import Rollouts, Sampler, Tokens
 from opd.rollouts.transformers import TransformersEngine
 
@@ -15,5 +15,6 @@ __all__ = [
     "align_micro_batches",
     "cut_into_micro_batches",
     "rollout_records",
+    "token_texts",
     "verify",
 ]

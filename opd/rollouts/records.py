@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -11,6 +11,8 @@ from transformers import PreTrainedTokenizerBase
 
 from opd.answers import Verifier
 from opd.rollouts.rollouts import Rollouts
+
+UTF8_BYTES = 4  # of a character, and so tokens, at most
 
 
 def rollout_records(
@@ -44,6 +46,28 @@ def rollout_records(
                 for name, value_rows in values.items()
             },
         }
+
+
+def token_texts(tokenizer: PreTrainedTokenizerBase, token_ids: Sequence[int]) -> list[str]:
+    """Split the text of a completion into what each of its tokens adds to it.
+
+    Some tokens are no text by themselves: a tokenizer drops the space that a first token begins
+    with, and a character may be spread over several tokens. So each is decoded with the one before
+    it, and a character belongs to the token that completes it; those before it add nothing.
+    """
+    texts: list[str] = []
+    start = told = 0  # tokens from start are decoded; the text of those before told is known
+    for i in range(1, len(token_ids) + 1):
+        known = tokenizer.decode(list(token_ids[start:told]))
+        text = tokenizer.decode(list(token_ids[start:i]))
+        assert isinstance(known, str)
+        assert isinstance(text, str)
+        if text.endswith("\ufffd") and i - told < UTF8_BYTES and i < len(token_ids):
+            texts.append("")
+        else:
+            texts.append(text[len(known) :])
+            start, told = told, i
+    return texts
 
 
 def verify(rollouts: Rollouts, tokenizer: PreTrainedTokenizerBase, verifier: Verifier) -> Tensor:

@@ -49,6 +49,11 @@ class LocalTeacher:
         self._on_device = is_sharded(model)  # shards are where they belong
 
     @property
+    def whole(self) -> PreTrainedModel | None:
+        """The model, if it can sample here; None if each token would move weights about."""
+        return None if self.offload or is_sharded(self.model) else self.model
+
+    @property
     def context(self) -> int | None:
         """Positions that the model was made for."""
         return context_length(self.model)

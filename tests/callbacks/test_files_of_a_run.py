@@ -83,7 +83,9 @@ def test_callbacks_of_python_replace_no_earlier_run(tmp_path):
     first.save_checkpoint(tmp_path / "first.ckpt")
     trainer(SampleWriter()).predict(module, data)
     before = contents(tmp_path / "run")
-    assert before.keys() == {"summary.json", "samples/step_000001.jsonl", "predictions.jsonl"}
+    said = {f"validation/{name}.jsonl" for name in ("step_000000", "step_000001", "teacher")}
+    written = {"summary.json", "samples/step_000001.jsonl", "predictions.jsonl", *said}
+    assert before.keys() == written
     refused = pytest.raises(UserError, match="is there from an earlier run; move it away")
     for callback in (RunSummary(), SampleWriter(every_n_steps=1)):
         with refused:
