@@ -18,7 +18,7 @@ from transformers import PreTrainedTokenizerBase
 
 from opd import memory, stages
 from opd.metrics import prediction, token_metrics
-from opd.objectives import of_sampled
+from opd.objectives import Distributions, of_sampled
 from opd.prompts import PromptBatch
 from opd.randomness import derive_seed
 from opd.rollouts import Rollouts, Tokens, TransformersEngine, rollout_records, token_texts
@@ -82,9 +82,9 @@ def evaluate(module: Distillation, batch: PromptBatch) -> Evaluation:
     return evaluation
 
 
-def _measure(log_p: Tensor, opinions: Mapping[str, Tensor], tokens: Tokens) -> dict[str, Tensor]:
-    metrics = token_metrics(log_p, opinions, tokens)
-    return {**metrics, "student_logprob": of_sampled(log_p, tokens.y)}
+def _measure(both: Distributions, tokens: Tokens) -> dict[str, Tensor]:
+    metrics = token_metrics(both, tokens)
+    return {**metrics, "student_logprob": of_sampled(both.log_p, tokens.y)}
 
 
 def listen(module: Distillation, batch: PromptBatch, max_new_tokens: int) -> Evaluation:
