@@ -27,7 +27,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from opd.models.passes import Buffer, Head, body
+from opd.models.passes import Buffer, Head, body, product_dtype
 from opd.objectives import Distributions, Objective
 from opd.rollouts import Rollouts, Tokens
 from opd.sharding import forward_pass
@@ -100,9 +100,9 @@ def _student_pass(
     run: Callable[[Head, Tensor], Tensor],
     size: int,
 ) -> Tensor:
-    hidden = body(student, ids, mask, predicts)
+    hidden, dtype = body(student, ids, mask, predicts), product_dtype(student)
     with torch.autocast(hidden.device.type, enabled=False):
-        return run(Head.of(student, size), hidden.float())
+        return run(Head.of(student, size, dtype), hidden.float())
 
 
 class _Tiles:
@@ -204,16 +204,16 @@ class _GradientInForward(torch.autograd.Function):
         ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, tiles: _Tiles, head: Head
     ) -> Tensor:
         for_hidden, for_weight, for_bias = (
-            torch.zeros_like(tensor) if tensor is not None and needed else None
+            torch.zeros_like(tensor, dtype=torch.float32) if tensor is not None and needed else None
             for tensor, needed in zip((hidden, weight, bias), ctx.needs_input_grad[:3], strict=True)
         )
         total = hidden.new_zeros(())
         for rows, gradient, loss in tiles.each(head, hidden, gradient=True):
             total += loss
             if for_hidden is not None:
-                torch.mm(gradient, weight, out=for_hidden[rows])
+                head.by_hidden(gradient, out=for_hidden[rows])
             if for_weight is not None:
-                for_weight.addmm_(gradient.T, hidden[rows])
+                head.add_by_weight(gradient, hidden[rows], for_weight)
             if for_bias is not None:
                 for_bias += gradient.sum(dim=0)
         ctx.gradients = (for_hidden, for_weight, for_bias)

@@ -315,8 +315,8 @@ MUTANTS = [
     statistics("sum(not one for one in answered)", "sum(answered)"),
     # the ledger
     ledger("self._new[name] += tokens", "self._new[name] = tokens"),
-    ledger("+= _now() - start", "= _now() - start"),
-    ledger("+= _now() - start", "+= start"),
+    ledger("+= _seconds(start, end)", "= _seconds(start, end)"),
+    ledger("+= _seconds(start, end)", "+= end"),
     ledger("self.totals[name] += value", "self.totals[name] = value"),
     ledger("        self._new.clear()\n", ""),
     ledger('if name.endswith("seconds")', 'if name.endswith("tokens")'),
@@ -691,11 +691,12 @@ MUTANTS = [
     objective("both.forward_kl, both.p - both.q", "both.forward_kl, both.q - both.p", TILES),
     objective("(ratio - of_student[:, None])", "ratio.clone()", TILES),
     objective(".mul_(1 - self.beta)", ".mul_(self.beta)", TILES),
-    tokens(
-        "for_weight.addmm_(gradient.T, hidden[rows])", "for_weight.copy_(gradient.T @ hidden[rows])"
+    passes(
+        "total.addmm_(gradient.T, hidden.float())", "total.copy_(gradient.T @ hidden.float())", TILES
     ),
+    passes("total[rows] += multiply(", "total[rows] = multiply(", TILES),
     tokens("for_bias += gradient.sum(dim=0)", "for_bias += gradient.mean(dim=0)"),
-    tokens("torch.mm(gradient, weight, out=for_hidden[rows])", "pass"),
+    tokens("head.by_hidden(gradient, out=for_hidden[rows])", "pass"),
     tokens("gradient.mul_(factor)", "gradient"),
     tokens("                total += loss\n", "                total = loss\n"),
     tokens("min(start + tile, length)", "min(start + tile, length - 1)"),
@@ -706,7 +707,7 @@ MUTANTS = [
         "tokens, total = self.tokens[slice(0, rows.stop - rows.start)]",
     ),
     tokens("of_some, tokens[some])", "of_some, tokens[: some.stop - some.start])"),
-    tokens("if tensor is not None and needed else None", "if tensor is not None else None"),
+    tokens("if tensor is not None and needed\n", "if tensor is not None\n"),
     passes(
         "self.softcap * torch.tanh(product / self.softcap)",
         "torch.tanh(product / self.softcap)",
@@ -753,8 +754,8 @@ MUTANTS = [
         'module.ledger.count("rollout_tokens", len(rollouts))',
         COUNTS,
     ),
-    step('module.ledger.count("train_tokens", micro.num_tokens)', "pass", COUNTS),
-    step('module.ledger.count("teacher_tokens", micro.num_tokens)', "pass", COUNTS),
+    step('module.ledger.count("train_tokens", counts[i])', "pass", COUNTS),
+    step('module.ledger.count("teacher_tokens", counts[i])', "pass", COUNTS),
     scores('module.ledger.count("teacher_tokens", micro.num_tokens)', "pass", SCORES),
     step(
         'own_randomness(module.device, module.seed, t, world.rank, "dropout")',

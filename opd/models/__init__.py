@@ -17,7 +17,13 @@ from opd.models.generation import (
     plain_sampling,
 )
 from opd.models.load import Dtype, load_model, load_tokenizer, student_files
-from opd.models.passes import Buffer, Head, completion_logits, hidden_states
+from opd.models.passes import (
+    Buffer,
+    Head,
+    completion_logits,
+    hidden_states,
+    product_dtype,
+)
 
 __all__ = [
     "Buffer",
@@ -38,6 +44,7 @@ __all__ = [
     "load_model",
     "load_tokenizer",
     "plain_sampling",
+    "product_dtype",
     "student_files",
     "vocabulary_size",
 ]

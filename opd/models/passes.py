@@ -1,7 +1,8 @@
 """Forward passes of causal language models, body and head apart.
 
-The head's product is done in float32 under any precision plugin: rounding logits to bfloat16 before
-the softmax costs several per cent of the gradient.
+A head's logits are float32 under any precision: rounding them to bfloat16 before the softmax costs
+several per cent of the gradient. On a GPU that computes in bfloat16, what is multiplied is rounded,
+and what comes out of the product is not.
 
 Shapes: B sequences, T positions, N selected positions, n of those in a tile, H hidden size, V
 vocabulary.
@@ -14,10 +15,35 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 from transformers import PreTrainedModel
 
 from opd.sharding import forward_pass
+
+PARTS = 8  # of a head's gradient, made one after the other where it cannot be added in place
+
+
+def multiply(a: Tensor, b: Tensor, out: Tensor | None = None) -> Tensor:
+    """Multiply two matrices of the same dtype; the result is float32, and never rounded to less.
+
+    Args:
+        a: [n, k].
+        b: [k, m].
+        out: Where to put it, [n, m], without gradient; fresh memory of this size can be slower than
+            the product itself. None: somewhere new.
+    """
+    if a.is_cuda and a.dtype != torch.float32:
+        found = torch.mm(a, b, out_dtype=torch.float32)
+        return found if out is None else out.copy_(found)
+    return torch.mm(a.float(), b.float(), out=out)
+
+
+def product_dtype(model: PreTrainedModel) -> torch.dtype:
+    """What a head is multiplied in: on a GPU what the model computes in, float32 elsewhere."""
+    weight = model.get_output_embeddings().weight
+    if weight.device.type != "cuda":
+        return torch.float32
+    autocast = torch.is_autocast_enabled("cuda")
+    return torch.get_autocast_dtype("cuda") if autocast else weight.dtype
 
 
 @dataclass(frozen=True)
@@ -25,23 +51,36 @@ class Head:
     """A model's output head; holds for as long as its parameters are gathered.
 
     Attributes:
-        weight: Float32, [V, H].
+        weight: Of the model, [V, H].
         bias: Float32, [V], or None.
         softcap: Logits are squeezed into +-softcap by a tanh; None: they are not.
         scale: Factor of the logits.
+        factor: The weight in the dtype of products, [V, H]; None: it is that.
     """
 
     weight: Tensor
     bias: Tensor | None
     softcap: float | None
     scale: float
+    factor: Tensor | None = None
 
     @classmethod
-    def of(cls, model: PreTrainedModel, vocabulary: int | None = None) -> Head:
-        """Take a model's head, or the part of it for the first ``vocabulary`` tokens."""
+    def of(
+        cls,
+        model: PreTrainedModel,
+        vocabulary: int | None = None,
+        dtype: torch.dtype = torch.float32,
+    ) -> Head:
+        """Take a model's head, or the part of it for the first ``vocabulary`` tokens.
+
+        Args:
+            model: Causal language model.
+            vocabulary: None: all tokens.
+            dtype: Of what is multiplied.
+        """
         head = model.get_output_embeddings()
         config = model.config.get_text_config()
-        weight, bias = head.weight.float(), None if head.bias is None else head.bias.float()
+        weight, bias = head.weight, None if head.bias is None else head.bias.float()
         if vocabulary is not None and vocabulary < len(weight):  # or backward makes a copy for it
             weight, bias = weight[:vocabulary], None if bias is None else bias[:vocabulary]
         return cls(
@@ -50,20 +89,35 @@ class Head:
             softcap=getattr(config, "final_logit_softcapping", None),
             scale=(getattr(config, "logit_scale", None) or 1.0)
             / (getattr(config, "logits_scaling", None) or 1.0),
+            factor=None if weight.dtype == dtype else weight.detach().to(dtype),
         )
 
-    def product(self, hidden: Tensor, out: Tensor | None = None) -> Tensor:
-        """Multiply hidden states, [n, H], with the weight: [n, V].
+    @property
+    def multiplied(self) -> Tensor:
+        """What hidden states are multiplied with, [V, H]."""
+        return self.weight if self.factor is None else self.factor
 
-        Args:
-            hidden: Hidden states.
-            out: Where to put it, without gradient; fresh memory of this size is slower than the
-                product itself. None: somewhere new.
-        """
-        if out is None:
-            return F.linear(hidden.float(), self.weight, self.bias)
-        torch.mm(hidden.float(), self.weight.T, out=out)
-        return out if self.bias is None else out.add_(self.bias)
+    def product(self, hidden: Tensor, out: Tensor | None = None) -> Tensor:
+        """Multiply hidden states, [n, H], with the weight: float32 [n, V]; see :func:`multiply`."""
+        weight = self.multiplied
+        product = multiply(hidden.to(weight.dtype), weight.T, out)
+        return product if self.bias is None else product.add_(self.bias)
+
+    def by_hidden(self, gradient: Tensor, out: Tensor) -> None:
+        """Put the gradient by hidden states, [n, H], given that by products, [n, V]."""
+        weight = self.multiplied
+        multiply(gradient.to(weight.dtype), weight, out)
+
+    def add_by_weight(self, gradient: Tensor, hidden: Tensor, total: Tensor) -> None:
+        """Add the gradient by the weight to its float32 sum, [V, H], given that by products."""
+        dtype = self.multiplied.dtype
+        if dtype == torch.float32:
+            total.addmm_(gradient.T, hidden.float())
+            return
+        rounded, hidden = gradient.to(dtype), hidden.to(dtype)
+        for some in torch.arange(len(total)).chunk(PARTS):  # a product of that size is as large
+            rows = slice(int(some[0]), int(some[-1]) + 1)
+            total[rows] += multiply(rounded[:, rows].T, hidden)
 
     def finish(self, product: Tensor) -> Tensor:
         """Turn products into logits, [n, V]."""

@@ -16,7 +16,7 @@ from accelerate.utils import set_module_tensor_to_device
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from opd.models import Buffer, Head, context_length, hidden_states
+from opd.models import Buffer, Head, context_length, hidden_states, product_dtype
 from opd.rollouts import Rollouts
 from opd.sharding import head_gathered, is_sharded, transformer_layers
 from opd.teachers.teacher import Gives, Opened
@@ -99,7 +99,7 @@ class LocalOpinion:
         """Hold the teacher's head; rows of the N tokens become logits, [n, V]."""
         teacher, buffer = self.teacher, Buffer()
         with head_gathered(teacher.model):
-            head = Head.of(teacher.model, teacher.vocabulary)
+            head = Head.of(teacher.model, teacher.vocabulary, product_dtype(teacher.model))
 
             def logits(rows: slice) -> Tensor:
                 hidden = self.hidden[rows]
