@@ -692,7 +692,9 @@ MUTANTS = [
     objective("(ratio - of_student[:, None])", "ratio.clone()", TILES),
     objective(".mul_(1 - self.beta)", ".mul_(self.beta)", TILES),
     passes(
-        "total.addmm_(gradient.T, hidden.float())", "total.copy_(gradient.T @ hidden.float())", TILES
+        "total.addmm_(gradient.T, hidden.float())",
+        "total.copy_(gradient.T @ hidden.float())",
+        TILES,
     ),
     passes("total[rows] += multiply(", "total[rows] = multiply(", TILES),
     tokens("for_bias += gradient.sum(dim=0)", "for_bias += gradient.mean(dim=0)"),
@@ -707,7 +709,7 @@ MUTANTS = [
         "tokens, total = self.tokens[slice(0, rows.stop - rows.start)]",
     ),
     tokens("of_some, tokens[some])", "of_some, tokens[: some.stop - some.start])"),
-    tokens("if tensor is not None and needed\n", "if tensor is not None\n"),
+    tokens("if tensor is not None and needed else None", "if tensor is not None else None"),
     passes(
         "self.softcap * torch.tanh(product / self.softcap)",
         "torch.tanh(product / self.softcap)",
@@ -769,8 +771,8 @@ MUTANTS = [
     ),
     step("(world.size / total)", "(1 / len(micro_batches))"),
     step(
-        "world.sum(tokens).item()",
-        "tokens.item()",
+        "world.sum(torch.tensor(float(sum(counts)))).item()",
+        "sum(counts)",
         "tests/test_distributed.py::test_two_processes_draw_the_same_rollouts_and_end_at_the_same_weights[ddp]",
     ),
     step(
