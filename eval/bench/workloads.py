@@ -54,7 +54,7 @@ WORKLOADS = {
     "tail": Workload(
         "vocabulary 151,936, 16 x 1 to 96 tokens", 16, 4, 96, 4, vocabulary=151_936, mean_tokens=16
     ),
-    "model": Workload("the model named, 8 x 128 tokens", 8, 4, 128, 2, warmup=1),
+    "model": Workload("the model named, 8 x 128 tokens", 8, 4, 128, 1, warmup=1),
 }
 
 
