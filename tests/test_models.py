@@ -8,7 +8,7 @@ import torch
 from conftest import LLAMA_TEMPLATE
 
 from opd import models
-from opd.models import Head, completion_logits, hidden_states, load_model, load_tokenizer
+from opd.models import Head, completion_logits, hidden_states, load_model, load_tokenizer, passes
 from opd.prompts import PromptFormat, tokenize_rows
 from opd.teachers import Teachers
 
@@ -245,3 +245,23 @@ def test_completions_must_fit_the_context(tiny):
     models.check_context(models.context_length(model), "student", 28, 100)
     with pytest.raises(ValueError, match="lower max_new_tokens to 99"):
         models.check_context(models.context_length(model), "student", 29, 100)
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2"])
+def test_packed_sequences_have_the_hidden_states_of_padded_ones(tiny, family, monkeypatch):
+    """On a GPU flash attention takes them so; sdpa can too, with a mask that it makes itself."""
+    model = load_model(str(tiny / f"{family}-student")).eval()
+    generator = torch.Generator().manual_seed(0)
+    ids = torch.randint(3, model.config.vocab_size, (3, 9), generator=generator)
+    mask = torch.ones(3, 9, dtype=torch.bool)
+    mask[0, :4], mask[1, 6:], mask[2, :1], mask[2, 8:] = False, False, False, False
+    select = mask & (torch.rand(3, 9, generator=generator) < 0.6)
+    read = []
+    model.base_model.register_forward_pre_hook(
+        lambda _, args, kwargs: read.append(kwargs["input_ids"].numel()), with_kwargs=True
+    )
+    padded = hidden_states(model, ids, mask, select)
+    monkeypatch.setattr(passes, "PACKED", ("sdpa",))
+    packed = hidden_states(model, ids, mask, select)
+    assert torch.allclose(packed, padded, atol=1e-5)
+    assert read == [27, int(mask.sum())]

@@ -19,6 +19,7 @@ from transformers import PreTrainedModel
 
 from opd.sharding import forward_pass
 
+PACKED = ("flash_attention_2", "flash_attention_3", "flash_attention_4")
 PARTS = 8  # of a head's gradient, made one after the other where it cannot be added in place
 
 
@@ -151,14 +152,32 @@ class Buffer:
 
 
 def body(model: PreTrainedModel, ids: Tensor, mask: Tensor, select: Tensor) -> Tensor:
-    """Run all but the head, within a pass; see :func:`hidden_states`."""
+    """Run all but the head, within a pass; see :func:`hidden_states`.
+
+    Where attention takes sequences of unequal length one after the other, nothing is computed for
+    padding.
+    """
     positions = (mask.long().cumsum(dim=1) - 1).clamp(min=0)
     inner: Any = model.base_model
     if inner is model:  # where a class does not say under which name it has it (Llama 4)
         inner = model.model
+    if _takes_packed(model):
+        packed = {"input_ids": ids[mask][None], "position_ids": positions[mask][None]}
+        of_tokens: Tensor = inner(**packed, use_cache=False).last_hidden_state[0]
+        return of_tokens[select[mask]]
     output = inner(input_ids=ids, attention_mask=mask, position_ids=positions, use_cache=False)
     hidden: Tensor = output.last_hidden_state[select]
     return hidden
+
+
+def _takes_packed(model: PreTrainedModel) -> bool:
+    """Whether attention tells sequences apart by positions that begin anew, and all layers do."""
+    config: Any = model.config.get_text_config()
+    kinds = set(getattr(config, "layer_types", None) or ["full_attention"])
+    return config._attn_implementation in PACKED and kinds <= {
+        "full_attention",
+        "sliding_attention",
+    }
 
 
 @forward_pass
