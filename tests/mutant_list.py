@@ -879,7 +879,7 @@ MUTANTS = [
         EFFOPD,
     ),
     # models: what they are, what ends them, where they come from
-    gguf('if token["id"] < size', "if token"),
+    gguf('if token["id"] < entries', "if token"),
     gguf(" or _first_bytes(path) == MAGIC", ""),
     gguf("state.st_size, state.st_mtime_ns", "0, 0"),
     gguf("@functools.lru_cache(maxsize=1)\n", ""),

@@ -79,8 +79,8 @@ def _converted(path: Path, size: int, modified: int) -> tempfile.TemporaryDirect
     # transformers adds GPT-2's <|endoftext|> to byte-level vocabularies that have no such token
     tokenizer = Path(made.name) / "tokenizer.json"
     content = json.loads(tokenizer.read_text("utf-8"))
-    size = config.get_text_config().vocab_size
-    content["added_tokens"] = [token for token in content["added_tokens"] if token["id"] < size]
+    entries = config.get_text_config().vocab_size
+    content["added_tokens"] = [token for token in content["added_tokens"] if token["id"] < entries]
     tokenizer.write_text(json.dumps(content, ensure_ascii=False), "utf-8")
     return made
 
