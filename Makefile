@@ -1,14 +1,18 @@
-# make demo   environment, then the main job on the embedded pair; ends with a table
-# make test   environment, then every test that needs neither GPU nor network
-# make lint   ruff and mypy
+# make demo           environment, then the main job on the embedded pair; ends with a table
+# make demo-smollm2   the same with a real language model of 135 M parameters, which it fetches
+# make test           environment, then every test that needs neither GPU nor network
+# make lint           ruff and mypy
 
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo test lint clean
+.PHONY: demo demo-smollm2 test lint clean
 
 demo: .venv/installed
 	$(BIN)/python -m eval.demo
+
+demo-smollm2: .venv/installed
+	$(BIN)/python -m eval.smollm2.demo
 
 test: .venv/installed
 	$(BIN)/ruff check .

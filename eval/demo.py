@@ -8,52 +8,69 @@ import shlex
 import subprocess
 import sys
 import time
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from pathlib import Path
 
 from eval.report import benchmark_table, run_table, text_table
 from eval.runs import read_runs
 
-OUTPUT = Path("runs/quickstart")
-RUNS: dict[str, list[str]] = {
-    "vanilla": [],
-    "effopd-paper": ["--config", "effopd/paper"],
-    "effopd-line-search": ["--config", "effopd/line_search"],
-}
-MODELS = {"base": "embedded:base", "teacher": "embedded:teacher"}
-TARGET = 0.95
 
+@dataclass(frozen=True)
+class Demo:
+    """Runs that share a recipe, and what comes of them.
 
-def main() -> None:
-    """Train, evaluate, report, and say where to look."""
-    argparse.ArgumentParser(description=__doc__.partition(":")[2]).parse_args()  # there are none
-    start = time.perf_counter()
-    for name, extra in RUNS.items():
-        options = ["--output", str(OUTPUT / name), "--overwrite", "true"]
-        opd("fit", "--config", "quickstart", *extra, *options)
-    evaluated = [(model, OUTPUT / name) for name, model in MODELS.items()]
-    evaluated += [
-        (str(OUTPUT / name / "checkpoints" / "last.ckpt"), OUTPUT / name / "evaluation")
-        for name in RUNS
-    ]
-    with ThreadPoolExecutor(2) as pool:  # start-up is most of it and uses one core
-        list(pool.map(lambda pair: evaluate(*pair), evaluated))
-    folders = [OUTPUT / name for name in [*MODELS, *RUNS]]
-    opd("report", *map(str, folders), "--output", str(OUTPUT / "report.html"))
+    Attributes:
+        output: Folder of all that is written.
+        fit: Options of ``opd fit`` for every run.
+        runs: Further options of each run, by its name.
+        models: What else is evaluated, by name.
+        evaluate: Options of ``opd evaluate``.
+        target: Accuracy for the columns "to target".
+        evaluations_at_once: Processes that evaluate side by side.
+    """
 
-    runs = read_runs(folders)
-    print("\n" + text_table(*run_table(runs, TARGET)))
-    print("\n" + text_table(*benchmark_table(runs)))
-    print(f"\n{time.perf_counter() - start:.0f} seconds. Next:")
-    print(f"  open {OUTPUT / 'report.html'}")
-    print(f"  {os.path.relpath(Path(sys.executable).parent)}/tensorboard --logdir {OUTPUT}")
-    print("  README.md, 'Your own student, teacher and prompts'")
+    output: Path
+    fit: Sequence[str]
+    runs: Mapping[str, Sequence[str]]
+    models: Mapping[str, str]
+    evaluate: Sequence[str]
+    target: float
+    evaluations_at_once: int = 1
 
+    def run(self) -> None:
+        """Train, evaluate, report, and say where to look."""
+        start = time.perf_counter()
+        for name, options in self.runs.items():
+            opd("fit", *self.fit, *options, "--output", str(self.output / name))
+        evaluated = [(model, self.output / name) for name, model in self.models.items()]
+        evaluated += [
+            (
+                str(self.output / name / "checkpoints" / "last.ckpt"),
+                self.output / name / "evaluation",
+            )
+            for name in self.runs
+        ]
+        with ThreadPoolExecutor(self.evaluations_at_once) as pool:
+            list(pool.map(lambda pair: self._evaluate(*pair), evaluated))
+        folders = [self.output / name for name in [*self.models, *self.runs]]
+        page = str(self.output / "report.html")
+        opd("report", *map(str, folders), "--output", page, "--target", f"{self.target:g}")
 
-def evaluate(model: str, folder: Path) -> None:
-    """Evaluate one model on the embedded task."""
-    options = ["--tasks", "arithmetic", "--output", str(folder), "--overwrite", "true"]
-    opd("evaluate", "--model", model, *options)
+        runs = read_runs(folders)
+        print("\n" + text_table(*run_table(runs, self.target)))
+        print("\n" + text_table(*benchmark_table(runs)))
+        print(f"\n{time.perf_counter() - start:.0f} seconds. Next:")
+        print(f"  open {page}")
+        print(
+            f"  {os.path.relpath(Path(sys.executable).parent)}/tensorboard --logdir {self.output}"
+        )
+        print("  README.md, 'Your own student, teacher and prompts'")
+
+    def _evaluate(self, model: str, folder: Path) -> None:
+        options = [*self.evaluate, "--output", str(folder), "--overwrite", "true"]
+        opd("evaluate", "--model", model, *options)
 
 
 def opd(*args: str) -> None:
@@ -65,5 +82,20 @@ def opd(*args: str) -> None:
         sys.exit(finished.stdout + finished.stderr)
 
 
+QUICKSTART = Demo(
+    output=Path("runs/quickstart"),
+    fit=["--config", "quickstart", "--overwrite", "true"],
+    runs={
+        "vanilla": [],
+        "effopd-paper": ["--config", "effopd/paper"],
+        "effopd-line-search": ["--config", "effopd/line_search"],
+    },
+    models={"base": "embedded:base", "teacher": "embedded:teacher"},
+    evaluate=["--tasks", "arithmetic"],
+    target=0.95,
+    evaluations_at_once=2,  # start-up is most of it and uses one core
+)
+
 if __name__ == "__main__":
-    main()
+    argparse.ArgumentParser(description=__doc__.partition(":")[2]).parse_args()  # there are none
+    QUICKSTART.run()

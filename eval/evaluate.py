@@ -74,7 +74,7 @@ def evaluate(
 
     Args:
         model: Hub id, perhaps with @REVISION (branch, tag or commit), folder, checkpoint of opd
-            fit, embedded:base or embedded:teacher.
+            fit, GGUF file, embedded:base or embedded:teacher.
         tasks: Names of lm-eval tasks, separated by commas; those in tasks/ come first.
         suite: Tasks and settings by name (math, code, science, quick), or a YAML file with such.
         samples: Completions per problem. None: as many as the task says.
@@ -109,7 +109,9 @@ def evaluate(
         compare_results(Path(compare[0]), Path(compare[1]))
         return
     if not model:
-        raise UserError("--model is missing: a hub id, a folder, a checkpoint or embedded:NAME")
+        raise UserError(
+            "--model is missing: a hub id, a folder, a checkpoint, a GGUF file or embedded:NAME"
+        )
     names, settings = _asked(
         tasks,
         suite,

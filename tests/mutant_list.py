@@ -179,6 +179,7 @@ rollouts = of("opd/rollouts/rollouts.py", TOKENS)
 teacher = of("opd/teachers/local.py", TOKENS)
 divergences = of("opd/objectives/divergences.py", TOKENS)
 loading = of("opd/models/load.py", "tests/test_loading.py")
+gguf = of("opd/models/gguf.py", "tests/test_gguf.py")
 generation = of("opd/models/generation.py", "tests/test_models.py")
 hub = of("opd/models/hub.py", "tests/test_hub.py")
 checks = of("opd/models/checks.py", "tests/test_loading.py")
@@ -923,6 +924,12 @@ MUTANTS = [
         EFFOPD,
     ),
     # models: what they are, what ends them, where they come from
+    gguf('if token["id"] < entries', "if token"),
+    gguf(" or _first_bytes(path) == MAGIC", ""),
+    gguf("state.st_size, state.st_mtime_ns", "0, 0"),
+    gguf("@functools.lru_cache(maxsize=1)\n", ""),
+    gguf("    plain.load_state_dict(model.state_dict(), assign=True)\n", ""),
+    gguf("    plain.tie_weights()\n", ""),
     loading("if missing or unexpected:", "if missing:"),
     loading("if missing or unexpected:", "if unexpected:"),
     loading("if _has_one_matrix(as_configured):", "if False:"),

@@ -39,6 +39,8 @@ FILES = {
     "longprompt.jsonl": '{"prompt": "' + "1" * 3000 + '"}\n',
     "broken.parquet": "PAR1",
     "cut.ckpt": "PK\x03\x04cut",
+    "cut.gguf": b"GGUF\x03\x00\x00\x00",
+    "text.gguf": '{"prompt": "1+1="}\n',
     "twice.yaml": "model: {}\ntrainer: {}\nmodel: {}\n",
     "broken.yaml": "model: [\n",
     "list.yaml": "- 1\n",

@@ -52,7 +52,7 @@ def test_gradient_does_not_suffer_from_bfloat16_logits():
         ("embedded:nope", "embedded:base, embedded:teacher"),
         ("/no/such/folder", "no such model folder"),
         ("./relative", "no such model folder"),
-        ("last.ckpt", "no such model folder or checkpoint"),
+        ("last.ckpt", "no such model folder, checkpoint or GGUF file"),
         ("", "no model named"),
     ],
 )

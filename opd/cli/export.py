@@ -38,7 +38,7 @@ def export(checkpoint: str, output: str, trust_remote_code: bool = False) -> Non
 
     Args:
         checkpoint: Checkpoint of opd fit (or anything that --model.student accepts: a hub id,
-            perhaps with @REVISION, a folder, embedded:NAME).
+            perhaps with @REVISION, a folder, a GGUF file, embedded:NAME).
         output: Folder to write; it must be empty or not exist.
         trust_remote_code: Let a model run its own code, which is copied beside the weights.
 

@@ -1,7 +1,7 @@
-"""Models and tokenizers by hub id, folder, checkpoint or ``embedded:NAME``.
+"""Models and tokenizers by hub id, folder, checkpoint, GGUF file or ``embedded:NAME``.
 
-Weights are read from safetensors (or from our own checkpoints with ``weights_only``), all of them
-and no others, and remote code runs only where the configuration says so.
+Weights are read from safetensors or GGUF (or from our own checkpoints with ``weights_only``), all
+of them and no others, and remote code runs only where the configuration says so.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ from transformers.utils.logging import disable_progress_bar
 
 from opd import checkpoints
 from opd.errors import UserError
-from opd.models import hub
+from opd.models import gguf, hub
 from opd.models.checks import check_passes
 from opd.models.generation import saveable
 from opd.sharding import unwrapped
@@ -62,17 +62,21 @@ TRUST = (
 def model_folder(source: str, *, weights: bool = False) -> Iterator[str]:
     """Resolve a model source to a folder that ``from_pretrained`` accepts.
 
-    For a checkpoint it is a temporary folder with the config and tokenizer, without weights.
+    For a checkpoint or a GGUF file it is a temporary folder with the config and tokenizer, without
+    weights.
 
     Args:
-        source: Hub id, perhaps with @REVISION, folder, checkpoint of ours, or embedded:NAME.
+        source: Hub id, perhaps with @REVISION, folder, checkpoint of ours, GGUF file, or
+            embedded:NAME.
         weights: Whether a hub model's weights are needed.
 
     Raises:
         UserError: The source looks like a path and is not there, or is a folder without a model.
     """
     if not source:
-        raise UserError("no model named: give a hub id, a folder, a checkpoint or embedded:NAME")
+        raise UserError(
+            "no model named: give a hub id, a folder, a checkpoint, a GGUF file or embedded:NAME"
+        )
     path = Path(source).expanduser()
     if source.startswith("embedded:"):
         name = source.removeprefix("embedded:")
@@ -80,6 +84,8 @@ def model_folder(source: str, *, weights: bool = False) -> Iterator[str]:
             known = ", ".join(f"embedded:{known}" for known in EMBEDDED_MODELS)
             raise UserError(f"{source}: the embedded models are {known}")
         yield str(EMBEDDED / name)
+    elif gguf.is_gguf(path):
+        yield gguf.folder(source, path)
     elif checkpoints.is_checkpoint(path):
         with tempfile.TemporaryDirectory() as temporary:
             # its name is that of the module which transformers makes of the model's own code
@@ -100,9 +106,9 @@ def model_folder(source: str, *, weights: bool = False) -> Iterator[str]:
     elif (
         source.startswith((".", "/", "~"))
         or source.partition("@")[0].count("/") > 1
-        or source.endswith(".ckpt")
+        or source.endswith((".ckpt", gguf.SUFFIX))
     ):
-        raise UserError(f"{source}: there is no such model folder or checkpoint")
+        raise UserError(f"{source}: there is no such model folder, checkpoint or GGUF file")
     else:
         yield hub.fetch(source, weights=weights)
 
@@ -131,7 +137,8 @@ def load_model(
     """Load a causal language model.
 
     Args:
-        source: Hub id, perhaps with @REVISION, folder, checkpoint of ours, or embedded:NAME.
+        source: Hub id, perhaps with @REVISION, folder, checkpoint of ours, GGUF file, or
+            embedded:NAME.
         dtype: Dtype of the weights in memory.
         attn_implementation: sdpa, eager, flash_attention_2, ... None: the one that its config
             names, else sdpa. Models that have no sdpa get eager, with a warning.
@@ -153,8 +160,12 @@ def load_model(
         _check_kind(source, folder, config)
         _set_switches(config)
         options |= _attention(source, config, attn_implementation, options)
-        if weights and not checkpoints.is_checkpoint(path):
-            model = _read(source, folder, config, options)
+        if weights and gguf.is_gguf(path):
+            with gguf.reading(source, path) as how:
+                packed = _read(source, folder, config, options, how)
+            model = gguf.ordinary(packed, config, options)
+        elif weights and not checkpoints.is_checkpoint(path):
+            model = _read(source, folder, config, options, {"use_safetensors": True})
         else:
             with no_init_weights(), nullcontext() if weights else torch.device("meta"):
                 model = AutoModelForCausalLM.from_config(config, **options)
@@ -233,9 +244,13 @@ def _attention(
 
 
 def _read(
-    source: str, folder: str, config: PretrainedConfig, options: dict[str, Any]
+    source: str,
+    folder: str,
+    config: PretrainedConfig,
+    options: dict[str, Any],
+    how: dict[str, Any],
 ) -> PreTrainedModel:
-    """Read a model's weights from safetensors: all that it needs and no others.
+    """Read a model's weights: all that it needs and no others.
 
     Raises:
         UserError: Some are missing, unexpected, or of another shape.
@@ -246,9 +261,9 @@ def _read(
         loaded: Any = AutoModelForCausalLM.from_pretrained(
             folder,
             config=config,
-            use_safetensors=True,
             output_loading_info=True,
             ignore_mismatched_sizes=True,  # they are refused below
+            **how,
             **options,
         )
     finally:
@@ -333,7 +348,9 @@ def _flaw(folder: Path, what: str) -> str | None:
     tokenizer_alone = what == "tokenizer" and any(name.startswith("tokenizer") for name in names)
     if "config.json" not in names and not tokenizer_alone:
         alone = f", only an adapter ({ADAPTER}): merge it into its base model and save that"
-        return "there is no config.json" + (alone if ADAPTER in names else "")
+        packed = [path for path in files if gguf.is_gguf(path)]
+        named = f", only {packed[0].name}: name that file" if packed else ""
+        return "there is no config.json" + (alone if ADAPTER in names else named)
     for name in (name for name in sorted(names) if name.endswith(".json")):
         try:
             json.loads((folder / name).read_bytes())

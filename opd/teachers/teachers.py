@@ -158,7 +158,7 @@ def load_teachers(
     """Load the teachers of a student, which run in this process.
 
     Args:
-        sources: Hub id, folder, checkpoint or embedded:NAME, by name.
+        sources: Hub id, folder, checkpoint, GGUF file or embedded:NAME, by name.
         load_model: Loads one of them.
         student: The student.
         tokenizer: The student's tokenizer.
