@@ -27,8 +27,8 @@ MakeScheduler = Callable[[Optimizer], LRScheduler]
 def build(make: MakeOptimizer, parameters: list[torch.nn.Parameter]) -> Optimizer:
     """Build the optimizer that a user has named.
 
-    Where torch has a fused step and the user does not ask for another, that is taken: it makes no
-    array of the size of the weights, and is faster.
+    Adam and AdamW take torch's fused step, if the user does not ask for another: it makes no array
+    of the size of the weights, is faster, and knows of shards, as that of SGD does not.
 
     Raises:
         UserError: It does not take its options, or these parameters.
@@ -37,7 +37,7 @@ def build(make: MakeOptimizer, parameters: list[torch.nn.Parameter]) -> Optimize
         optimizer = make(parameters)
     except Exception as error:  # classes of the user's choice raise what their authors chose
         raise UserError(f"model.optimizer: {_reason(error)}") from error
-    if type(optimizer).__module__.startswith("torch.optim."):
+    if type(optimizer) in (torch.optim.Adam, torch.optim.AdamW):
         for group in optimizer.param_groups:
             if group.get("fused", False) is None and not (
                 group.get("foreach") or group.get("differentiable")
