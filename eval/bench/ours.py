@@ -104,15 +104,10 @@ def run(folder: Path, output: Path, options: dict[str, Any]) -> None:
 
     torch.set_num_threads(options["threads"])
     steps = options["warmup"] + options["steps"]
-    prompts, _ = fixed_batch(
-        folder, load_tokenizer(str(folder / "student")), options["batch"], 1, 3
-    )
-    width = max(map(len, prompts)) + options["new_tokens"]
     words = {
         "model.student": folder / "student",
         "model.teacher": folder / "teacher",
         "model.max_new_tokens": options["new_tokens"],
-        "model.micro_batch_tokens": options["micro_batch"] * width,
         "data.train": folder / "prompts.jsonl",
         "data.batch_size": options["batch"],
         "model.optimizer.class_path": "torch.optim.AdamW",
@@ -141,6 +136,6 @@ if __name__ == "__main__":
     asked = json.loads(sys.argv[1])
     places = Path(asked.pop("folder")), Path(asked.pop("output"))
     if asked.pop("check"):
-        check(*places, asked["micro_batch"], asked["new_tokens"])
+        check(*places, asked["batch"], asked["new_tokens"])
     else:
         run(*places, asked)

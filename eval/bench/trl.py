@@ -43,8 +43,7 @@ def _trainer(folder: Path, options: dict[str, Any], clock: _Clock) -> Any:
         use_cpu=not torch.cuda.is_available(),
         bf16=False,
         gradient_checkpointing=False,
-        per_device_train_batch_size=options["micro_batch"],
-        gradient_accumulation_steps=options["batch"] // options["micro_batch"],
+        per_device_train_batch_size=options["batch"],
         max_steps=options["warmup"] + options["steps"],
         learning_rate=1e-5,
         lr_scheduler_type="constant",
@@ -95,7 +94,7 @@ def check(folder: Path, output: Path, options: dict[str, Any]) -> None:
     """Write loss and gradient of a fixed batch."""
     trainer = _trainer(folder, options, _Clock())
     model, tokenizer = trainer.model, trainer.processing_class
-    batch, size = options["micro_batch"], model.get_output_embeddings().weight.shape[0]
+    batch, size = options["batch"], model.get_output_embeddings().weight.shape[0]
     prompts, completions = fixed_batch(folder, tokenizer, batch, options["new_tokens"], size)
     widths = max(map(len, prompts)), max(map(len, completions))
     shape = {"prompt": (batch, widths[0]), "completion": (batch, widths[1])}

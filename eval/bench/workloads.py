@@ -29,8 +29,7 @@ class Workload:
 
     Attributes:
         about: For the table.
-        batch: Prompts per step, one completion each.
-        micro_batch: Of them, per forward and backward, where a side takes such a number.
+        batch: Prompts per step, one completion each, all in one forward and backward.
         new_tokens: Longest completion.
         steps: Steps that are timed, after ``warmup``.
         vocabulary: Of a pair to be made; 0: the models are given.
@@ -40,7 +39,6 @@ class Workload:
 
     about: str
     batch: int
-    micro_batch: int
     new_tokens: int
     steps: int
     vocabulary: int = 0
@@ -49,12 +47,12 @@ class Workload:
 
 
 WORKLOADS = {
-    "small": Workload("vocabulary 512, 8 x 16 tokens", 8, 4, 16, 40, vocabulary=512),
-    "large": Workload("vocabulary 151,936, 8 x 16 tokens", 8, 4, 16, 8, vocabulary=151_936),
+    "small": Workload("vocabulary 512, 8 x 16 tokens", 8, 16, 40, vocabulary=512),
+    "large": Workload("vocabulary 151,936, 8 x 16 tokens", 8, 16, 8, vocabulary=151_936),
     "tail": Workload(
-        "vocabulary 151,936, 16 x 1 to 96 tokens", 16, 4, 96, 4, vocabulary=151_936, mean_tokens=16
+        "vocabulary 151,936, 16 x 1 to 96 tokens", 16, 96, 4, vocabulary=151_936, mean_tokens=16
     ),
-    "model": Workload("the model named, 8 x 128 tokens", 8, 4, 128, 1, warmup=1),
+    "model": Workload("the model named, 8 x 128 tokens", 8, 128, 1, warmup=1),
 }
 
 

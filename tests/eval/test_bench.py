@@ -17,7 +17,7 @@ from opd.cli import main
 from opd.errors import UserError
 from opd.models import load_tokenizer
 
-TINY = Workload("tiny", 4, 2, 8, 2, vocabulary=40, warmup=1)
+TINY = Workload("tiny", 4, 8, 2, vocabulary=40, warmup=1)
 
 
 @pytest.fixture
@@ -67,7 +67,7 @@ def test_loss_and_gradient_of_the_fixed_batch_are_those_of_the_definition(tmp_pa
         AutoModelForCausalLM.from_pretrained(tmp_path / role) for role in ("student", "teacher")
     )
     tokenizer = load_tokenizer(str(tmp_path / "student"))
-    prompts, completions = fixed_batch(tmp_path, tokenizer, 2, 8, 40)
+    prompts, completions = fixed_batch(tmp_path, tokenizer, 4, 8, 40)
     loss, count = 0.0, 0
     for prompt, completion in zip(prompts, completions, strict=True):
         ids = torch.tensor([[*prompt, *completion]])
