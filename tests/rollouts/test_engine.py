@@ -10,7 +10,7 @@ from transformers import GenerationConfig
 from opd.models import completion_logits, eos_token_ids, load_model, load_tokenizer
 from opd.prompts import PromptBatch, PromptFormat, tokenize_rows
 from opd.randomness import derive_seed
-from opd.rollouts import Sampler, TransformersEngine
+from opd.rollouts import Sampler, TransformersEngine, decoding
 from opd.rollouts.decoding import SHARE
 from opd.rollouts.sampling import draw
 from opd.rollouts.transformers import completion_lengths
@@ -114,6 +114,15 @@ def test_equal_prompts_are_read_once_and_rows_that_end_leave():
         assert gap.abs().max() < 1e-5
 
 
+def test_random_numbers_are_made_in_parts_that_change_nothing(tiny, monkeypatch):
+    model, batch, sampler = pair(str(tiny / "llama-student"))
+    whole = sample(TransformersEngine(), model, batch, sampler, 1)
+    monkeypatch.setattr(decoding, "NUMBERS", 5)
+    parts = sample(TransformersEngine(), model, batch, sampler, 1)
+    assert parts.lengths.max() > 10
+    assert torch.equal(parts.completion_ids, whole.completion_ids)
+
+
 def test_draw_is_the_inverse_of_the_cumulated_distribution():
     """Probabilities 0, 1/4, 0, 3/4: numbers below 1/4 give token 1, others token 3."""
     weights = torch.tensor([0.0, 1.0, 0.0, 3.0]).expand(5, 4)
@@ -133,6 +142,7 @@ def test_draws_among_many_tokens_are_those_of_the_definition(vocabulary):
     weights[:, -1] = 0.0
     weights[:20, :-3] = 0.0  # and a block of them
     weights[:20, -2] = 1.0
+    weights[20:60, -1] = weights.sum(dim=1)[20:60]  # or one that is drawn half of the time
     numbers = torch.rand(200, generator=generator, dtype=torch.float64)
     numbers[::3], numbers[1::3] = 0.0, 1 - 2.0**-53
     tokens, total = draw(weights, numbers)
