@@ -1,7 +1,7 @@
 """Objectives: the loss per token, from what student and teacher think of it."""
 
 from opd.objectives.distributions import Distributions
-from opd.objectives.divergences import entropy, forward_kl, generalized_jsd, kl, reverse_kl
+from opd.objectives.divergences import forward_kl, generalized_jsd, kl, reverse_kl
 from opd.objectives.objective import (
     ForwardKL,
     GeneralizedJSD,
@@ -20,7 +20,6 @@ __all__ = [
     "PolicyGradient",
     "ReverseKL",
     "as_needed",
-    "entropy",
     "forward_kl",
     "generalized_jsd",
     "kl",

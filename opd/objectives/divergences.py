@@ -36,8 +36,3 @@ def generalized_jsd(log_p: Tensor, log_q: Tensor, beta: float) -> Tensor:
     """
     log_m = torch.logaddexp(log_q + math.log(beta), log_p + math.log1p(-beta))
     return beta * kl(log_q, log_m) + (1 - beta) * kl(log_p, log_m)
-
-
-def entropy(log_p: Tensor) -> Tensor:
-    """Entropy of p, [N, V] -> [N]."""
-    return -(log_p.exp() * log_p).sum(dim=-1)
