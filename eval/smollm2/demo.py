@@ -31,9 +31,10 @@ def demo(steps: int, limit: int | None) -> Demo:
     many, and for comparison as many at ten times the rate.
     """
     thrice = [*("--trainer.max_steps", str(3 * steps)), *("--trainer.val_check_interval", "6")]
+    fit = ["--config", "smollm2", "--trainer.max_steps", str(steps), "--ckpt_path", "last"]
     return Demo(
         output=OUTPUT,
-        fit=["--config", "smollm2", "--trainer.max_steps", str(steps), "--ckpt_path", "last"],
+        fit=[*fit, *([] if limit is None else ["--data.validation_limit", str(limit)])],
         runs={
             "vanilla": thrice,
             "vanilla-tenfold-rate": ["--model.optimizer.lr", "3e-5"],
@@ -54,7 +55,7 @@ def main() -> None:
     """Make student, teacher and rows, where they are not there yet, and run the demo."""
     parser = argparse.ArgumentParser(description=__doc__.partition(":")[2].partition("\n")[0])
     parser.add_argument("--steps", type=int, default=STEPS, help="steps of each run but vanilla's")
-    parser.add_argument("--limit", type=int, help="rows of each evaluation, instead of all")
+    parser.add_argument("--limit", type=int, help="rows to judge by, instead of all")
     options = parser.parse_args()
     prepare()
     demo(options.steps, options.limit).run()
