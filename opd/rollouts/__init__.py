@@ -1,5 +1,6 @@
 """Rollouts: completions that a student samples, and the engines that sample them."""
 
+from opd.rollouts.continuous_batching import ContinuousBatching
 from opd.rollouts.engine import RolloutEngine
 from opd.rollouts.micro_batches import align_micro_batches, cut_into_micro_batches
 from opd.rollouts.records import rollout_records, token_texts, verify
@@ -7,6 +8,7 @@ from opd.rollouts.rollouts import Rollouts, Sampler, Tokens
 from opd.rollouts.transformers import TransformersEngine
 
 __all__ = [
+    "ContinuousBatching",
     "RolloutEngine",
     "Rollouts",
     "Sampler",

@@ -10,6 +10,7 @@ Shapes: B sequences, K key-value heads, G query heads of each, T positions, D he
 from __future__ import annotations
 
 import contextlib
+import itertools
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -97,6 +98,8 @@ def _attend(
     Returns:
         [B, T, K G, D], and no weights.
     """
+    if "cache" in kwargs:
+        return _attend_pages(module, query, key, value, attention_mask, scaling, **kwargs), None
     batch, heads, length, size = query.shape
     groups = heads // key.shape[1]
     masked_alike = attention_mask is None or attention_mask.shape[1] == 1
@@ -110,6 +113,53 @@ def _attend(
         grouped, key, value, attn_mask=attention_mask, scale=scaling
     )
     return found.reshape(batch, 1, heads, value.shape[-1]), None
+
+
+def _attend_pages(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    scaling: float | None,
+    cache: Any,
+    **kwargs: Any,
+) -> Tensor:
+    """Attend where sequences of unequal length stand one behind the other, each to itself alone.
+
+    transformers attends over all of them at once, under a mask that hides the others: what that
+    costs grows with the square of their number.
+
+    Args:
+        module: The attention layer.
+        query: Of the new tokens of all sequences, [1, K G, T, D].
+        key: Of the same tokens, [1, K, T, D].
+        value: [1, K, T, D].
+        attention_mask: Added to products with all S tokens, new or not, [1, 1, T or more, S or
+            more].
+        scaling: Of the products.
+        cache: Pages of keys and values.
+        kwargs: Where they are, and where each sequence ends among the T and the S.
+
+    Returns:
+        [1, T, K G, D].
+    """
+    assert attention_mask is not None
+    assert kwargs.get("position_bias") is None
+    # Under autocast, a model of float32 weights computes in another dtype than it has
+    key, value = key.to(cache.dtype), value.to(cache.dtype)
+    key, value = cache.update(key, value, module.layer_idx, kwargs)  # now [1, K, S, D]
+    key, value = key.to(query.dtype), value.to(query.dtype)
+    ends = [kwargs[name].tolist() for name in ("cu_seq_lens_q", "cu_seq_lens_k")]
+    found = []
+    for new, seen in zip(*map(itertools.pairwise, ends), strict=True):
+        t, s = slice(*new), slice(*seen)
+        mask = attention_mask[:, :, t, s]
+        attended = _attend(
+            module, query[:, :, t], key[:, :, s], value[:, :, s], mask, scaling=scaling
+        )
+        found.append(attended[0])
+    return torch.cat(found, dim=1)
 
 
 # --- cache ----------------------------------------------------------------------------------------
