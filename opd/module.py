@@ -61,7 +61,7 @@ class OPDModule(LightningModule):
 
     Args:
         student: The model to train: hub id, perhaps with @REVISION (branch, tag or commit), folder,
-            checkpoint, embedded:base or embedded:teacher.
+            checkpoint, GGUF file, embedded:base or embedded:teacher.
         teacher: The model that it learns from, named alike; or several, as a mapping from the name
             that a prompt's ``teacher`` field holds to a model.
         objective: Loss per token. None: ReverseKL, the paper's.
