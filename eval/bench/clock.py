@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import json
+import os
+import threading
 import time
 from pathlib import Path
 
 import torch
 
-STATUS, REFERENCES = Path("/proc/self/status"), Path("/proc/self/clear_refs")
+PAGE = os.sysconf("SC_PAGE_SIZE")
+LOOK = 0.005  # seconds between looks at a process's memory
 
 
 class Stopwatch:
@@ -17,16 +20,21 @@ class Stopwatch:
     def __init__(self) -> None:
         self.wall: list[float] = []
         self.cpu: list[float] = []
-        self.before = 0
+        self.before = self.peak = 0
 
     def start(self) -> None:
         """Begin: models are loaded."""
-        self.before = _memory("VmRSS")
+        self.before = self.peak = _memory()
         if torch.cuda.is_available():
             torch.cuda.reset_peak_memory_stats()
         else:
-            REFERENCES.write_text("5")  # the peak begins anew
+            threading.Thread(target=self._watch, daemon=True).start()
         self.lap()
+
+    def _watch(self) -> None:
+        while True:
+            self.peak = max(self.peak, _memory())
+            time.sleep(LOOK)
 
     def lap(self) -> None:
         """A step has ended."""
@@ -38,22 +46,26 @@ class Stopwatch:
     def report(self, path: Path, warmup: int, **more: object) -> None:
         """Write what was measured: seconds per step, memory over the models in bytes."""
         count = len(self.wall) - 1 - warmup
+        if torch.cuda.is_available():
+            self.peak = torch.cuda.max_memory_allocated()
         found = {
             "wall_seconds": (self.wall[-1] - self.wall[warmup]) / count,
             "cpu_seconds": (self.cpu[-1] - self.cpu[warmup]) / count,
-            "memory_bytes": _memory("VmHWM") - self.before,
+            "memory_bytes": self.peak - self.before,
             **more,
         }
         path.write_text(json.dumps(found))
 
 
-def _memory(name: str) -> int:
-    """Return resident memory (VmRSS) or its peak (VmHWM); that of the GPU where there is one."""
+def _memory() -> int:
+    """Return what is held on the GPU; without one, of this process what no file holds too.
+
+    Pages of libraries come and go as the system likes, and say nothing of a step.
+    """
     if torch.cuda.is_available():
-        cuda = torch.cuda.memory_allocated, torch.cuda.max_memory_allocated
-        return cuda[name == "VmHWM"]()
-    (line,) = [x for x in STATUS.read_text().splitlines() if x.startswith(f"{name}:")]
-    return int(line.split()[1]) * 1024
+        return torch.cuda.memory_allocated()
+    resident, shared = Path("/proc/self/statm").read_text().split()[1:3]
+    return (int(resident) - int(shared)) * PAGE
 
 
 def fixed_batch(
