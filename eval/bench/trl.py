@@ -83,11 +83,10 @@ def run(folder: Path, output: Path, options: dict[str, Any]) -> None:
     trainer = _trainer(folder, options, clock)
     clock.stopwatch.start()
     trainer.train()
-    done = [entry["num_tokens"] for entry in trainer.state.log_history if "num_tokens" in entry]
-    prompts = [entry.get("completions/mean_length") for entry in trainer.state.log_history]
-    lengths = [x for x in prompts if x is not None][options["warmup"] :]
+    logged = [entry.get("completions/mean_length") for entry in trainer.state.log_history]
+    lengths = [length for length in logged if length is not None][options["warmup"] :]
     tokens = options["batch"] * sum(lengths) / len(lengths) if lengths else None
-    clock.stopwatch.report(output, options["warmup"], tokens=tokens, read=done[-1] if done else 0)
+    clock.stopwatch.report(output, options["warmup"], tokens=tokens)
 
 
 def check(folder: Path, output: Path, options: dict[str, Any]) -> None:

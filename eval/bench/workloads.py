@@ -18,9 +18,7 @@ from opd.errors import UserError
 PAD, END = 0, 1
 PROMPTS, PROMPT_TOKENS = 256, 8
 HIDDEN = {"student": 32, "teacher": 64}
-PUSH = (
-    4.0  # of what all embeddings of a pair with a tail have in common, before its share of an end
-)
+PUSH = 4.0  # what all embeddings of a pair with a tail share; by it the head tells the end
 
 
 @dataclass(frozen=True)

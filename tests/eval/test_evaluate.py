@@ -364,14 +364,20 @@ def test_the_report_draws_benchmarks(fit, tmp_path):
     assert dict(zip(*line.get_data(), strict=True)) == pytest.approx(benches(run))
 
 
-def test_a_folder_of_the_users_has_tasks_too(tmp_path, monkeypatch):
+def write_sums(folder, monkeypatch, text="", instead=""):
+    """Write a task of the user's, arithmetic by another name, perhaps with one change."""
     monkeypatch.setenv("OPD_TASKS", "")
-    (tmp_path / "sums.yaml").write_text(
+    (folder / "sums.yaml").write_text(
         (ROOT / "tasks/arithmetic/arithmetic.yaml")
         .read_text()
         .replace("task: arithmetic", "task: sums")
+        .replace(text or "task: sums", instead or "task: sums")
         .replace("../_shared", str(ROOT / "tasks/_shared"))
     )
+
+
+def test_a_folder_of_the_users_has_tasks_too(tmp_path, monkeypatch):
+    write_sums(tmp_path, monkeypatch)
     command = ["evaluate", "--model", "embedded:base", "--tasks", "sums,arithmetic"]
     options = ["--include_path", str(tmp_path), "--limit", "4", "--output", str(tmp_path / "out")]
     assert main([*command, *options]) == 0
@@ -380,14 +386,7 @@ def test_a_folder_of_the_users_has_tasks_too(tmp_path, monkeypatch):
 
 
 def test_a_task_that_does_not_sample_is_greedy_whatever_its_temperature(tmp_path, monkeypatch):
-    monkeypatch.setenv("OPD_TASKS", "")
-    (tmp_path / "sums.yaml").write_text(
-        (ROOT / "tasks/arithmetic/arithmetic.yaml")
-        .read_text()
-        .replace("task: arithmetic", "task: sums")
-        .replace("do_sample: true", "do_sample: false")
-        .replace("../_shared", str(ROOT / "tasks/_shared"))
-    )
+    write_sums(tmp_path, monkeypatch, "do_sample: true", "do_sample: false")
     command = ["evaluate", "--model", "embedded:base", "--tasks", "sums", "--samples", "2"]
     options = ["--include_path", str(tmp_path), "--limit", "20", "--output", str(tmp_path / "out")]
     assert main([*command, *options]) == 0
