@@ -12,7 +12,7 @@ import sys
 import types
 import typing
 import warnings
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from enum import Enum
 from pathlib import Path
 from typing import Any
@@ -22,6 +22,8 @@ from jsonargparse import Namespace
 from lightning.pytorch import Trainer
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
 from lightning.pytorch.loggers import Logger, TensorBoardLogger
+from lightning.pytorch.utilities import rank_zero_only
+from tensorboard.compat.proto.summary_pb2 import Summary  # type: ignore[import-untyped]
 
 from callbacks import RunCheckpoint, RunSummary, SampleWriter
 from opd import checkpoints
@@ -301,6 +303,12 @@ class RunEvents(TensorBoardLogger):
         if not self.begun:
             raise AttributeError("experiment: the run has not begun")
         return super().experiment
+
+    @rank_zero_only
+    def log_metrics(self, metrics: Mapping[str, float], step: int | None = None) -> None:
+        """Write one event for all metrics, where the base class writes one for each."""
+        values = [Summary.Value(tag=name, simple_value=v) for name, v in metrics.items()]
+        self.experiment._get_file_writer().add_summary(Summary(value=values), step)
 
     def finalize(self, status: str) -> None:
         if self._experiment is not None:

@@ -112,6 +112,8 @@ class _Batch:
         self.model = model
         self.input_ids = input_ids
         self.kwargs = kwargs
+        if (mask := kwargs.get("attention_mask")) is not None and bool(mask.all()):
+            del kwargs["attention_mask"]  # or it would be made anew, [B, 1, 1, P + C], per token
         if isinstance(cache := kwargs.get("past_key_values"), DynamicCache):
             with_room(cache)
 
