@@ -86,6 +86,10 @@ class Accelerator(Callback, ABC):
             What to remember in ``history``, and metrics to log.
         """
 
+    def acts_after(self, t: int) -> bool:
+        """Whether it acts, or has just acted, after step t: whatever order callbacks have."""
+        return self.due(t) or (bool(self.history) and self.history[-1]["step"] == t)
+
     def step_request(self, t: int) -> StepRequest:
         """Say what is needed of step t, before it is taken."""
         return StepRequest()

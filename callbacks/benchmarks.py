@@ -65,6 +65,8 @@ class Benchmarks(Callback, WatchesAccelerators):
         self.tasks = tasks
         self.every_n_steps = every_n_steps
         self.schedule = None if schedule is None else extrapolation.parse_schedule(schedule)
+        if self.schedule is not None and self.schedule.limit:
+            raise UserError(f"callbacks.Benchmarks.schedule {schedule!r}: only a search adapts")
         self.around_searches = around_searches
         self.samples = samples
         self.limit = limit
@@ -76,7 +78,7 @@ class Benchmarks(Callback, WatchesAccelerators):
     def due(self, t: int) -> bool:
         """Whether to evaluate after step t."""
         every = bool(self.every_n_steps) and t % self.every_n_steps == 0
-        return every or (self.schedule is not None and self.schedule(t))
+        return every or (self.schedule is not None and self.schedule.due(t))
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Look for the tasks, or say so before a step.
@@ -107,8 +109,8 @@ class Benchmarks(Callback, WatchesAccelerators):
         batch_idx: int,
     ) -> None:
         t = trainer.global_step
-        searched = any(isinstance(c, Accelerator) and c.due(t) for c in callbacks_of(trainer))
-        if self.around_searches and searched:
+        accelerators = [c for c in callbacks_of(trainer) if isinstance(c, Accelerator)]
+        if self.around_searches and any(c.acts_after(t) for c in accelerators):
             return  # has been done
         if self.due(t) or t == trainer.max_steps:
             self._evaluate(trainer, pl_module)

@@ -32,7 +32,9 @@ from torch.optim import Optimizer
 
 from callbacks.accelerator import Accelerator
 from opd import extrapolation
+from opd.errors import UserError
 from opd.extrapolation import Score, SearchResult
+from opd.module import OPDModule
 from opd.scores import AnswerAccuracy, CandidateScore
 from opd.step import StepRequest
 from opd.weights import Device
@@ -48,14 +50,20 @@ class EffOPD(Accelerator):
     search that refuses every candidate leaves weights, optimizer and random state bit-identical.
 
     Args:
-        schedule: Steps after which to search: powers_of_two, 'every N', a step, or a list of these.
+        schedule: Steps after which to search: powers_of_two, 'every N', 'adaptive N' (less and less
+            often while nothing is found, at most N steps apart), a step, or a list of these.
         coefficients: Candidates W + c (W - anchor): a list tried in order until one is refused,
-            'doubling LIMIT', or 'two_sided LIMIT', which also goes back toward the anchor.
+            'doubling LIMIT'; 'two_sided LIMIT', which also goes back toward the anchor; or
+            'bracket LIMIT', which multiplies or divides the displacement, the first one at will.
         score: What judges a candidate. None: AnswerAccuracy on 50 training prompts.
         accept: not_worse (paper), better (published code), or 'better M': by more than M standard
             errors of the difference.
         anchor: Weights at the previous search: raw, as the optimizer left them (the paper's
             W_{2^(n-1)}), or accepted, as the search left them (published code).
+        learning_rate: keep it; or carry an accepted coefficient over into it: from then on it is
+            multiplied by 1 + c, whatever a scheduler does to it. Where the anchor has won (c = -1),
+            the steps were too long by far: the rate becomes half of what was refused, and the
+            optimizer forgets them. Needs an OPDModule.
         parameters: all (paper), attention_and_mlp (published code), or glob patterns.
         optimizer_state: keep it, or reset it after an accepted candidate.
         anchor_device: Where the anchor and the copy of W live: parameters (beside them), or cpu
@@ -74,6 +82,7 @@ class EffOPD(Accelerator):
         anchor: Literal["raw", "accepted"] = "raw",
         parameters: str | list[str] = "all",
         optimizer_state: Literal["keep", "reset"] = "keep",
+        learning_rate: Literal["keep", "carry"] = "keep",
         anchor_device: Device = "parameters",
         seed: int = 0,
     ) -> None:
@@ -84,14 +93,25 @@ class EffOPD(Accelerator):
         self.accept = extrapolation.parse_accept(accept)
         self.anchor_kind = anchor
         self.optimizer_state = optimizer_state
+        self.learning_rate = learning_rate
+        self.learning_rate_factor = 1.0
         self.seed = seed
         self._warned = False
+        self._settled = False  # whether any search has kept something other than the anchor
 
     def due(self, t: int) -> bool:
-        return self.schedule(t)
+        return self.schedule.due(t)
 
     def step_request(self, t: int) -> StepRequest:
-        return self.score.request() if self.due(t) else StepRequest()
+        asked = self.score.request() if self.due(t) else StepRequest()
+        return dataclasses.replace(asked, learning_rate_factor=self.learning_rate_factor)
+
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if self.learning_rate == "carry" and not isinstance(pl_module, OPDModule):
+            raise UserError(
+                "EffOPD.learning_rate=carry needs opd's module, which asks for its rate"
+            )
+        super().on_fit_start(trainer, pl_module)
 
     def accelerate(
         self, trainer: Trainer, pl_module: LightningModule, output: Any
@@ -120,7 +140,8 @@ class EffOPD(Accelerator):
             return self.score(pl_module)
 
         try:
-            result = extrapolation.search(self.coefficients, score_at, self.accept, world.sum)
+            candidates = self.coefficients(not self._settled)
+            result = extrapolation.search(candidates, score_at, self.accept, world.sum)
         except BaseException:
             move_to(0.0)
             raise
@@ -130,12 +151,18 @@ class EffOPD(Accelerator):
         self._warn_if_blind(result, world.rank)
         kept: list[Tensor] = base if self.anchor_kind == "raw" else self.weights.shards(self.names)
         extrapolation.copy_weights(anchor, kept)
-        if result.coefficient and self.optimizer_state == "reset":
+        undone = self.learning_rate == "carry" and result.coefficient == -1
+        if undone or (result.coefficient and self.optimizer_state == "reset"):
             for optimizer in trainer.optimizers:
-                _zero_state(optimizer)
+                _forget(optimizer)
+        if self.learning_rate == "carry":
+            self.learning_rate_factor *= result.learning_rate_factor
+        self.schedule.searched(trainer.global_step, result.coefficient)
+        self._settled |= result.coefficient != -1
         record = {
             "candidates": [dataclasses.asdict(tried) for tried in result.tried],
             "coefficient": result.coefficient,
+            "learning_rate_factor": self.learning_rate_factor,
         }
         return record, {
             "coefficient": result.coefficient,
@@ -143,7 +170,25 @@ class EffOPD(Accelerator):
             "score_after": result.score_after,
             "candidates": float(len(result.tried)),
             "direction_norm": norm,
+            "learning_rate_factor": self.learning_rate_factor,
         }
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return what a resumed run goes on from, beside the anchor."""
+        return super().state_dict() | {
+            "learning_rate_factor": self.learning_rate_factor,
+            "interval": self.schedule.interval,
+            "coming": self.schedule.coming,
+            "settled": self._settled,
+        }
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Go on from a checkpoint's searches; one of before knows of no factor and no interval."""
+        super().load_state_dict(state_dict)
+        self.learning_rate_factor = state_dict.get("learning_rate_factor", 1.0)
+        self.schedule.interval = state_dict.get("interval", 1)
+        self.schedule.coming = state_dict.get("coming", 1)
+        self._settled = state_dict.get("settled", bool(self.history))
 
     def _warn_if_blind(self, result: SearchResult, rank: int) -> None:
         """Say, once, that a search has decided without evidence: all scores were the same."""
@@ -157,8 +202,14 @@ class EffOPD(Accelerator):
             )
 
 
-def _zero_state(optimizer: Optimizer) -> None:
-    """Make an optimizer forget its steps; an emptied state could not be saved in shards."""
+def _forget(optimizer: Optimizer) -> None:
+    """Make an optimizer forget its steps; an emptied state could not be saved in shards.
+
+    Optimizers from elsewhere may keep in their state what cannot be zero, such as weights: theirs
+    is left alone.
+    """
+    if not type(optimizer).__module__.startswith("torch.optim"):
+        return
     for state in optimizer.state.values():
         for value in state.values():
             if isinstance(value, Tensor):

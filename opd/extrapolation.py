@@ -16,10 +16,16 @@ schedule       ``powers_of_two``                      t = 1, 2, 4, 8, ... (paper
                ``every 5``                            t = 5, 10, 15, ...
                ``[3, 7, 20]``                         these steps
                ``[powers_of_two, every 50]``          the union of its items
+               ``adaptive 8``                         after a search that keeps W, twice as many
+                                                      steps later, at most 8; else half as many
 coefficients   ``[2, 4, 6, 8, 10]``                   in this order, until one is refused (paper)
                ``doubling`` or ``doubling 64``        1, 2, 4, ... up to the limit, likewise
                ``two_sided`` or ``two_sided 64``      doubling; if 1 is refused, back toward the
                                                       anchor: -1/2, -3/4, -7/8, -15/16, -1
+               ``bracket`` or ``bracket 4``           1 + c = 2, 4, ... up to the limit; if 2 is
+                                                      refused, 1/2, 1/4, ... down to 1/limit. The
+                                                      first search of a run has no limit, and asks
+                                                      whether the anchor, c = -1, is better than W
 accept         ``not_worse``                          score >= best so far (paper)
                ``better``                             score > best so far (published code)
                ``better 1.0``                         by more than so many standard errors
@@ -28,6 +34,7 @@ accept         ``not_worse``                          score >= best so far (pape
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Generator, Sequence
 from dataclasses import dataclass, field
 from fnmatch import fnmatch
@@ -37,7 +44,8 @@ from torch import Tensor
 
 from opd.errors import UserError
 
-DEFAULT_LIMIT = 64.0
+DEFAULT_LIMITS = {"doubling": 64.0, "two_sided": 64.0, "bracket": 4.0}
+FIRST_LIMIT = 2.0**20  # of the first search, where nothing is known of the learning rate
 BACKWARD = (-1 / 2, -3 / 4, -7 / 8, -15 / 16, -1.0)
 ATTENTION_AND_MLP = (
     *("attn", "attention", "mlp", "ffn"),
@@ -47,11 +55,38 @@ ATTENTION_AND_MLP = (
 # --- schedule -------------------------------------------------------------------------------------
 
 ScheduleItem = str | int
-Schedule = Callable[[int], bool]
+
+
+@dataclass
+class Schedule:
+    """When to search.
+
+    Attributes:
+        fixed: Whether there is a search after step t >= 1, whatever searches find.
+        limit: Most steps between searches that adapt to what is found; 0: there are none.
+        interval: Steps from the last one to the next.
+        coming: The next one is after this step.
+    """
+
+    fixed: Callable[[int], bool]
+    limit: int = 0
+    interval: int = 1
+    coming: int = 1
+
+    def due(self, t: int) -> bool:
+        """Whether there is a search after step t >= 1."""
+        return self.fixed(t) or (self.limit > 0 and t >= self.coming)
+
+    def searched(self, t: int, coefficient: float) -> None:
+        """Take note of what the search after step t has found: the coefficient that it kept."""
+        if self.limit:
+            wanted = self.interval // 2 if coefficient else self.interval * 2
+            self.interval = min(max(wanted, 1), self.limit)
+            self.coming = t + self.interval
 
 
 def parse_schedule(spec: ScheduleItem | Sequence[ScheduleItem]) -> Schedule:
-    """Turn a schedule's specification into a function: is there a search after step t >= 1?
+    """Read a schedule's specification.
 
     Raises:
         UserError: The specification is not one of the module's table.
@@ -60,29 +95,36 @@ def parse_schedule(spec: ScheduleItem | Sequence[ScheduleItem]) -> Schedule:
     if not items:
         raise UserError("EffOPD.schedule is empty; leave the callback out instead")
     parsed = [_parse_schedule_item(item) for item in items]
-    return lambda step: any(due(step) for due in parsed)
+    fixed = [due for due, _ in parsed]
+    return Schedule(
+        lambda step: any(due(step) for due in fixed), limit=max(limit for _, limit in parsed)
+    )
 
 
-def _parse_schedule_item(item: ScheduleItem) -> Schedule:
+def _parse_schedule_item(item: ScheduleItem) -> tuple[Callable[[int], bool], int]:
+    """Return when it is due, and the limit of an adaptive one."""
     name, number = (str(item), None) if isinstance(item, int) else _split(item, "schedule")
+    whole = int(number) if number is not None and number >= 1 and number.is_integer() else None
     if name == "powers_of_two" and number is None:
-        return lambda step: step > 0 and step & (step - 1) == 0
-    if name == "every" and number is not None and number >= 1 and number.is_integer():
-        every = int(number)
-        return lambda step: step > 0 and step % every == 0
+        return lambda step: step > 0 and step & (step - 1) == 0, 0
+    if name == "every" and whole is not None:
+        return lambda step: step > 0 and step % whole == 0, 0
+    if name == "adaptive" and whole is not None:
+        return lambda step: False, whole
     if name.isdigit() and number is None and int(name) > 0:
         only = int(name)
-        return lambda step: step == only
+        return lambda step: step == only, 0
     raise UserError(
-        f"EffOPD.schedule {item!r} must be powers_of_two, 'every N', a step number from 1, or a "
-        "list of these"
+        f"EffOPD.schedule {item!r} must be powers_of_two, 'every N', 'adaptive N', a step number "
+        "from 1, or a list of these"
     )
 
 
 # --- coefficients ---------------------------------------------------------------------------------
 
 # Yields coefficients; is sent whether the last one was accepted.
-Coefficients = Callable[[], Generator[float, bool, None]]
+Candidates = Generator[float, bool, None]
+Coefficients = Callable[[bool], Candidates]  # is told whether this is the first search of a run
 
 
 def parse_coefficients(spec: str | Sequence[float]) -> Coefficients:
@@ -95,32 +137,36 @@ def parse_coefficients(spec: str | Sequence[float]) -> Coefficients:
         values = [float(c) for c in spec]
         if not values or 0.0 in values:
             raise UserError(f"EffOPD.coefficients {values} must hold numbers other than 0")
-        return lambda: in_order(values)
+        return lambda first: in_order(values)
     name, number = _split(spec, "coefficients")
-    limit = DEFAULT_LIMIT if number is None else number
-    if name not in ("doubling", "two_sided") or limit < 1:
-        raise UserError(
-            f"EffOPD.coefficients {spec!r} must be a list of numbers, 'doubling LIMIT' or "
-            "'two_sided LIMIT' with a limit of at least 1"
-        )
-    return lambda: doubling(limit) if name == "doubling" else two_sided(limit)
+    limit = DEFAULT_LIMITS.get(name, 0.0) if number is None else number
+    if name == "doubling" and limit >= 1:
+        return lambda first: doubling(limit)
+    if name == "two_sided" and limit >= 1:
+        return lambda first: two_sided(limit)
+    if name == "bracket" and limit >= 2:
+        return lambda first: bracket(FIRST_LIMIT, anchor=True) if first else bracket(limit)
+    raise UserError(
+        f"EffOPD.coefficients {spec!r} must be a list of numbers, 'doubling LIMIT' or "
+        "'two_sided LIMIT' with a limit of at least 1, or 'bracket LIMIT' with one of at least 2"
+    )
 
 
-def in_order(coefficients: Sequence[float]) -> Generator[float, bool, None]:
+def in_order(coefficients: Sequence[float]) -> Candidates:
     """Yield the coefficients in order until one is refused (paper: 2, 4, 6, 8, 10)."""
     for coefficient in coefficients:
         if not (yield coefficient):
             return
 
 
-def doubling(limit: float) -> Generator[float, bool, None]:
+def doubling(limit: float) -> Candidates:
     """Yield 1, 2, 4, ... up to ``limit`` until one is refused."""
     coefficient = 1.0
     while coefficient <= limit and (yield coefficient):
         coefficient *= 2
 
 
-def two_sided(limit: float) -> Generator[float, bool, None]:
+def two_sided(limit: float) -> Candidates:
     """Double as long as it helps; if already 1 is refused, go back toward the anchor instead."""
     coefficient = 1.0
     while coefficient <= limit:
@@ -129,6 +175,29 @@ def two_sided(limit: float) -> Generator[float, bool, None]:
         coefficient *= 2
     if coefficient == 1.0:
         yield from in_order(BACKWARD)
+
+
+def bracket(limit: float, *, anchor: bool = False) -> Candidates:
+    """Double the displacement as long as it helps; if that is refused at once, halve it instead.
+
+    Args:
+        limit: The displacement becomes at most so many times as long, or as short.
+        anchor: Whether to ask first if the anchor is better than W: there the step has diverged, no
+            doubling is of use, and halving goes on at least until something beats the anchor.
+    """
+    diverged = anchor and (yield -1.0)
+    length = 2.0  # 1 + c
+    while not diverged and length <= limit and (yield length - 1):
+        length *= 2
+    if length > 2.0:
+        return
+    length = 0.5
+    while length >= 1 / limit:
+        accepted = yield length - 1
+        if not (accepted or diverged):
+            return
+        diverged = diverged and not accepted
+        length /= 2
 
 
 # --- acceptance -----------------------------------------------------------------------------------
@@ -198,12 +267,18 @@ class Score:
         return total / weight if weight else float("nan")
 
     def compare(self, best: Score, reduce_sum: Callable[[Tensor], Tensor]) -> Comparison:
-        """Compare with the best score so far, example by example, over all ranks; a collective."""
+        """Compare with the best score so far, example by example, over all ranks; a collective.
+
+        A score that is not finite is worse than all others: the weights have diverged.
+        """
         change = self.values.double() - best.values.double()
         weight = self.weights.double().sum()
         count = torch.full_like(weight, float(change.numel()))
-        sums = torch.stack([change.sum(), change.square().sum(), count, weight])
-        total, squares, n, units = reduce_sum(sums).tolist()
+        broken = [(~score.values.isfinite()).double().sum() for score in (self, best)]
+        sums = torch.stack([change.sum(), change.square().sum(), count, weight, *broken])
+        total, squares, n, units, broken_here, broken_before = reduce_sum(sums).tolist()
+        if broken_here or broken_before:
+            return Comparison(-math.inf if broken_here else math.inf, 0.0)
         if not units:
             return Comparison(float("nan"), float("nan"))
         variance = max(squares - total * total / n, 0.0) / max(n - 1, 1)
@@ -235,9 +310,19 @@ class SearchResult:
     coefficient: float = 0.0
     tried: list[Tried] = field(default_factory=list)
 
+    @property
+    def learning_rate_factor(self) -> float:
+        """How many times as long the optimizer's steps should have been: 1 + c.
+
+        Where the anchor has won, half of the shortest that was refused.
+        """
+        if self.coefficient > -1:
+            return 1 + self.coefficient
+        return min((1 + t.coefficient for t in self.tried if t.coefficient > -1), default=1.0) / 2
+
 
 def search(
-    coefficients: Coefficients,
+    candidates: Candidates,
     score_at: Callable[[float], Score],
     accept: Accept,
     reduce_sum: Callable[[Tensor], Tensor] = lambda tensor: tensor,
@@ -245,7 +330,7 @@ def search(
     """Walk along the direction and keep the last accepted candidate (2605.11739, EffOPD).
 
     Args:
-        coefficients: Yields candidates and is told whether they were accepted.
+        candidates: Yields coefficients and is told whether they were accepted.
         score_at: Scores W + c D; c = 0 scores W itself.
         accept: Whether a candidate replaces the best so far.
         reduce_sum: Sums a tensor over ranks, so that all ranks decide alike.
@@ -253,7 +338,6 @@ def search(
     best = score_at(0.0)
     before = best.mean(reduce_sum)
     result = SearchResult(score_before=before, score_after=before)
-    candidates = coefficients()
     coefficient = next(candidates, None)
     while coefficient is not None:
         score = score_at(coefficient)

@@ -7,7 +7,8 @@ the configuration.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+import contextlib
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import torch
@@ -44,6 +45,19 @@ def build(make: MakeOptimizer, parameters: list[torch.nn.Parameter]) -> Optimize
             ):
                 group["fused"] = True
     return optimizer
+
+
+@contextlib.contextmanager
+def scaled(optimizer: Any, factor: float) -> Iterator[None]:
+    """Multiply the learning rates of all groups within; schedulers never see it."""
+    rates = [group["lr"] for group in optimizer.param_groups]
+    try:
+        for group, rate in zip(optimizer.param_groups, rates, strict=True):
+            group["lr"] = rate * factor
+        yield
+    finally:
+        for group, rate in zip(optimizer.param_groups, rates, strict=True):
+            group["lr"] = rate
 
 
 def rehearse(

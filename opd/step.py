@@ -25,7 +25,7 @@ from typing import Any, Protocol, runtime_checkable
 import torch
 from torch import Tensor
 
-from opd import memory, sharding, stages
+from opd import memory, optimization, sharding, stages
 from opd.errors import NonFiniteError
 from opd.metrics import token_metrics
 from opd.prompts import PromptBatch
@@ -46,10 +46,12 @@ class StepRequest:
     Attributes:
         keep_opinions: Keep the micro-batches with what their teachers think of them.
         held_out: Share of the step's completions to keep out of the gradient.
+        learning_rate_factor: What the step's learning rate is multiplied by, whatever the schedule.
     """
 
     keep_opinions: bool = False
     held_out: float = 0.0
+    learning_rate_factor: float = 1.0
 
     @staticmethod
     def merged(requests: Iterable[StepRequest]) -> StepRequest:
@@ -58,6 +60,7 @@ class StepRequest:
         return StepRequest(
             keep_opinions=any(request.keep_opinions for request in asked),
             held_out=max((request.held_out for request in asked), default=0.0),
+            learning_rate_factor=math.prod(request.learning_rate_factor for request in asked),
         )
 
 
@@ -124,6 +127,7 @@ def take_step(
             scheduler,
             max_grad_norm=module.max_grad_norm,
             update_norm=module.update_norm,
+            learning_rate_factor=request.learning_rate_factor,
             t=t,
             world=world,
         )
@@ -256,6 +260,7 @@ def apply_gradients(
     *,
     max_grad_norm: float,
     update_norm: bool,
+    learning_rate_factor: float,
     t: int,
     world: World,
 ) -> dict[str, float]:
@@ -268,6 +273,7 @@ def apply_gradients(
         scheduler: Of the learning rate; None: it is constant.
         max_grad_norm: Gradients are scaled down to this norm.
         update_norm: Whether to measure how far the weights move.
+        learning_rate_factor: What the learning rate is multiplied by.
         t: Number of the step, from 1.
         world: The ranks.
 
@@ -284,10 +290,11 @@ def apply_gradients(
             f"step {t}: the gradient's norm is {grad_norm}, although every loss is finite; the "
             f"weights are those of step {t - 1}{ADVICE}"
         )
-    learning_rate = float(optimizer.param_groups[0]["lr"])
     before = weights.copy(list(weights.parameters())) if update_norm else None
-    with memory.needed_for("the optimizer's step", weights_change=True):
-        optimizer.step()
+    with optimization.scaled(optimizer, learning_rate_factor):
+        learning_rate = float(optimizer.param_groups[0]["lr"])
+        with memory.needed_for("the optimizer's step", weights_change=True):
+            optimizer.step()
     optimizer.zero_grad()
     weights.changed()
     if scheduler is not None:

@@ -7,6 +7,8 @@ import torch
 
 from opd.extrapolation import (
     Score,
+    SearchResult,
+    Tried,
     direction_norm,
     parse_accept,
     parse_coefficients,
@@ -28,21 +30,50 @@ from opd.extrapolation import (
     ],
 )
 def test_schedule(spec, steps):
-    due = parse_schedule(spec)
-    assert [t for t in range(21) if due(t)] == steps
+    schedule = parse_schedule(spec)
+    assert [t for t in range(21) if schedule.due(t)] == steps
 
 
 @pytest.mark.parametrize(
-    "spec", ["sometimes", "every", "every 0", "every 1.5", 0, [], "powers_of_two 3"]
+    ("spec", "found", "steps"),
+    [
+        ("adaptive 4", set(), [1, 3, 7, 11, 15, 19]),
+        ("adaptive 4", {1, 2}, [1, 2, 3, 5, 9, 13, 17]),
+        ("adaptive 8", {15}, [1, 3, 7, 15, 19]),
+        (["adaptive 8", 5], set(), [1, 3, 5, 13]),
+    ],
+)
+def test_a_schedule_backs_off_while_nothing_is_found(spec, found, steps):
+    schedule, searched = parse_schedule(spec), []
+    for t in range(1, 21):
+        if schedule.due(t):
+            searched.append(t)
+            schedule.searched(t, 1.0 if t in found else 0.0)
+    assert searched == steps
+
+
+@pytest.mark.parametrize(
+    "spec",
+    [
+        "sometimes",
+        "every",
+        "every 0",
+        "every 1.5",
+        0,
+        [],
+        "powers_of_two 3",
+        "adaptive",
+        "adaptive 0",
+    ],
 )
 def test_schedule_refuses_nonsense(spec):
     with pytest.raises(ValueError, match=r"EffOPD\.schedule"):
         parse_schedule(spec)
 
 
-def walk(spec, accepts):
+def walk(spec, accepts, *, first=False):
     """The coefficients tried when ``accepts`` holds those that improve."""
-    candidates = parse_coefficients(spec)()
+    candidates = parse_coefficients(spec)(first)
     tried = [next(candidates)]
     try:
         while True:
@@ -64,13 +95,32 @@ def walk(spec, accepts):
         ("two_sided 8", {1, 2}, [1, 2, 4]),
         ("two_sided", {-0.5, -0.75}, [1, -0.5, -0.75, -0.875]),
         ("two_sided", {-0.5, -0.75, -0.875, -0.9375, -1}, [1, -0.5, -0.75, -0.875, -0.9375, -1]),
+        ("bracket", {1, 3, 7}, [1, 3]),
+        ("bracket 8", {1}, [1, 3]),
+        ("bracket 8", set(), [1, -0.5]),
+        ("bracket 8", {-0.5, -0.75, -0.875}, [1, -0.5, -0.75, -0.875]),
     ],
 )
 def test_coefficients(spec, accepts, tried):
     assert walk(spec, accepts) == tried
 
 
-@pytest.mark.parametrize("spec", ["tripling", "doubling 0.5", "doubling x", [], [0.0]])
+@pytest.mark.parametrize(
+    ("accepts", "tried"),
+    [
+        ({2.0**n - 1 for n in range(1, 9)}, [-1, *(2.0**n - 1 for n in range(1, 10))]),
+        (set(), [-1, 1, -0.5]),
+        ({-0.5, -0.75}, [-1, 1, -0.5, -0.75, -0.875]),
+        # the step has diverged: the anchor is better than W, and only an eighth than the anchor
+        ({-1, -0.875}, [-1, -0.5, -0.75, -0.875, -0.9375]),
+        ({-1}, [-1, *(2.0**-n - 1 for n in range(1, 21))]),
+    ],
+)
+def test_the_first_bracket_has_no_limit_and_asks_for_the_anchor(accepts, tried):
+    assert walk("bracket 4", accepts, first=True) == tried
+
+
+@pytest.mark.parametrize("spec", ["tripling", "doubling 0.5", "doubling x", "bracket 1", [], [0.0]])
 def test_coefficients_refuse_nonsense(spec):
     with pytest.raises(ValueError, match=r"EffOPD\.coefficients"):
         parse_coefficients(spec)
@@ -84,7 +134,7 @@ def test_search_keeps_the_last_accepted():
     scores = {0.0: 0.5, 2.0: 0.6, 4.0: 0.6, 6.0: 0.55}
     results = {
         rule: search(
-            parse_coefficients([2, 4, 6, 8]), lambda c: point(scores[c]), parse_accept(rule)
+            parse_coefficients([2, 4, 6, 8])(False), lambda c: point(scores[c]), parse_accept(rule)
         )
         for rule in ("not_worse", "better")
     }
@@ -95,11 +145,26 @@ def test_search_keeps_the_last_accepted():
     assert results["better"].score_before == 0.5
 
 
-def test_a_score_that_is_not_a_number_is_refused():
-    results = search(
-        parse_coefficients([2]), lambda c: point(math.nan if c else 0.5), parse_accept("not_worse")
-    )
-    assert results.coefficient == 0
+@pytest.mark.parametrize("broken", [math.nan, math.inf, -math.inf])
+def test_weights_that_have_diverged_are_worse_than_all_others(broken):
+    def found(w, candidate):
+        scores = {0.0: w, 2.0: candidate}
+        candidates = parse_coefficients([2])(False)
+        rule = parse_accept("not_worse")
+        return search(candidates, lambda c: point(scores[c]), rule).coefficient
+
+    assert found(0.5, broken) == 0
+    assert found(broken, 0.5) == 2
+    assert found(broken, broken) == 0
+
+
+@pytest.mark.parametrize(
+    ("coefficient", "refused", "factor"),
+    [(0.0, [], 1.0), (3.0, [7.0], 4.0), (-0.75, [-0.875], 0.25), (-1.0, [1.0, -0.5, -0.75], 0.125)],
+)
+def test_a_learning_rate_is_to_be_as_much_longer_as_the_step(coefficient, refused, factor):
+    tried = [Tried(c, 0.0, False) for c in refused] + [Tried(coefficient, 0.0, True)]
+    assert SearchResult(0.0, 0.0, coefficient, tried).learning_rate_factor == factor
 
 
 def test_margin_is_in_standard_errors_of_the_paired_difference():
