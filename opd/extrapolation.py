@@ -362,8 +362,9 @@ def set_candidate(
 ) -> None:
     """Set weights to W + c (W - anchor), elementwise, without further memory.
 
-    Always computed from the exact copies, never from an earlier candidate; c = 0 gives back W bit
-    for bit. Tensors may be shards: nothing is gathered.
+    Always computed from the exact copies, never from an earlier candidate: c = 0 gives back W bit
+    for bit, and c = -1 the anchor. What is nearer to the anchor is computed from there, so that it
+    is exact too where W is far away. Tensors may be shards: nothing is gathered.
 
     Args:
         weights: Tensors to overwrite.
@@ -371,13 +372,16 @@ def set_candidate(
         anchor: The anchor, on the same or another device.
         coefficient: c.
     """
-    copy_weights(weights, base)
-    if coefficient == 0.0:
+    from_anchor = coefficient < -0.5
+    start, length = (anchor, 1 + coefficient) if from_anchor else (base, coefficient)
+    if length == 0.0:
+        copy_weights(weights, start)
         return
     targets = list(weights)
+    copy_weights(targets, base)
     torch._foreach_sub_(targets, _beside(targets, anchor))
-    torch._foreach_mul_(targets, coefficient)
-    torch._foreach_add_(targets, _beside(targets, base))
+    torch._foreach_mul_(targets, length)
+    torch._foreach_add_(targets, _beside(targets, start))
 
 
 @torch.no_grad()

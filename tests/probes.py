@@ -164,3 +164,19 @@ class NaNOnRank1(Objective):
         if torch.distributed.get_rank() == 1 and NaNOnRank1.calls == 2:
             loss[0] = torch.nan
         return loss
+
+
+class Scripted(CandidateScore):
+    """Gives W and its candidates these scores, in the order they are asked for; then the last."""
+
+    def __init__(self, scores: list[float]):
+        self.scores = scores
+
+    def prepare(self, module, output, seed: int) -> None:
+        self.calls = 0
+
+    def __call__(self, module) -> Score:
+        self.calls += 1
+        return Score(
+            torch.tensor([self.scores[min(self.calls, len(self.scores)) - 1]]), torch.ones(1)
+        )

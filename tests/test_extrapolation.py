@@ -220,6 +220,20 @@ def test_coefficient_0_gives_back_w_bit_for_bit():
     assert all(torch.equal(w, b) for w, b in zip(weights, base, strict=True))
 
 
+def test_the_way_back_from_a_step_that_has_diverged_is_exact():
+    """W is a million away: W + c (W - anchor) would leave nothing of the anchor's digits."""
+    anchor = random_weights(0)
+    base = [a + 1e6 * n for a, n in zip(anchor, random_weights(1), strict=True)]
+    weights = [w.clone() for w in base]
+    set_candidate(weights, base, anchor, 2.0**-20 - 1)
+    for w, b, a in zip(weights, base, anchor, strict=True):
+        exact = a.double() + 2.0**-20 * (b.double() - a.double())
+        assert torch.allclose(w.double(), exact, rtol=1e-6, atol=1e-6)
+    base[0][0] = torch.inf
+    set_candidate(weights, base, anchor, -1.0)
+    assert all(torch.equal(w, a) for w, a in zip(weights, anchor, strict=True))
+
+
 def test_published_factors_give_the_papers_points():
     """2, 2/3, 2/5, 2/7, 2/9 applied in place to (W - anchor) are W + 2k (W - anchor)."""
     base = [w.double() for w in random_weights(0)]

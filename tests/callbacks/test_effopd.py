@@ -9,6 +9,8 @@ from callbacks import Accelerator, EffOPD
 from opd import weights
 from opd.errors import UserError
 from opd.extrapolation import Score
+from opd.metrics_rows import read_metrics
+from opd.models import load_model
 from opd.scores import CandidateScore
 
 
@@ -281,3 +283,49 @@ def test_a_search_that_cannot_tell_weights_apart_says_so_once(fit, caplog, score
     fit("run", *search, "--model.max_new_tokens", "1", steps=2)
     assert caplog.text.count("gives W and all 5 candidates the same score, 0") == blind
     assert caplog.text.count("the same score") == blind
+
+
+def scripted(scores, coefficients, *options):
+    callback = ["--trainer.callbacks+=callbacks.EffOPD", "--trainer.callbacks.accept", "better"]
+    callback += ["--trainer.callbacks.schedule", "1", "--trainer.callbacks.score=probes.Scripted"]
+    callback += [f"--trainer.callbacks.score.scores={scores}"]
+    return [*callback, f"--trainer.callbacks.coefficients={coefficients}", *options]
+
+
+CARRY = ["--trainer.callbacks.learning_rate", "carry"]
+HALVING = ["--model.scheduler.class_path", "torch.optim.lr_scheduler.ExponentialLR"]
+HALVING += ["--model.scheduler.init_args.gamma", "0.5"]
+SGD = ["--model.optimizer.class_path", "torch.optim.SGD", "--model.optimizer.init_args.lr", "0.01"]
+
+
+@pytest.mark.parametrize(("options", "factor"), [([], 1), (CARRY, 4)])
+def test_an_accepted_coefficient_is_carried_over_into_the_learning_rate(fit, options, factor):
+    """A step of 4 D was better: so are the coming ones, whatever the schedule makes of the rate.
+
+    A step of SGD moves the weights by the rate times the gradient.
+    """
+    search = scripted([0, 1], [3], *options)
+    run = fit("run", *search, *SGD, *HALVING, "--model.max_grad_norm", "1e9", steps=3)
+    rows = [row for row in read_metrics(run / "metrics.csv") if "optim/lr" in row]
+    rates = [float(row["optim/lr"]) for row in rows]
+    assert rates == pytest.approx([0.01, 0.005 * factor, 0.0025 * factor])
+    for row, rate in zip(rows, rates, strict=True):
+        moved = rate * float(row["optim/grad_norm"])
+        assert float(row["optim/update_norm"]) == pytest.approx(moved, rel=1e-4)
+    (group,) = load(run)["optimizer_states"][0]["param_groups"]
+    assert group["lr"] == pytest.approx(0.00125)  # the schedule's own
+
+
+def test_a_step_that_has_diverged_is_undone_moments_included(fit):
+    """The anchor is better than W, and only a quarter of the step than the anchor; then nothing."""
+    a_quarter = load(fit("a_quarter", *scripted([0, 2, 1, 3], "bracket", *CARRY), steps=1))
+    assert a_quarter["callbacks"]["EffOPD"]["history"][0]["coefficient"] == -0.75
+    assert a_quarter["callbacks"]["EffOPD"]["learning_rate_factor"] == 0.25
+    assert all(moments_of(a_quarter))
+
+    undone = load(fit("undone", *scripted([0, 2, 1], "bracket", *CARRY), steps=1))
+    assert undone["callbacks"]["EffOPD"]["history"][0]["coefficient"] == -1
+    assert undone["callbacks"]["EffOPD"]["learning_rate_factor"] == 2.0**-21
+    assert not any(moments_of(undone))
+    for name, weight in load_model("embedded:base").state_dict().items():
+        assert torch.equal(undone["state_dict"][f"student.{name}"], weight)
