@@ -17,7 +17,9 @@ schedule       ``powers_of_two``                      t = 1, 2, 4, 8, ... (paper
                ``[3, 7, 20]``                         these steps
                ``[powers_of_two, every 50]``          the union of its items
                ``adaptive 8``                         after a search that keeps W, twice as many
-                                                      steps later, at most 8; else half as many
+                                                      steps later, at most 8; after one that makes D
+                                                      more than twice or less than half as long, half
+                                                      as many; else as many
 coefficients   ``[2, 4, 6, 8, 10]``                   in this order, until one is refused (paper)
                ``doubling`` or ``doubling 64``        1, 2, 4, ... up to the limit, likewise
                ``two_sided`` or ``two_sided 64``      doubling; if 1 is refused, back toward the
@@ -29,6 +31,7 @@ coefficients   ``[2, 4, 6, 8, 10]``                   in this order, until one i
 accept         ``not_worse``                          score >= best so far (paper)
                ``better``                             score > best so far (published code)
                ``better 1.0``                         by more than so many standard errors
+               ``better 2.0 0.5``                     by 2 away from the anchor, by half of one back
 =============  =====================================  ============================================
 """
 
@@ -79,10 +82,13 @@ class Schedule:
 
     def searched(self, t: int, coefficient: float) -> None:
         """Take note of what the search after step t has found: the coefficient that it kept."""
-        if self.limit:
-            wanted = self.interval // 2 if coefficient else self.interval * 2
-            self.interval = min(max(wanted, 1), self.limit)
-            self.coming = t + self.interval
+        if not self.limit:
+            return
+        if not coefficient:
+            self.interval = min(self.interval * 2, self.limit)
+        elif not 0.5 <= 1 + coefficient <= 2:
+            self.interval = max(self.interval // 2, 1)
+        self.coming = t + self.interval
 
 
 def parse_schedule(spec: ScheduleItem | Sequence[ScheduleItem]) -> Schedule:
@@ -216,7 +222,7 @@ class Comparison:
     standard_error: float
 
 
-Accept = Callable[[Comparison], bool]
+Accept = Callable[[Comparison, bool], bool]  # the latter: does it lie further from the anchor?
 
 
 def parse_accept(spec: str) -> Accept:
@@ -225,24 +231,32 @@ def parse_accept(spec: str) -> Accept:
     Raises:
         UserError: The rule is not one of the module's table.
     """
-    name, number = _split(spec, "accept")
-    if name == "not_worse" and number is None:
-        return lambda comparison: comparison.difference >= 0
-    if name == "better" and (number is None or number >= 0):
-        margin = number or 0.0
-        return lambda comparison: comparison.difference > margin * comparison.standard_error
-    raise UserError(f"EffOPD.accept {spec!r} must be not_worse, better or 'better MARGIN'")
+    name, *rest = spec.split() or [""]
+    margins = [_number(word, spec, "accept") for word in rest]
+    if name == "not_worse" and not margins:
+        return lambda comparison, further: comparison.difference >= 0
+    if name == "better" and len(margins) <= 2 and min(margins, default=0.0) >= 0:
+        on, back = (margins * 2)[:2] if margins else (0.0, 0.0)
+        return lambda comparison, further: (
+            comparison.difference > (on if further else back) * comparison.standard_error
+        )
+    raise UserError(
+        f"EffOPD.accept {spec!r} must be not_worse, better, 'better MARGIN' or 'better MARGIN_ON "
+        "MARGIN_BACK'"
+    )
 
 
 def _split(spec: str, key: str) -> tuple[str, float | None]:
     """Split ``name`` or ``name number``."""
     name, _, rest = spec.strip().partition(" ")
-    if not rest:
-        return name, None
+    return name, _number(rest, spec, key) if rest else None
+
+
+def _number(word: str, spec: str, key: str) -> float:
     try:
-        return name, float(rest)
+        return float(word)
     except ValueError:
-        raise UserError(f"EffOPD.{key} {spec!r}: {rest!r} is not a number") from None
+        raise UserError(f"EffOPD.{key} {spec!r}: {word!r} is not a number") from None
 
 
 # --- search ---------------------------------------------------------------------------------------
@@ -342,7 +356,8 @@ def search(
     while coefficient is not None:
         score = score_at(coefficient)
         value = score.mean(reduce_sum)
-        accepted = accept(score.compare(best, reduce_sum))
+        further = coefficient > result.coefficient
+        accepted = accept(score.compare(best, reduce_sum), further)
         result.tried.append(Tried(coefficient, value, accepted))
         if accepted:
             best, result.score_after, result.coefficient = score, value, coefficient
