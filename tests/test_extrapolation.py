@@ -37,10 +37,10 @@ def test_schedule(spec, steps):
 @pytest.mark.parametrize(
     ("spec", "found", "steps"),
     [
-        ("adaptive 4", set(), [1, 3, 7, 11, 15, 19]),
-        ("adaptive 4", {1, 2}, [1, 2, 3, 5, 9, 13, 17]),
-        ("adaptive 8", {15}, [1, 3, 7, 15, 19]),
-        (["adaptive 8", 5], set(), [1, 3, 5, 13]),
+        ("adaptive 4", {}, [1, 3, 7, 11, 15, 19]),
+        ("adaptive 4", {1: 3.0, 2: 1.0, 3: -0.5}, [1, 2, 3, 4, 6, 10, 14, 18]),
+        ("adaptive 8", {7: 1.0, 11: -0.75, 13: 7.0}, [1, 3, 7, 11, 13, 14, 16, 20]),
+        (["adaptive 8", 5], {}, [1, 3, 5, 13]),
     ],
 )
 def test_a_schedule_backs_off_while_nothing_is_found(spec, found, steps):
@@ -48,7 +48,7 @@ def test_a_schedule_backs_off_while_nothing_is_found(spec, found, steps):
     for t in range(1, 21):
         if schedule.due(t):
             searched.append(t)
-            schedule.searched(t, 1.0 if t in found else 0.0)
+            schedule.searched(t, found.get(t, 0.0))
     assert searched == steps
 
 
