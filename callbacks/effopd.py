@@ -61,9 +61,9 @@ class EffOPD(Accelerator):
         anchor: Weights at the previous search: raw, as the optimizer left them (the paper's
             W_{2^(n-1)}), or accepted, as the search left them (published code).
         learning_rate: keep it; or carry an accepted coefficient over into it: from then on it is
-            multiplied by 1 + c, whatever a scheduler does to it. Where the anchor has won (c = -1),
-            the steps were too long by far: the rate becomes half of what was refused, and the
-            optimizer forgets them. Needs an OPDModule.
+            multiplied by 1 + c, whatever a scheduler does to it. Where the anchor has won (c = -1)
+            the steps were too long: the rate becomes half of the shortest that was refused; and at
+            the beginning of a run the optimizer forgets them. Needs an OPDModule.
         parameters: all (paper), attention_and_mlp (published code), or glob patterns.
         optimizer_state: keep it, or reset it after an accepted candidate.
         anchor_device: Where the anchor and the copy of W live: parameters (beside them), or cpu
@@ -151,8 +151,8 @@ class EffOPD(Accelerator):
         self._warn_if_blind(result, world.rank)
         kept: list[Tensor] = base if self.anchor_kind == "raw" else self.weights.shards(self.names)
         extrapolation.copy_weights(anchor, kept)
-        undone = self.learning_rate == "carry" and result.coefficient == -1
-        if undone or (result.coefficient and self.optimizer_state == "reset"):
+        diverged = self.learning_rate == "carry" and result.coefficient == -1 and not self._settled
+        if diverged or (result.coefficient and self.optimizer_state == "reset"):
             for optimizer in trainer.optimizers:
                 _forget(optimizer)
         if self.learning_rate == "carry":

@@ -24,10 +24,10 @@ coefficients   ``[2, 4, 6, 8, 10]``                   in this order, until one i
                ``doubling`` or ``doubling 64``        1, 2, 4, ... up to the limit, likewise
                ``two_sided`` or ``two_sided 64``      doubling; if 1 is refused, back toward the
                                                       anchor: -1/2, -3/4, -7/8, -15/16, -1
-               ``bracket`` or ``bracket 4``           1 + c = 2, 4, ... up to the limit; if 2 is
-                                                      refused, 1/2, 1/4, ... down to 1/limit. The
-                                                      first search of a run has no limit, and asks
-                                                      whether the anchor, c = -1, is better than W
+               ``bracket`` or ``bracket 4``           the anchor, c = -1; 1 + c = 2, 4, ... up to
+                                                      the limit; if the anchor is better or 2 is
+                                                      refused, 1/2, 1/4, ... down to 1/limit; the
+                                                      first search of a run has no limit
 accept         ``not_worse``                          score >= best so far (paper)
                ``better``                             score > best so far (published code)
                ``better 1.0``                         by more than so many standard errors
@@ -151,7 +151,7 @@ def parse_coefficients(spec: str | Sequence[float]) -> Coefficients:
     if name == "two_sided" and limit >= 1:
         return lambda first: two_sided(limit)
     if name == "bracket" and limit >= 2:
-        return lambda first: bracket(FIRST_LIMIT, anchor=True) if first else bracket(limit)
+        return lambda first: bracket(FIRST_LIMIT if first else limit)
     raise UserError(
         f"EffOPD.coefficients {spec!r} must be a list of numbers, 'doubling LIMIT' or "
         "'two_sided LIMIT' with a limit of at least 1, or 'bracket LIMIT' with one of at least 2"
@@ -183,26 +183,27 @@ def two_sided(limit: float) -> Candidates:
         yield from in_order(BACKWARD)
 
 
-def bracket(limit: float, *, anchor: bool = False) -> Candidates:
+def bracket(limit: float) -> Candidates:
     """Double the displacement as long as it helps; if that is refused at once, halve it instead.
+
+    The anchor is asked first. Where it is better than W, the steps have led astray: no doubling is
+    of use, and halving goes on at least until something beats the anchor.
 
     Args:
         limit: The displacement becomes at most so many times as long, or as short.
-        anchor: Whether to ask first if the anchor is better than W: there the step has diverged, no
-            doubling is of use, and halving goes on at least until something beats the anchor.
     """
-    diverged = anchor and (yield -1.0)
+    astray = yield -1.0
     length = 2.0  # 1 + c
-    while not diverged and length <= limit and (yield length - 1):
+    while not astray and length <= limit and (yield length - 1):
         length *= 2
     if length > 2.0:
         return
     length = 0.5
     while length >= 1 / limit:
         accepted = yield length - 1
-        if not (accepted or diverged):
+        if not (accepted or astray):
             return
-        diverged = diverged and not accepted
+        astray = astray and not accepted
         length /= 2
 
 
