@@ -82,13 +82,19 @@ def opd(*args: str) -> None:
         sys.exit(finished.stdout + finished.stderr)
 
 
+# Learning rates of vanilla OPD on the embedded pair
+TOO_SMALL, BEST, TOO_LARGE = "3e-6", "3e-4", "1e-2"
+
 QUICKSTART = Demo(
     output=Path("runs/quickstart"),
     fit=["--config", "quickstart", "--overwrite", "true"],
     runs={
-        "vanilla": [],
-        "effopd-paper": ["--config", "effopd/paper"],
-        "effopd-line-search": ["--config", "effopd/line_search"],
+        f"{name}-{rate}": [*options, "--model.optimizer.lr", rate]
+        for name, rates, options in [
+            ("vanilla", [TOO_SMALL, BEST, TOO_LARGE], []),
+            ("effopd-auto", [TOO_SMALL, TOO_LARGE], ["--config", "effopd/auto"]),
+        ]
+        for rate in rates
     },
     models={"base": "embedded:base", "teacher": "embedded:teacher"},
     evaluate=["--tasks", "arithmetic"],

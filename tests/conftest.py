@@ -40,6 +40,7 @@ CPU = ["--trainer.accelerator", "cpu", "--trainer.precision", "32-true"]
 FSDP2 = ["--config", str(ROOT / "configs" / "strategy" / "fsdp2.yaml"), *CPU]
 FSDP1 = ["--config", str(ROOT / "configs" / "strategy" / "fsdp1.yaml"), *CPU]
 DDP = ["--config", str(ROOT / "configs" / "strategy" / "ddp.yaml"), *CPU]
+AUTO = ["--config", str(ROOT / "configs" / "effopd" / "auto.yaml")]
 LINE_SEARCH = ["--config", str(ROOT / "configs" / "effopd" / "line_search.yaml")]
 TEXTS = ["what is 12 plus 30? the answer is 42", "add 7 and 8: 15", "question: 9+9 = 18"]
 LLAMA_TEMPLATE = (

@@ -19,8 +19,8 @@ import time
 from pathlib import Path
 
 from conftest import (
+    AUTO,
     FSDP2,
-    LINE_SEARCH,
     assert_same,
     launch,
     launch_environment,
@@ -29,7 +29,7 @@ from conftest import (
 )
 
 STEPS = 8
-OPTIONS = [*FSDP2, *LINE_SEARCH, "--checkpoint.every_n_train_steps", "2"]
+OPTIONS = [*FSDP2, *AUTO, "--checkpoint.every_n_train_steps", "2"]
 GO_ON = ["--ckpt_path", "last", "--overwrite", "true"]  # anew, if it died before it had saved
 PATIENCE = 120  # seconds until a run that does not end counts as hanging
 

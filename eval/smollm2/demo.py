@@ -27,8 +27,7 @@ STEPS = 10
 def demo(steps: int, limit: int | None) -> Demo:
     """Say what is run.
 
-    A step with a line search takes nearly as long as three without: vanilla gets three times as
-    many, and for comparison as many at ten times the rate.
+    Vanilla gets three times as many steps, and for comparison as many at ten times the rate.
     """
     thrice = [*("--trainer.max_steps", str(3 * steps)), *("--trainer.val_check_interval", "6")]
     fit = ["--config", "smollm2", "--trainer.max_steps", str(steps), "--ckpt_path", "last"]
@@ -38,7 +37,7 @@ def demo(steps: int, limit: int | None) -> Demo:
         runs={
             "vanilla": thrice,
             "vanilla-tenfold-rate": ["--model.optimizer.lr", "3e-5"],
-            "effopd-line-search": ["--config", "effopd/line_search"],
+            "effopd-auto": ["--config", "effopd/auto"],
         },
         models={"base": str(STUDENT), "teacher": str(TEACHER)},
         evaluate=[
