@@ -24,10 +24,10 @@ coefficients   ``[2, 4, 6, 8, 10]``                   in this order, until one i
                ``doubling`` or ``doubling 64``        1, 2, 4, ... up to the limit, likewise
                ``two_sided`` or ``two_sided 64``      doubling; if 1 is refused, back toward the
                                                       anchor: -1/2, -3/4, -7/8, -15/16, -1
-               ``bracket`` or ``bracket 4``           the anchor, c = -1; 1 + c = 2, 4, ... up to
-                                                      the limit; if the anchor is better or 2 is
-                                                      refused, 1/2, 1/4, ... down to 1/limit; the
-                                                      first search of a run has no limit
+               ``bracket`` or ``bracket 4``           1 + c = 2, 4, ... up to the limit; if 2 is
+                                                      refused, 1/2, 1/4, ... down to 1/limit and 0.
+                                                      The first search of a run has no limit, and
+                                                      begins with 0: has the step diverged?
 accept         ``not_worse``                          score >= best so far (paper)
                ``better``                             score > best so far (published code)
                ``better 1.0``                         by more than so many standard errors
@@ -48,7 +48,7 @@ from torch import Tensor
 from opd.errors import UserError
 
 DEFAULT_LIMITS = {"doubling": 64.0, "two_sided": 64.0, "bracket": 4.0}
-FIRST_LIMIT = 2.0**20  # of the first search, where nothing is known of the learning rate
+FIRST_LIMIT = 2.0**20
 BACKWARD = (-1 / 2, -3 / 4, -7 / 8, -15 / 16, -1.0)
 ATTENTION_AND_MLP = (
     *("attn", "attention", "mlp", "ffn"),
@@ -151,7 +151,7 @@ def parse_coefficients(spec: str | Sequence[float]) -> Coefficients:
     if name == "two_sided" and limit >= 1:
         return lambda first: two_sided(limit)
     if name == "bracket" and limit >= 2:
-        return lambda first: bracket(FIRST_LIMIT if first else limit)
+        return lambda first: first_bracket() if first else bracket(limit)
     raise UserError(
         f"EffOPD.coefficients {spec!r} must be a list of numbers, 'doubling LIMIT' or "
         "'two_sided LIMIT' with a limit of at least 1, or 'bracket LIMIT' with one of at least 2"
@@ -186,24 +186,35 @@ def two_sided(limit: float) -> Candidates:
 def bracket(limit: float) -> Candidates:
     """Double the displacement as long as it helps; if that is refused at once, halve it instead.
 
-    The anchor is asked first. Where it is better than W, the steps have led astray: no doubling is
-    of use, and halving goes on at least until something beats the anchor.
-
     Args:
-        limit: The displacement becomes at most so many times as long, or as short.
+        limit: The displacement becomes at most so many times as long, or as short; where that helps
+            too, the anchor itself is asked.
     """
-    astray = yield -1.0
     length = 2.0  # 1 + c
-    while not astray and length <= limit and (yield length - 1):
+    while length <= limit and (yield length - 1):
         length *= 2
     if length > 2.0:
         return
     length = 0.5
-    while length >= 1 / limit:
+    while (yield length - 1 if length >= 1 / limit else -1.0) and length >= 1 / limit:
+        length /= 2
+
+
+def first_bracket() -> Candidates:
+    """Do the same without a limit, where nothing is known of the learning rate.
+
+    The anchor is asked first. Where it is better than W, the step has diverged: no doubling is of
+    use, and halving goes on at least until something beats the anchor.
+    """
+    if not (yield -1.0):
+        yield from bracket(FIRST_LIMIT)
+        return
+    length, found = 0.5, False
+    while length >= 1 / FIRST_LIMIT:
         accepted = yield length - 1
-        if not (accepted or astray):
+        if found and not accepted:
             return
-        astray = astray and not accepted
+        found = found or accepted
         length /= 2
 
 

@@ -95,13 +95,12 @@ def walk(spec, accepts, *, first=False):
         ("two_sided 8", {1, 2}, [1, 2, 4]),
         ("two_sided", {-0.5, -0.75}, [1, -0.5, -0.75, -0.875]),
         ("two_sided", {-0.5, -0.75, -0.875, -0.9375, -1}, [1, -0.5, -0.75, -0.875, -0.9375, -1]),
-        ("bracket", {1, 3, 7}, [-1, 1, 3]),
-        ("bracket 8", {1}, [-1, 1, 3]),
-        ("bracket 8", set(), [-1, 1, -0.5]),
-        ("bracket 8", {-0.5, -0.75, -0.875}, [-1, 1, -0.5, -0.75, -0.875]),
-        # the steps have led astray: the anchor is better than W, a quarter is than the anchor
-        ("bracket 8", {-1, -0.75}, [-1, -0.5, -0.75, -0.875]),
-        ("bracket 8", {-1}, [-1, -0.5, -0.75, -0.875]),
+        ("bracket", {1, 3, 7}, [1, 3]),
+        ("bracket 8", {1}, [1, 3]),
+        ("bracket 8", set(), [1, -0.5]),
+        ("bracket 8", {-0.5, -0.75}, [1, -0.5, -0.75, -0.875]),
+        ("bracket", {-0.5, -0.75}, [1, -0.5, -0.75, -1]),
+        ("bracket", {-0.5, -0.75, -1}, [1, -0.5, -0.75, -1]),
     ],
 )
 def test_coefficients(spec, accepts, tried):
@@ -112,10 +111,13 @@ def test_coefficients(spec, accepts, tried):
     ("accepts", "tried"),
     [
         ({2.0**n - 1 for n in range(1, 9)}, [-1, *(2.0**n - 1 for n in range(1, 10))]),
+        (set(), [-1, 1, -0.5]),
+        # the step has diverged: the anchor is better than W, and only an eighth than the anchor
+        ({-1, -0.875}, [-1, -0.5, -0.75, -0.875, -0.9375]),
         ({-1}, [-1, *(2.0**-n - 1 for n in range(1, 21))]),
     ],
 )
-def test_the_first_bracket_has_no_limit(accepts, tried):
+def test_the_first_bracket_has_no_limit_and_begins_with_the_anchor(accepts, tried):
     assert walk("bracket 4", accepts, first=True) == tried
 
 
