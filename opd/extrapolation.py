@@ -17,9 +17,9 @@ schedule       ``powers_of_two``                      t = 1, 2, 4, 8, ... (paper
                ``[3, 7, 20]``                         these steps
                ``[powers_of_two, every 50]``          the union of its items
                ``adaptive 8``                         after a search that keeps W, twice as many
-                                                      steps later, at most 8; after one that makes D
-                                                      more than twice or less than half as long, half
-                                                      as many; else as many
+                                                      steps later, at most 8; after one that makes
+                                                      D more than twice or less than half as long,
+                                                      half as many; else as many
 coefficients   ``[2, 4, 6, 8, 10]``                   in this order, until one is refused (paper)
                ``doubling`` or ``doubling 64``        1, 2, 4, ... up to the limit, likewise
                ``two_sided`` or ``two_sided 64``      doubling; if 1 is refused, back toward the
@@ -196,8 +196,11 @@ def bracket(limit: float) -> Candidates:
     if length > 2.0:
         return
     length = 0.5
-    while (yield length - 1 if length >= 1 / limit else -1.0) and length >= 1 / limit:
+    while length >= 1 / limit:
+        if not (yield length - 1):
+            return
         length /= 2
+    yield -1.0
 
 
 def first_bracket() -> Candidates:
