@@ -168,7 +168,8 @@ def test_a_study_goes_on_with_trials_of_the_same_settings_only(tmp_path, capsys)
 def test_the_study_of_the_readme_is_accepted(tmp_path):
     (block,) = re.findall(r"```yaml\n(# my_study.yaml.*?)```", README.read_text(), re.DOTALL)
     opd = HandMade()
-    study(**{**yaml.safe_load(block), "output": str(tmp_path)}, opd=opd)
+    here = {"output": str(tmp_path), "workers": 1}
+    study(**{**yaml.safe_load(block), **here}, opd=opd)
     assert len(opd.ran) == (3 + 3 + 1) * 2 * 5
     assert "opd.objectives.GeneralizedJSD" in block
     assert callable(GeneralizedJSD)
@@ -298,6 +299,7 @@ def test_seeds_that_may_need_any_number_leave_the_interval_open():
     ("a", "b", "expected"),
     [
         (*exactly(30, 60), Bounds(0.5, 0.5)),
+        (Bounds(2, 6), Bounds(3, 4), Bounds(0.5, 2)),
         (Bounds(30, 30), above(120), Bounds(0, 0.25)),  # the baseline needs more than 120
         (above(120), Bounds(30, 30), above(4)),
         (above(120), above(120), Bounds(0, math.inf)),
