@@ -28,6 +28,12 @@ MEASURED_LATER = ("val/", "bench/")  # metrics that a step's weights have only a
 class RunCheckpoint(ModelCheckpoint):
     """Lightning's ModelCheckpoint, and a checkpoint after the last step, whatever ends the run.
 
+    Args:
+        *args: ModelCheckpoint's.
+        save_end: Whether the last step is saved when a run ends as planned. One that is told to
+            stop, or fails, is saved all the same, so that it can go on.
+        **kwargs: ModelCheckpoint's.
+
     ``monitor`` chooses which checkpoints are kept besides the newest; the newest is always saved,
     and ``last.ckpt`` is it. A validation metric is compared once it has been measured with the
     weights that are saved.
@@ -37,8 +43,9 @@ class RunCheckpoint(ModelCheckpoint):
     and call collectives wherever the signal has met them, which can hang a sharded run.)
     """
 
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
+    def __init__(self, *args: Any, save_end: bool = True, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
+        self.save_end = save_end
         self._signal: int | None = None  # what has told this rank to stop
         self._interrupted = False  # whether it was Ctrl-C, on any rank
         self._newest_step = 0  # of what has been saved; of no step there is nothing to save
@@ -157,7 +164,8 @@ class RunCheckpoint(ModelCheckpoint):
             exception.args = (signal.SIGINT,)  # tells the command line what it was
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self._save_now(trainer)
+        if self.save_end:
+            self._save_now(trainer)
 
     def _save_now(self, trainer: Trainer) -> None:
         """Save this step, unless it has been, whatever the monitor and save_top_k say."""

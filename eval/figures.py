@@ -114,36 +114,6 @@ def _interpolate(points: Sequence[Point], step: int, y: str) -> float:
     return float("nan")
 
 
-def steps_to_target(
-    results: Mapping[str, Mapping[float, Sequence[float | None]]], target: float, max_steps: int
-) -> Figure:
-    """Steps to a target accuracy against the learning rate, one line per accelerator.
-
-    Args:
-        results: By accelerator and learning rate, the steps of each seed; None: not reached.
-        target: The target accuracy.
-        max_steps: Where runs ended; runs that did not reach the target are drawn above it.
-    """
-    figure, axis = plt.subplots(figsize=(7, 4.5))
-    above = max_steps * 1.15
-    for i, (name, by_rate) in enumerate(results.items()):
-        rates = sorted(by_rate)
-        steps = [[above if s is None else s for s in by_rate[rate]] for rate in rates]
-        middle = [sorted(s)[len(s) // 2] for s in steps]
-        axis.plot(rates, middle, marker="o", color=f"C{i % 10}", label=name)
-        axis.fill_between(
-            rates, [min(s) for s in steps], [max(s) for s in steps], color=f"C{i % 10}", alpha=0.15
-        )
-    axis.axhline(max_steps, color="gray", linewidth=0.8, linestyle=":")
-    axis.text(axis.get_xlim()[0], max_steps, " not reached above this line", va="bottom", size=8)
-    axis.set_xscale("log")
-    axis.set_xlabel("learning rate")
-    axis.set_ylabel(f"optimizer steps to {target:g} accuracy")
-    axis.grid(alpha=0.3)
-    axis.legend(frameon=False)
-    return figure
-
-
 def bench_bars(compared: Mapping[str, Mapping[str, Sequence[float]]]) -> Figure:
     """Speed and memory beside a peer's, one pair of bars per workload, with all runs as points.
 

@@ -126,24 +126,22 @@ def _runs_section(runs: Sequence[Run], picture: bytes, target: float) -> str:
     header, rows = run_table(runs, target)
     if not rows:
         return ""
-    encoded = base64.b64encode(picture).decode()
     return (
-        f"<h2>Runs</h2>{_table(header, rows)}"
+        f"<h2>Runs</h2>{html_table(header, rows)}"
         "<p><small>Accuracy and reverse KL are those of held-out prompts, before and after. "
         "Seconds are wall-clock for rollouts, teacher, training and searches, without "
         "validation and start-up.</small></p>"
-        f'<img alt="accuracy and teacher KL of the runs" src="data:image/png;base64,{encoded}">'
+        f"{image('accuracy and teacher KL of the runs', picture)}"
         "<p><small>▲ a search that accepted a candidate, ✕ one that refused all.</small></p>"
     )
 
 
 def _benchmarks_section(runs: Sequence[Run]) -> str:
     header, rows = benchmark_table(runs)
-    parts = [_table(header, rows)] if rows else []
+    parts = [html_table(header, rows)] if rows else []
     if any(run.benches for run in runs):
-        encoded = base64.b64encode(png(bench_curves(runs))).decode()
         parts.append(
-            f'<img alt="benchmarks of the runs" src="data:image/png;base64,{encoded}">'
+            f"{image('benchmarks of the runs', png(bench_curves(runs)))}"
             "<p><small>Scores of the student while it was trained, by optimizer steps.</small></p>"
         )
     return f"<h2>Benchmarks (lm-eval)</h2>{''.join(parts)}" if parts else ""
@@ -166,7 +164,7 @@ def _searches_section(runs: Sequence[Run]) -> str:
             ]
             for search in run.searches
         ]
-        table = _table(["step", "coefficient", "candidates: score", "seconds", "tokens"], rows)
+        table = html_table(["step", "coefficient", "candidates: score", "seconds", "tokens"], rows)
         accepted = sum(bool(search.get("coefficient")) for search in run.searches)
         summary = f"{html.escape(run.name)}: {len(rows)} searches, {accepted} accepted"
         parts.append(f"<details><summary>{summary}</summary>{table}</details>")
@@ -180,12 +178,23 @@ def _versions_section(runs: Sequence[Run]) -> str:
     return f"<p><small>{html.escape(text)}</small></p>"
 
 
-def _table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+def html_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """Lay a table out as HTML."""
     head = "".join(f"<th>{html.escape(cell)}</th>" for cell in header)
     body = "".join(
         "<tr>" + "".join(f"<td>{html.escape(cell)}</td>" for cell in row) + "</tr>" for row in rows
     )
     return f"<table><tr>{head}</tr>{body}</table>"
+
+
+def image(text: str, picture: bytes) -> str:
+    """Write a PNG into HTML.
+
+    Args:
+        text: What it shows, for those who do not see it; plain words.
+        picture: The PNG.
+    """
+    return f'<img alt="{text}" src="data:image/png;base64,{base64.b64encode(picture).decode()}">'
 
 
 def text_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:

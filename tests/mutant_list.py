@@ -100,7 +100,9 @@ LIGHTNING = "tests/test_lightning.py"
 FOLDER = "tests/test_run_folder.py"
 AT_ONCE = f"{FOLDER}::test_two_runs_at_once_in_one_folder"
 MEMORY = f"{FOLDER}::test_out_of_memory_saves_the_step_before_it_and_names_what_lowers_it"
-STUDIES = f"{HAND_MADE}::test_a_study_goes_on_with_trials_of_the_same_settings_only"
+STUDY = "tests/eval/test_study.py"
+STUDY_GRID = f"{STUDY}::test_every_method_runs_at_each_point_of_the_grid_with_all_that_is_its_own"
+STUDIES = f"{STUDY}::test_a_study_goes_on_with_trials_of_the_same_settings_only"
 OPTIONS = " ".join(
     f"tests/test_resume.py::{name}"
     for name in (
@@ -131,7 +133,36 @@ held_out = of("callbacks/samples.py", HELD)
 evaluation = of("opd/evaluation.py", HELD)
 texts = of("opd/rollouts/records.py", TEXTS)
 figures = of("eval/figures.py", HAND_MADE)
-study = of("eval/study.py", f"{HAND_MADE}::test_study_compares_trials")
+study_grid = of("eval/study/grid.py", STUDY_GRID)
+study_command = of(
+    "eval/study/command.py", f"{STUDY}::test_a_run_stops_at_the_target_only_if_it_is_to"
+)
+study_trials = of("eval/study/trials.py", STUDIES)
+study_medians, study_outcomes, study_pairs = (
+    of("eval/study/outcomes.py", " ".join(f"{STUDY}::test_{name}" for name in names))
+    for names in (
+        [
+            "the_median_is_known_as_far_as_its_seeds_are",
+            "the_interval_is_that_of_the_bootstrap_in_closed_form",
+            "seeds_that_may_need_any_number_leave_the_interval_open",
+        ],
+        [
+            "an_outcome_is_read_off_a_run",
+            "what_was_not_reached_or_not_logged_is_known_within_bounds",
+            "the_mean_over_steps_is_the_mean_of_the_curve_read_at_every_moment",
+        ],
+        [
+            "a_ratio_is_known_as_far_as_both_are",
+            "methods_are_paired_by_seed_with_the_same_rate_and_with_the_best",
+            "of_rates_that_never_get_there_the_most_accurate_is_the_best",
+        ],
+    )
+)
+study_results = of("eval/study/results.py", f"{STUDY}::test_study_compares_trials")
+study_figures = of(
+    "eval/study/figures.py",
+    f"{STUDY}::test_the_figure_shows_medians_and_what_is_only_known_to_be_more",
+)
 harness = of("eval/harness.py", HARNESS)
 engine_lm = of("eval/engine_lm.py", EVALUATE)
 kept = of("eval/kept.py", EVALUATE)
@@ -497,23 +528,53 @@ MUTANTS = [
     figures('marker="^" if accepted', 'marker="^" if not accepted'),
     figures("share * (getattr(right, y)", "(1 - share) * (getattr(right, y)"),
     figures("(step - left.step) / (right.step", "(right.step - step) / (right.step"),
-    figures("sorted(s)[len(s) // 2]", "max(s)"),
-    figures("sorted(s)[len(s) // 2]", "s[len(s) // 2]"),
-    figures("above if s is None else s", "0 if s is None else s"),
-    figures("[min(s) for s in steps]", "[max(s) for s in steps]"),
     # eval: study
-    study("steps=reached.step if", "steps=last.step if"),
-    study("tokens=reached.tokens if", "tokens=last.tokens if"),
-    study("seconds=reached.seconds if", "seconds=reached.tokens if"),
-    study("search_share=run.search_share or", "search_share=1.0 or"),
-    study("judged[-1].accuracy", "judged[0].accuracy"),
-    study("if len(known) == len(values)", "if known"),
-    study("statistics.median(known)", "statistics.mean(known)"),
-    study("statistics.median(o.search_share", "max(o.search_share"),
-    study("if o.steps is not None]", "if o.final_accuracy]"),
-    study('f">{max_steps}" if', 'f"{max_steps}" if'),
-    study("key=lambda item: item[0][1]", "key=lambda item: -item[0][1]"),
-    study("[o.tokens for o in group]", "[o.seconds for o in group]"),
+    study_grid('*settings, "--model.optimizer.lr", rate', '"--model.optimizer.lr", rate'),
+    study_grid("rates = learning_rates\n", "rates = [1e-3]\n"),
+    study_grid('{"configs": value}', '{"configs": None}'),
+    study_grid("tuple(arguments),", "(),"),
+    study_command("*method.arguments, *trial.arguments", "*trial.arguments", STUDY_GRID),
+    study_command("*arguments, *method.arguments", "*method.arguments, *arguments", STUDY_GRID),
+    study_command("    if stop_at_target:\n", "    if True:\n"),
+    study_command("    if stop_at_target:\n", "    if False:\n"),
+    study_trials("if earlier == made_with:", "if earlier:"),
+    study_command("map(fingerprint, command)", "command", STUDIES),
+    study_trials(
+        "pool.shutdown(cancel_futures=True)",
+        "pool.shutdown(wait=False, cancel_futures=True)",
+        f"{STUDY}::test_after_a_failure_no_trial_begins",
+    ),
+    study_medians("ordered[(n - 1) // 2] + ordered[n // 2]", "ordered[n // 2] + ordered[n // 2]"),
+    study_medians("(1 - CONFIDENCE) / 2)", "(1 - CONFIDENCE))"),
+    study_medians("medians[-1 - tail, 1]", "medians[-1 - tail, 0]"),
+    study_medians("size=(RESAMPLES, len(values))", "size=(RESAMPLES, 2)"),
+    study_outcomes("steps=reached.step if", "steps=run.points[-1].step if"),
+    study_outcomes("tokens=reached.tokens if", "tokens=run.points[-1].tokens if"),
+    study_outcomes("seconds=reached.seconds if", "seconds=reached.tokens if"),
+    study_outcomes("search_share=run.search_share or", "search_share=1.0 or"),
+    study_outcomes("final_accuracy=accuracies[-1][1]", "final_accuracy=accuracies[0][1]"),
+    study_outcomes("min(kl for _, kl in kls)", "max(kl for _, kl in kls)"),
+    study_outcomes("curve[-1][0] < steps", "False"),
+    study_outcomes("(b - a) * (u + v) / 2", "(b - a) * v"),
+    study_outcomes("if self.steps is None else Bounds(0.0, spent)", ""),
+    study_pairs("_divide(a.low, b.high)", "_divide(a.low, b.low)"),
+    study_pairs("_divide(a.high, b.low)", "_divide(a.high, b.high)"),
+    study_pairs("-statistics.median(accuracies)", "statistics.median(accuracies)"),
+    study_pairs("return steps.high, steps.low,", "return -steps.high, steps.low,"),
+    study_pairs("else [*same, at_best]", "else same"),
+    study_pairs("if at_best in same else", "if same else"),
+    study_results("statistics.median(known)", "statistics.mean(known)"),
+    study_results("o.steps is not None for o", "o.steps is None for o"),
+    study_results('return f">{low}" if value.low', 'return f"{low}" if value.low'),
+    study_results("max(rises)", "min(rises)", f"{STUDY}::test_a_late_swing_of_one_seed_shows"),
+    study_figures('marker, "markersize": 5} if known_to_be', "marker} if not known_to_be"),
+    study_figures("axis.fill_between(rates, lows, highs", "axis.fill_between(rates, lows, lows"),
+    study_figures("if several and len(rates) == 1", "if several and not rates"),
+    study_figures(
+        "set.intersection(*map(set, seeds))",
+        "set.union(*map(set, seeds))",
+        f"{STUDY}::test_curves_show_each_seed_and_their_median",
+    ),
     # eval: harness and memory
     runs('if is_score and not metric.endswith("_stderr")', "if is_score", HARNESS),
     runs('and metric != "sample_len"', "", HARNESS),
@@ -1044,9 +1105,12 @@ MUTANTS = [
     saving("place in Path(previous).absolute().parents", "False"),
     saving("state = moved if is_here else state_dict", "state = state_dict"),
     saving("        return type(self).__name__\n", "        return super().state_key\n"),
+    saving(
+        "if self.save_end:",
+        "if True:",
+        f"{FOLDER}::test_a_run_that_is_not_to_save_its_end_does_not",
+    ),
     saving("if trainer.fast_dev_run:", "if False:", LIGHTNING),
-    study("if earlier == made_with:", "if earlier:", STUDIES),
-    study("map(fingerprint, command)", "command", STUDIES),
     sandbox('"PYTHONHASHSEED": "0",', ""),
     sandbox("if too_much:\n", "if False:\n"),
     sandbox("if not started:", "if False:"),

@@ -48,6 +48,7 @@ FILES = {
     "suite_value.yaml": "tasks: [arithmetic]\nsamples: many\n",
     "suite_tasks.yaml": "tasks: [1]\n",
     "empty.yaml": "# nothing\n",
+    "null_study.yaml": "recipe: quickstart\noutput: study\nmethods: null\n",
     "run/checkpoints/README": "",
     "model/config.json": (EMBEDDED / "base" / "config.json").read_bytes(),
     "damaged/summary.json": "{",

@@ -296,6 +296,15 @@ BEST = {"monitor": "val/accuracy", "mode": "max"}
 MONITOR = ["--checkpoint.monitor", "val/accuracy", "--checkpoint.mode", "max"]
 
 
+@pytest.mark.parametrize("options", [{}, BEST, {"save_last": "link"}])
+def test_a_run_that_is_not_to_save_its_end_does_not(tmp_path, options):
+    """It saves after each second step, so that step 3 is not saved."""
+    train(tmp_path, 3, save_end=False, **options)
+    newest = newest_checkpoint(tmp_path)
+    assert newest is not None
+    assert read_step(newest) == 2
+
+
 @pytest.mark.parametrize("save_last", ["link", True, False])
 @pytest.mark.parametrize(
     "options",

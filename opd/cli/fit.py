@@ -430,8 +430,9 @@ def _check_options(options: Any, subcommand: str | None) -> None:
         raise UserError("trainer.barebones: nothing of a run would be left; leave it out")
     if fits and trainer.enable_checkpointing is False:
         raise UserError(
-            "trainer.enable_checkpointing false: the last step is always saved; to save none "
-            "before it, set --checkpoint.every_n_train_steps beyond trainer.max_steps"
+            "trainer.enable_checkpointing false: a run that is stopped is always saved; to save "
+            "nothing else, set --checkpoint.every_n_train_steps beyond trainer.max_steps, and "
+            "--checkpoint.save_end false"
         )
     if fits and trainer.limit_train_batches == 0:
         raise UserError("trainer.limit_train_batches 0: there is nothing to do; see opd validate")

@@ -14,7 +14,8 @@ import os
 import re
 import signal
 import sys
-from collections.abc import Callable, Sequence
+import typing
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -64,7 +65,9 @@ COMMANDS = {
         "one HTML page with curves, tables and rollouts", "eval.report:report", "runs"
     ),
     "bench": Command("speed and memory of a step, beside TRL's", "eval.bench.command:bench"),
-    "study": Command("accelerators x learning rates x seeds", "eval.study:study", runs_others=True),
+    "study": Command(
+        "methods x learning rates x seeds, compared", "eval.study.command:study", runs_others=True
+    ),
 }
 
 
@@ -218,7 +221,20 @@ def run_command(name: str, args: list[str]) -> Any:
     parser.add_function_arguments(function, skip=skip)
     options = parser.instantiate(parser.parse_args(_as_named(args, function))).as_dict()
     options.pop("config", None)
+    _check_null(options, function)
     return function(**options, **({"opd": main} if command.runs_others else {}))
+
+
+def _check_null(options: Mapping[str, Any], function: Callable[..., Any]) -> None:
+    """Refuse null, which the parser takes for any option, where a function has no use for it.
+
+    Raises:
+        UserError: An option is null.
+    """
+    kinds = inspect.get_annotations(function, eval_str=True)
+    for name, value in options.items():
+        if value is None and name in kinds and type(None) not in typing.get_args(kinds[name]):
+            raise UserError(f"{name}: must not be null; leave it out for its default")
 
 
 def _as_named(args: Sequence[str], function: Callable[..., Any]) -> list[str]:

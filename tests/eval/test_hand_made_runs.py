@@ -1,63 +1,17 @@
-"""What report, figures and study say of run folders written by hand, worked out by hand."""
+"""What report and figures say of run folders written by hand, worked out by hand."""
 
-import csv
 import json
 import re
-import shutil
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
-from conftest import QUICKSTART
+from hand_made import COSTS, search, write_run
 
-from eval.figures import curves, steps_to_target
+from eval.figures import curves
 from eval.report import report
 from eval.runs import Point, read_run
-from eval.study import study
 from opd.cli import main
 from opd.errors import UserError
-
-COSTS = "rollout_seconds teacher_seconds train_seconds search_seconds validation_seconds"
-COSTS = [f"cost/{name}" for name in COSTS.split()]
-COSTS += [f"cost/{kind}_tokens" for kind in ("rollout", "search_generated", "search", "teacher")]
-
-
-def write_run(folder: Path, validations: list, costs: dict, searches: list) -> Path:
-    """Write the files of a run.
-
-    Args:
-        folder: The run folder.
-        validations: (step, accuracy, reverse KL).
-        costs: By step, a value for each of COSTS.
-        searches: For summary.json.
-    """
-    folder.mkdir(parents=True)
-    with (folder / "metrics.csv").open("w", newline="") as file:
-        writer = csv.DictWriter(file, ["step", "val/accuracy", "val/reverse_kl", *COSTS])
-        writer.writeheader()
-        for step, accuracy, kl in validations:
-            writer.writerow({"step": step, "val/accuracy": accuracy, "val/reverse_kl": kl})
-        for step, values in costs.items():
-            writer.writerow({"step": step, **dict(zip(COSTS, values, strict=True))})
-    last = max(costs)
-    summary = {
-        "steps": last,
-        "accuracy": {"initial": validations[0][1], "final": validations[-1][1]},
-        "reverse_kl": {"initial": validations[0][2], "final": validations[-1][2]},
-        "cost": {n.removeprefix("cost/"): v for n, v in zip(COSTS, costs[last], strict=True)},
-        "extrapolation": searches,
-        "versions": {"opd": "9.8.7"},
-    }
-    (folder / "summary.json").write_text(json.dumps(summary))
-    return folder
-
-
-def search(step, coefficient, *candidates):
-    tried = [{"coefficient": c, "score": s, "accepted": c == coefficient} for c, s in candidates]
-    return {
-        **{"step": step, "coefficient": coefficient, "candidates": tried},
-        **{"seconds": 0.25 * step, "tokens": 1000 * step + 234},
-    }
 
 
 @pytest.fixture
@@ -191,27 +145,6 @@ def test_curves_show_the_points_and_mark_the_searches(tortoise):
     assert tokens == [("None", [0, 230, 450, 850], accuracy)]
 
 
-def test_steps_to_target_shows_the_middle_seed_and_draws_what_was_not_reached_above():
-    results = {"vanilla": {1e-3: [None, 40, 60], 1e-4: [30, 10, 20]}}
-    (axis,) = steps_to_target(results, 0.9, max_steps=100).axes
-    (marker, rates, middle), limit = lines(axis)
-    assert (marker, rates, middle) == ("o", [1e-4, 1e-3], [20, 60])
-    assert limit[2] == [100, 100]
-    corners = axis.collections[0].get_paths()[0].vertices[:, 1]
-    assert (min(corners), max(corners)) == (10, pytest.approx(115))
-
-
-def write_trial(folder: Path, reached: int | None, final: float, search_seconds: float) -> None:
-    """A trial that goes on for ten steps after it is there; 0.5 seconds and 100 tokens a step."""
-    end = reached + 10 if reached else 40
-    accuracies = [(0, 0.3, 1.0), *([(reached, 0.9, 0.7)] if reached else []), (end, final, 0.5)]
-    costs = {
-        step: (0.25 * step, 0.125 * step, 0.125 * step, search_seconds, 7.0, 100 * step, 11, 99, 0)
-        for step in range(1, end + 1)
-    }
-    write_run(folder, accuracies, costs, [])
-
-
 @pytest.mark.parametrize(
     ("file", "content", "said"),
     [
@@ -232,96 +165,3 @@ def test_what_a_damaged_file_lacks_is_said_in_one_line(tortoise, tmp_path, file,
     with pytest.raises(UserError, match=re.escape(said)):
         report([str(tortoise)], str(page))
     assert not page.exists()
-
-
-class HandMade:
-    """Stands for the command line: a trial's folder is written at once; remembers what it ran."""
-
-    def __init__(self, trials: dict[str, list]) -> None:
-        self.trials = trials
-        self.ran: list[str] = []
-
-    def __call__(self, command: list[str]) -> int:
-        folder = Path(command[command.index("--output") + 1])
-        name, _, seed = folder.name.partition("_seed")
-        self.ran.append(folder.name)
-        shutil.rmtree(folder, ignore_errors=True)
-        write_trial(folder, *self.trials[name][int(seed)])
-        return 0
-
-
-@pytest.fixture
-def in_threads(monkeypatch):
-    """Trials run in this process."""
-    pool = lambda workers, *_: ThreadPoolExecutor(workers)  # noqa: E731
-    monkeypatch.setattr("eval.study.ProcessPoolExecutor", pool)
-
-
-@pytest.mark.usefixtures("in_threads")
-def test_study_compares_trials(tmp_path, capsys):
-    """Medians over seeds; a dash where a seed did not reach the target."""
-    trials = {  # steps to 0.9 (None: not within 40), final accuracy, seconds of searches
-        "vanilla_lr0.001": [(10, 0.95, 0.0), (30, 0.9, 0.0), (20, 0.92, 0.0)],
-        "vanilla_lr0.0001": [(None, 0.5, 0.0), (40, 0.91, 0.0), (None, 0.25, 0.0)],
-        "fast_lr0.001": [(10, 0.7, 5.0), (20, 0.9, 30.0), (10, 1.0, 1.25)],
-        "fast_lr0.0001": [(10, 0.9, 0.0), (10, 0.9, 0.0), (10, 0.9, 0.0)],
-    }
-    study(
-        QUICKSTART,
-        {"vanilla": None, "fast": None},
-        [1e-3, 1e-4],
-        str(tmp_path),
-        target=0.9,
-        max_steps=40,
-        opd=HandMade(trials),
-    )
-    table = (tmp_path / "results.md").read_text()
-    rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in table.splitlines()]
-    assert rows[0] == [
-        *("accelerator", "learning rate", "reached", "steps to 0.9"),
-        *("generated tokens", "seconds", "search share", "final accuracy"),
-    ]
-    assert rows[2:] == [
-        ["vanilla", "0.0001", "1/3", ">40, 40, >40", "-", "-", "0%", "0.500, 0.910, 0.250"],
-        ["fast", "0.0001", "3/3", "10, 10, 10", "1,011", "5.0", "0%", "0.900, 0.900, 0.900"],
-        ["vanilla", "0.001", "3/3", "10, 30, 20", "2,011", "10.0", "0%", "0.950, 0.900, 0.920"],
-        # seconds 5 + 5, 10 + 30, 5 + 1.25; shares 5 / 15, 30 / 45, 1.25 / 11.25
-        ["fast", "0.001", "3/3", "10, 20, 10", "1,011", "10.0", "33%", "0.700, 0.900, 1.000"],
-    ]
-    outcomes = json.loads((tmp_path / "results.json").read_text())
-    assert len(outcomes) == 12
-    assert outcomes[3] == {
-        "trial": {"accelerator": "fast", "learning_rate": 1e-4, "seed": 0},
-        **{"steps": 10, "tokens": 1011, "seconds": 5.0},
-        **{"search_share": 0.0, "final_accuracy": 0.9},
-    }
-    assert table in capsys.readouterr().out
-
-
-@pytest.mark.usefixtures("in_threads")
-def test_a_study_goes_on_with_trials_of_the_same_settings_only(tmp_path, capsys):
-    """Others, also those of a recipe or preset that has been edited, are run again and named."""
-    recipe, preset = tmp_path / "recipe.yaml", tmp_path / "preset.yaml"
-    recipe.write_text(Path(QUICKSTART).read_text())
-    preset.write_text("trainer: {max_epochs: 3}\n")
-    opd = HandMade({"a_lr0.001": [(10, 0.9, 0.0)] * 3, "b_lr0.001": [(10, 0.9, 0.0)] * 3})
-    accelerators = {"a": None, "b": str(preset)}
-
-    def runs(seeds: list[int], **options) -> list[str]:
-        opd.ran.clear()
-        output = str(tmp_path / "study")
-        study(str(recipe), accelerators, [1e-3], output, seeds, target=0.9, opd=opd, **options)
-        return sorted(opd.ran)
-
-    assert runs([0]) == ["a_lr0.001_seed0", "b_lr0.001_seed0"]
-    assert runs([0]) == []
-    assert runs([0, 1]) == ["a_lr0.001_seed1", "b_lr0.001_seed1"]
-    capsys.readouterr()
-    assert runs([0, 1], max_steps=60) == [f"{n}_lr0.001_seed{s}" for n in "ab" for s in (0, 1)]
-    assert (
-        "a_lr0.001_seed0: was made with --trainer.max_steps 128, not 60" in capsys.readouterr().out
-    )
-    preset.write_text("trainer: {max_epochs: 4}\n")
-    assert runs([0], max_steps=60) == ["b_lr0.001_seed0"]
-    recipe.write_text(recipe.read_text() + "# a word\n")
-    assert len(runs([0, 1], max_steps=60)) == 4

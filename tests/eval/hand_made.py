@@ -1,0 +1,53 @@
+"""Run folders written by hand."""
+
+import csv
+import json
+from pathlib import Path
+
+COSTS = "rollout_seconds teacher_seconds train_seconds search_seconds validation_seconds"
+COSTS = [f"cost/{name}" for name in COSTS.split()]
+COSTS += [f"cost/{kind}_tokens" for kind in ("rollout", "search_generated", "search", "teacher")]
+
+
+def write_run(folder: Path, validations: list, costs: dict, searches: list) -> Path:
+    """Write the files of a run.
+
+    Args:
+        folder: The run folder.
+        validations: (step, accuracy, reverse KL).
+        costs: By step, a value for each of COSTS.
+        searches: For summary.json.
+    """
+    folder.mkdir(parents=True)
+    with (folder / "metrics.csv").open("w", newline="") as file:
+        writer = csv.DictWriter(file, ["step", "val/accuracy", "val/reverse_kl", *COSTS])
+        writer.writeheader()
+        for step, accuracy, kl in validations:
+            writer.writerow({"step": step, "val/accuracy": accuracy, "val/reverse_kl": kl})
+        for step, values in costs.items():
+            writer.writerow({"step": step, **dict(zip(COSTS, values, strict=True))})
+    last = max(costs)
+    summary = {
+        "steps": last,
+        "accuracy": {"initial": validations[0][1], "final": validations[-1][1]},
+        "reverse_kl": {"initial": validations[0][2], "final": validations[-1][2]},
+        "cost": {n.removeprefix("cost/"): v for n, v in zip(COSTS, costs[last], strict=True)},
+        "extrapolation": searches,
+        "versions": {"opd": "9.8.7"},
+    }
+    (folder / "summary.json").write_text(json.dumps(summary))
+    return folder
+
+
+def search(step, coefficient, *candidates):
+    tried = [{"coefficient": c, "score": s, "accepted": c == coefficient} for c, s in candidates]
+    return {
+        **{"step": step, "coefficient": coefficient, "candidates": tried},
+        **{"seconds": 0.25 * step, "tokens": 1000 * step + 234},
+    }
+
+
+def fails_at_once(command: list[str]) -> int:
+    """Stands for the command line; here, where processes that are started import it quickly."""
+    print("opd fit: error: it is broken")
+    return 2
