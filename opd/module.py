@@ -367,7 +367,9 @@ class OPDModule(LightningModule):
         asked = StepRequest.merged(
             c.step_request(t) for c in callbacks if isinstance(c, RequestsSteps)
         )
-        output = take_step(self, batch, asked, self.optimizers(), self.lr_schedulers())
+        optimizer = self.optimizers()
+        with optimization.where_it_trains(optimizer, self.weights):
+            output = take_step(self, batch, asked, optimizer, self.lr_schedulers())
         self.ledger.synchronize(self.world.sum, self.world.size)
         measured = self.train_metrics.compute()
         self.train_metrics.reset()

@@ -40,7 +40,7 @@ from torch.distributed.checkpoint.state_dict_saver import save as save_shards
 from torch.optim import Optimizer
 from transformers import PreTrainedModel
 
-from opd import checkpoints, sharding, weights
+from opd import checkpoints, optimization, sharding, weights
 from opd.errors import UserError
 from opd.models import load_model
 from opd.world import World
@@ -167,7 +167,9 @@ class ShardedStrategy(ParallelStrategy):
         checkpoints.read_shards(path, {checkpoints.STATE_DICT: found})
         self._set_state(found)
         for i, optimizer in enumerate(self.optimizers):
-            moments = {f"optimizer_{i}": get_optimizer_state_dict(self.model, optimizer)}
+            with optimization.where_it_trains(optimizer, weights.Weights(self._module)):
+                # which takes a step of nothing, so that there is a state
+                moments = {f"optimizer_{i}": get_optimizer_state_dict(self.model, optimizer)}
             checkpoints.read_shards(path, moments)
             set_optimizer_state_dict(
                 self.model, optimizer, optim_state_dict=moments[f"optimizer_{i}"]
