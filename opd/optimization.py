@@ -49,6 +49,11 @@ def build(make: MakeOptimizer, parameters: list[torch.nn.Parameter]) -> Optimize
     return optimizer
 
 
+def trains_others(optimizer: Any) -> bool:
+    """Whether it trains other weights than it recommends, as Schedule-Free does."""
+    return hasattr(optimizer, "train") and hasattr(optimizer, "eval")
+
+
 @contextmanager
 def where_it_trains(optimizer: Any, weights: Weights) -> Iterator[None]:
     """Let the weights be those that an optimizer trains, for a step; between steps, the others.
@@ -65,7 +70,7 @@ def where_it_trains(optimizer: Any, weights: Weights) -> Iterator[None]:
         optimizer: Lightning's or torch's.
         weights: What it trains.
     """
-    if not (hasattr(optimizer, "train") and hasattr(optimizer, "eval")):
+    if not trains_others(optimizer):
         yield
         return
     with weights.edit():

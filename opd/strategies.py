@@ -167,9 +167,12 @@ class ShardedStrategy(ParallelStrategy):
         checkpoints.read_shards(path, {checkpoints.STATE_DICT: found})
         self._set_state(found)
         for i, optimizer in enumerate(self.optimizers):
-            with optimization.where_it_trains(optimizer, weights.Weights(self._module)):
-                # which takes a step of nothing, so that there is a state
-                moments = {f"optimizer_{i}": get_optimizer_state_dict(self.model, optimizer)}
+            if optimization.trains_others(optimizer):
+                raise UserError(
+                    f"{path}: {type(optimizer).__name__} cannot go on from shards; resume it "
+                    "without FSDP only"
+                )
+            moments = {f"optimizer_{i}": get_optimizer_state_dict(self.model, optimizer)}
             checkpoints.read_shards(path, moments)
             set_optimizer_state_dict(
                 self.model, optimizer, optim_state_dict=moments[f"optimizer_{i}"]
