@@ -1,10 +1,21 @@
 """Lightning callbacks, named in YAML by their class: ``class_path: callbacks.EffOPD``."""
 
 from callbacks.accelerator import Accelerator
+from callbacks.averaging import AveragedWeights
 from callbacks.benchmarks import Benchmarks
 from callbacks.checkpoint import RunCheckpoint
 from callbacks.effopd import EffOPD
+from callbacks.lookahead import Lookahead
 from callbacks.samples import SampleWriter
 from callbacks.summary import RunSummary
 
-__all__ = ["Accelerator", "Benchmarks", "EffOPD", "RunCheckpoint", "RunSummary", "SampleWriter"]
+__all__ = [
+    "Accelerator",
+    "AveragedWeights",
+    "Benchmarks",
+    "EffOPD",
+    "Lookahead",
+    "RunCheckpoint",
+    "RunSummary",
+    "SampleWriter",
+]

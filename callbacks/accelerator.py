@@ -38,8 +38,8 @@ class WatchesAccelerators:
         """Called when it has."""
 
 
-class Accelerator(Callback, ABC):
-    """Moves the weights between steps.
+class HoldsWeights(Callback):
+    """Has tensors of its own beside the weights; there is one such callback in a run at most.
 
     Args:
         parameters: Which weights: all, attention_and_mlp, or glob patterns.
@@ -47,8 +47,7 @@ class Accelerator(Callback, ABC):
             (pinned where there is a GPU).
 
     Attributes:
-        label: Its metrics are ``label/...``; its tensors are ``label_anchor`` in the module.
-        history: What it has done, a mapping per time.
+        label: Its tensors are ``label_anchor`` in the module.
         names: Names of the weights that it moves.
     """
 
@@ -59,50 +58,18 @@ class Accelerator(Callback, ABC):
     ) -> None:
         self.parameters = parameters
         self.anchor_device: Device = anchor_device
-        self.history: list[dict[str, Any]] = []
         self.names: list[str] = []
         self.weights: Weights
         self.anchor: Companion
         self._resumed = False
 
-    # --- what an accelerator says ---------------------------------------------------------------
-
-    @abstractmethod
-    def due(self, t: int) -> bool:
-        """Whether to act after step t."""
-
-    @abstractmethod
-    def accelerate(
-        self, trainer: Trainer, pl_module: LightningModule, output: Any
-    ) -> tuple[dict[str, Any], dict[str, float]]:
-        """Move the weights; all ranks together.
-
-        Args:
-            trainer: The trainer; its ``global_step`` is t.
-            pl_module: The module.
-            output: What the step has left behind; of an OPDModule, an :class:`opd.step.StepOutput`.
-
-        Returns:
-            What to remember in ``history``, and metrics to log.
-        """
-
-    def acts_after(self, t: int) -> bool:
-        """Whether it acts, or has just acted, after step t: whatever order callbacks have."""
-        return self.due(t) or (bool(self.history) and self.history[-1]["step"] == t)
-
-    def step_request(self, t: int) -> StepRequest:
-        """Say what is needed of step t, before it is taken."""
-        return StepRequest()
-
-    # --- hooks ----------------------------------------------------------------------------------
-
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Make the anchor a part of the module; not every strategy restores before on_fit_start.
 
         Raises:
-            UserError: Another accelerator would move the same weights.
+            UserError: Another one would move the same weights.
         """
-        names = [type(c).__name__ for c in callbacks_of(trainer) if isinstance(c, Accelerator)]
+        names = [type(c).__name__ for c in callbacks_of(trainer) if isinstance(c, HoldsWeights)]
         if len(names) > 1:
             raise UserError(
                 f"trainer.callbacks: {' and '.join(names)} would both move the weights, each "
@@ -143,10 +110,64 @@ class Accelerator(Callback, ABC):
             wrapper.parameters_to_ignore.update(f"{self.label}_anchor.{key}" for key in keys)
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Take W as the anchor if the checkpoint that was resumed knows of this accelerator not."""
+        """Take W as the anchor if the checkpoint that was resumed knows of this callback not."""
         if trainer.ckpt_path is not None and not self._resumed:
             shards = self.weights.shards(self.names)
             extrapolation.copy_weights(self.anchor.shards(self.names), shards)
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Note that a checkpoint has been resumed; the anchor comes with the module's weights."""
+        self._resumed = True
+
+
+class Accelerator(HoldsWeights, ABC):
+    """Moves the weights between steps.
+
+    Args:
+        parameters: As of HoldsWeights.
+        anchor_device: As of HoldsWeights.
+
+    Attributes:
+        label: Its metrics are ``label/...``; its tensors are ``label_anchor`` in the module.
+        history: What it has done, a mapping per time.
+    """
+
+    def __init__(
+        self, parameters: str | list[str] = "all", anchor_device: Device = "parameters"
+    ) -> None:
+        super().__init__(parameters, anchor_device)
+        self.history: list[dict[str, Any]] = []
+
+    # --- what an accelerator says ---------------------------------------------------------------
+
+    @abstractmethod
+    def due(self, t: int) -> bool:
+        """Whether to act after step t."""
+
+    @abstractmethod
+    def accelerate(
+        self, trainer: Trainer, pl_module: LightningModule, output: Any
+    ) -> tuple[dict[str, Any], dict[str, float]]:
+        """Move the weights; all ranks together.
+
+        Args:
+            trainer: The trainer; its ``global_step`` is t.
+            pl_module: The module.
+            output: What the step has left behind; of an OPDModule, an :class:`opd.step.StepOutput`.
+
+        Returns:
+            What to remember in ``history``, and metrics to log.
+        """
+
+    def acts_after(self, t: int) -> bool:
+        """Whether it acts, or has just acted, after step t: whatever order callbacks have."""
+        return self.due(t) or (bool(self.history) and self.history[-1]["step"] == t)
+
+    def step_request(self, t: int) -> StepRequest:
+        """Say what is needed of step t, before it is taken."""
+        return StepRequest()
+
+    # --- hooks ----------------------------------------------------------------------------------
 
     def on_train_batch_end(
         self,
@@ -190,6 +211,6 @@ class Accelerator(Callback, ABC):
         return {"history": self.history}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Go on from a checkpoint's history; the anchor comes with the module's weights."""
+        """Go on from a checkpoint's history."""
+        super().load_state_dict(state_dict)
         self.history = list(state_dict["history"])
-        self._resumed = True

@@ -31,10 +31,11 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from callbacks.accelerator import Accelerator
-from opd import extrapolation
+from opd import directions, extrapolation
 from opd.errors import UserError
 from opd.extrapolation import Score, SearchResult
 from opd.module import OPDModule
+from opd.randomness import derive_seed
 from opd.scores import AnswerAccuracy, CandidateScore
 from opd.step import StepRequest
 from opd.weights import Device
@@ -68,7 +69,9 @@ class EffOPD(Accelerator):
         optimizer_state: keep it, or reset it after an accepted candidate.
         anchor_device: Where the anchor and the copy of W live: parameters (beside them), or cpu
             (pinned where there is a GPU).
-        seed: Seed of the score's examples and random numbers.
+        seed: Seed of the score's examples and random numbers, and of random directions.
+        direction: displacement, W - anchor; or random, as a control: drawn anew for each search,
+            as long in each tensor. It takes one more copy of the weights while it searches.
     """
 
     label: ClassVar[str] = "effopd"
@@ -85,6 +88,7 @@ class EffOPD(Accelerator):
         learning_rate: Literal["keep", "carry"] = "keep",
         anchor_device: Device = "parameters",
         seed: int = 0,
+        direction: Literal["displacement", "random"] = "displacement",
     ) -> None:
         super().__init__(parameters, anchor_device)
         self.schedule = extrapolation.parse_schedule(schedule)
@@ -96,6 +100,7 @@ class EffOPD(Accelerator):
         self.learning_rate = learning_rate
         self.learning_rate_factor = 1.0
         self.seed = seed
+        self.direction = direction
         self._warned = False
         self._settled = False  # whether any search has kept something other than the anchor
 
@@ -121,18 +126,24 @@ class EffOPD(Accelerator):
         self.score.prepare(pl_module, output, self.seed)
         base = self.weights.copy(self.names, self.anchor_device)
         anchor = self.anchor.shards(self.names)
-        norm = extrapolation.direction_norm(
-            self.weights.shards(self.names),
-            anchor,
-            world.sum if self.weights.sharded else lambda squares: squares,
-        )
+        over_shards = world.sum if self.weights.sharded else lambda squares: squares
+        norm = extrapolation.direction_norm(self.weights.shards(self.names), anchor, over_shards)
+        origin = anchor
+        if self.direction == "random":
+            origin = directions.random_anchor(
+                self.weights.shards(self.names),
+                anchor,
+                [derive_seed(self.seed, trainer.global_step, "direction", n) for n in self.names],
+                self.weights.starts(self.names, world),
+                over_shards,
+            )
         current = 0.0
 
         def move_to(coefficient: float) -> None:
             nonlocal current
             if coefficient != current:
                 with self.weights.edit(self.names) as weights:
-                    extrapolation.set_candidate(weights, base, anchor, coefficient)
+                    extrapolation.set_candidate(weights, base, origin, coefficient)
                 current = coefficient
 
         def score_at(coefficient: float) -> Score:

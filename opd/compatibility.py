@@ -20,7 +20,7 @@ REFUSED: dict[type[lightning.Callback], str] = {
     lightning.BatchSizeFinder: NO_BATCH,
     lightning.GradientAccumulationScheduler: NO_BATCH,
     lightning.LearningRateFinder: "it drives the loop itself; opd study compares learning rates",
-    lightning.StochasticWeightAveraging: "it drives the schedule itself; use EMAWeightAveraging",
+    lightning.StochasticWeightAveraging: "it drives the schedule; use callbacks.AveragedWeights",
     lightning.ModelPruning: NO_PHASES,
     BaseFinetuning: NO_PHASES,
 }

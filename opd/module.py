@@ -6,6 +6,7 @@ What a step is stands in ``opd/step.py``; how student and teacher are compared, 
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
 import logging
@@ -37,7 +38,7 @@ from opd.rollouts import (
     Sampler,
     TransformersEngine,
 )
-from opd.step import RequestsSteps, StepRequest, take_step
+from opd.step import RequestsSteps, StepRequest, SurroundsSteps, take_step
 from opd.strategies import load_under
 from opd.teachers import DEFAULT, Teachers, load_teachers
 from opd.weights import Weights
@@ -367,7 +368,13 @@ class OPDModule(LightningModule):
         asked = StepRequest.merged(
             c.step_request(t) for c in callbacks if isinstance(c, RequestsSteps)
         )
-        output = take_step(self, batch, asked, self.optimizers(), self.lr_schedulers())
+        optimizer = self.optimizers()
+        with contextlib.ExitStack() as stack:
+            for callback in callbacks:
+                if isinstance(callback, SurroundsSteps):
+                    stack.enter_context(callback.around_step())
+            stack.enter_context(optimization.where_it_trains(optimizer, self.weights))
+            output = take_step(self, batch, asked, optimizer, self.lr_schedulers())
         self.ledger.synchronize(self.world.sum, self.world.size)
         measured = self.train_metrics.compute()
         self.train_metrics.reset()

@@ -7,8 +7,9 @@ the configuration.
 
 from __future__ import annotations
 
-import contextlib
+import inspect
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -16,6 +17,7 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
 from opd.errors import UserError
+from opd.weights import Weights
 
 UNTOLD = ("params", "initial_lr", "foreach", "fused")  # change no number but by rounding
 REHEARSED = 10_000  # steps; of a longer run the first so many
@@ -47,7 +49,7 @@ def build(make: MakeOptimizer, parameters: list[torch.nn.Parameter]) -> Optimize
     return optimizer
 
 
-@contextlib.contextmanager
+@contextmanager
 def scaled(optimizer: Any, factor: float) -> Iterator[None]:
     """Multiply the learning rates of all groups within; schedulers never see it."""
     rates = [group["lr"] for group in optimizer.param_groups]
@@ -58,6 +60,39 @@ def scaled(optimizer: Any, factor: float) -> Iterator[None]:
     finally:
         for group, rate in zip(optimizer.param_groups, rates, strict=True):
             group["lr"] = rate
+
+
+def trains_others(optimizer: Any) -> bool:
+    """Whether it trains other weights than it recommends, as Schedule-Free does."""
+    return hasattr(optimizer, "train") and hasattr(optimizer, "eval")
+
+
+@contextmanager
+def where_it_trains(optimizer: Any, weights: Weights) -> Iterator[None]:
+    """Let the weights be those that an optimizer trains, for a step; between steps, the others.
+
+    Schedule-Free (arXiv 2405.15682) samples and takes gradients at y, and recommends x, an average;
+    both follow from one of them and the optimizer's state, by its ``train()`` and ``eval()``. So
+    between steps, for all that judges, saves or searches, the weights are x, and each step makes y
+    of them anew, whether somebody has looked or not: a run that goes on from a checkpoint, which
+    holds x, does so bit for bit. (A step that fails leaves x as it was to rounding.)
+
+    An optimizer without these two methods trains the weights themselves, and nothing happens.
+
+    Args:
+        optimizer: Lightning's or torch's.
+        weights: What it trains.
+    """
+    if not trains_others(optimizer):
+        yield
+        return
+    with weights.edit():
+        optimizer.train()
+    try:
+        yield
+    finally:
+        with weights.edit():
+            optimizer.eval()
 
 
 def rehearse(
@@ -72,11 +107,13 @@ def rehearse(
         UserError: A step of either fails.
     """
     numbers = torch.nn.Parameter(torch.ones(1, 2))
+    weights = Weights(torch.nn.ParameterList([numbers]))
     optimizer = build(make, [numbers])
     scheduler = None
     try:
         numbers.grad = torch.ones_like(numbers)
-        optimizer.step()
+        with where_it_trains(optimizer, weights):
+            optimizer.step()
     except Exception as error:
         raise UserError(
             f"model.optimizer: {type(optimizer).__name__} cannot take a plain step "
@@ -87,7 +124,8 @@ def rehearse(
     try:
         scheduler = None if make_scheduler is None else make_scheduler(optimizer)
         while scheduler is not None and taken < steps:
-            optimizer.step()
+            with where_it_trains(optimizer, weights):
+                optimizer.step()
             scheduler.step()
             taken += 1
     except Exception as error:
@@ -144,7 +182,8 @@ def apply(
 ) -> None:
     """Give a resumed optimizer and its scheduler what the configuration says after ``steps``."""
     model, at_step = rehearse(make, make_scheduler, steps)
-    options = {name: value for name, value in model.param_groups[0].items() if name != "params"}
+    known = {"initial_lr", *_arguments(type(model))}
+    options = {name: value for name, value in model.param_groups[0].items() if name in known}
     for group in optimizer.param_groups:
         if "initial_lr" not in options:
             group.pop("initial_lr", None)
@@ -152,6 +191,13 @@ def apply(
     for scheduler in schedulers:
         assert at_step is not None
         scheduler.load_state_dict(at_step.state_dict())
+
+
+def _arguments(kind: type[Optimizer]) -> set[str]:
+    """Names of what can be told an optimizer; Prodigy and others keep state beside it."""
+    makers = [vars(base)["__init__"] for base in kind.__mro__ if "__init__" in vars(base)]
+    names = {name for maker in makers for name in inspect.signature(maker).parameters}
+    return names - {"self", "params"}
 
 
 def _plain(value: Any) -> Any:

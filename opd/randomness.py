@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import math
 import random
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -33,6 +34,21 @@ def uniform(seeds: Tensor, positions: Tensor) -> Tensor:
     """
     bits = _mix(seeds + _int64(_GOLDEN_GAMMA) * (positions + 1))
     return _shift_right(bits, 11).double() / 2**53
+
+
+def normal(seed: int, positions: Tensor) -> Tensor:
+    """Return numbers of the standard normal distribution, likewise (Box and Muller, 1958).
+
+    Args:
+        seed: In [0, 2**63).
+        positions: From 0, int64.
+
+    Returns:
+        float64, of the shape of the positions.
+    """
+    seeds = torch.full_like(positions, seed)
+    radius = (-2 * (1 - uniform(seeds, 2 * positions)).log()).sqrt()  # of what is never 0
+    return radius * (2 * math.pi * uniform(seeds, 2 * positions + 1)).cos()
 
 
 _GOLDEN_GAMMA = 0x9E3779B97F4A7C15

@@ -59,16 +59,27 @@ class CandidateScore(ABC):
 class AnswerAccuracy(CandidateScore):
     """Share of right answers among completions to fixed training prompts (the paper's D_v).
 
-    The examples are drawn once, at random, from the training prompts that have an answer, and are
-    divided over the ranks.
+    The examples are drawn once, at random, from the prompts that have an answer, and are divided
+    over the ranks.
+
+    With ``prompts="validation"`` it is an oracle: candidates are chosen by the very prompts that
+    the run is judged by. That bounds what a better score could bring; whatever such a run reaches
+    on these prompts is no result.
 
     Args:
-        num_examples: Prompts.
+        num_examples: Prompts; if there are fewer, all of them.
         samples: Completions per prompt. With 1, the standard error on 50 prompts is up to 0.07.
         temperature: Of these completions; 0 is greedy.
+        prompts: Where the examples are drawn from: train (paper), or validation, an oracle.
     """
 
-    def __init__(self, num_examples: int = 50, samples: int = 1, temperature: float = 1.0) -> None:
+    def __init__(
+        self,
+        num_examples: int = 50,
+        samples: int = 1,
+        temperature: float = 1.0,
+        prompts: Literal["train", "validation"] = "train",
+    ) -> None:
         if num_examples < 1 or samples < 1 or temperature < 0:
             raise UserError(
                 f"AnswerAccuracy(num_examples={num_examples}, samples={samples}, "
@@ -77,6 +88,7 @@ class AnswerAccuracy(CandidateScore):
         self.num_examples = num_examples
         self.samples = samples
         self.temperature = temperature
+        self.prompts: Literal["train", "validation"] = prompts
         self._prompts: list[Prompt] = []
         self._seed = 0
 
@@ -84,11 +96,15 @@ class AnswerAccuracy(CandidateScore):
         """Draw the examples, and the random numbers of this search.
 
         Raises:
-            UserError: The training prompts have no answers.
+            UserError: The prompts have no answers.
         """
         if not self._prompts:
-            self._prompts = draw_training_prompts(
-                module, self.num_examples, derive_seed(seed, "examples"), answered=True
+            self._prompts = draw_prompts(
+                module,
+                self.num_examples,
+                derive_seed(seed, "examples"),
+                held_out=self.prompts == "validation",
+                answered=True,
             )
         self._seed = derive_seed(seed, output.t, "answers")
 
@@ -153,7 +169,7 @@ class TeacherKL(CandidateScore):
             self._readings = output.readings
 
     def _fresh(self, module: OPDModule, seed: int) -> list[Reading]:
-        prompts = draw_training_prompts(module, self.num_examples, derive_seed(seed, "prompts"))
+        prompts = draw_prompts(module, self.num_examples, derive_seed(seed, "prompts"))
         mine = prompts[module.world.rank :: module.world.size]
         batch = PromptBatch.collate(mine, module.sampler.pad_token_id).to(module.device)
         rollouts = stages.generate(module, batch, seed)
@@ -199,21 +215,33 @@ def part_of(reading: Reading, fraction: float) -> Reading:
     return reading.select(chosen.nonzero().flatten().tolist())
 
 
-def draw_training_prompts(
-    module: OPDModule, count: int, seed: int, *, answered: bool = False
+def draw_prompts(
+    module: OPDModule, count: int, seed: int, *, held_out: bool = False, answered: bool = False
 ) -> list[Prompt]:
-    """Draw prompts of the training set at random, the same on every rank.
+    """Draw prompts at random, the same on every rank.
+
+    Args:
+        module: Whose prompts.
+        count: How many; if there are fewer, all.
+        seed: Of the draw.
+        held_out: Whether to draw validation prompts, rather than those that are trained on.
+        answered: Whether to draw only those that have an answer.
 
     Raises:
         UserError: The module is not trained on a PromptDataModule, or no prompt has an answer.
     """
     data = module.trainer.datamodule  # type: ignore[attr-defined]  # set by Trainer.fit
     if not isinstance(data, PromptDataModule):
-        raise UserError("this score draws training prompts: train with a PromptDataModule")
-    prompts = [p for p in data.train_prompts if p.answer is not None or not answered]
+        raise UserError("this score draws prompts: train with a PromptDataModule")
+    found, key = (
+        (data.validation_prompts, f"data.validation {data.validation}")
+        if held_out
+        else (data.train_prompts, f"data.train {data.train}")
+    )
+    prompts = [p for p in found if p.answer is not None or not answered]
     if not prompts:
         raise UserError(
-            f"{data.train}: no row has an answer ({data.format.answer_field!r}), so AnswerAccuracy "
+            f"{key}: no row has an answer ({data.format.answer_field!r}), so AnswerAccuracy "
             "cannot judge; use TeacherKL, which needs no labels (--config effopd/label_free)"
         )
     shuffler = torch.Generator().manual_seed(seed)

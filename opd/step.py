@@ -19,6 +19,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any, Protocol, runtime_checkable
 
@@ -70,6 +71,15 @@ class RequestsSteps(Protocol):
 
     def step_request(self, t: int) -> StepRequest:
         """Say what is needed of step t, before it is taken."""
+        ...
+
+
+@runtime_checkable
+class SurroundsSteps(Protocol):
+    """A callback that has steps taken with other weights than those that are judged and saved."""
+
+    def around_step(self) -> AbstractContextManager[None]:
+        """Put those weights in place for a step, rollouts included; left if it fails, too."""
         ...
 
 

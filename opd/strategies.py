@@ -40,7 +40,7 @@ from torch.distributed.checkpoint.state_dict_saver import save as save_shards
 from torch.optim import Optimizer
 from transformers import PreTrainedModel
 
-from opd import checkpoints, sharding, weights
+from opd import checkpoints, optimization, sharding, weights
 from opd.errors import UserError
 from opd.models import load_model
 from opd.world import World
@@ -167,6 +167,11 @@ class ShardedStrategy(ParallelStrategy):
         checkpoints.read_shards(path, {checkpoints.STATE_DICT: found})
         self._set_state(found)
         for i, optimizer in enumerate(self.optimizers):
+            if optimization.trains_others(optimizer):
+                raise UserError(
+                    f"{path}: {type(optimizer).__name__} cannot go on from shards; resume it "
+                    "without FSDP only"
+                )
             moments = {f"optimizer_{i}": get_optimizer_state_dict(self.model, optimizer)}
             checkpoints.read_shards(path, moments)
             set_optimizer_state_dict(

@@ -10,12 +10,15 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import Tensor, nn
 
 from opd.sharding import discard_gathered, is_sharded, local_shards, to_host
+
+if TYPE_CHECKING:
+    from opd.world import World
 
 Device = Literal["parameters", "cpu"]
 
@@ -63,6 +66,19 @@ class Weights:
         discard_gathered(self._owner)
         parameters = self.parameters()
         return local_shards([parameters[name] for name in (parameters if names is None else names)])
+
+    def starts(self, names: Sequence[str], world: World) -> list[int]:
+        """Return where in its whole, flattened parameter each shard of this rank begins.
+
+        Under either FSDP shards are consecutive parts, in the order of the ranks. A collective if
+        weights are sharded.
+        """
+        if not self.sharded:
+            return [0] * len(names)
+        sizes = torch.zeros(world.size, len(names), dtype=torch.long)
+        sizes[world.rank] = torch.tensor([shard.numel() for shard in self.shards(names)])
+        starts: list[int] = world.sum(sizes)[: world.rank].sum(dim=0).tolist()
+        return starts
 
     @contextmanager
     def edit(self, names: Sequence[str] | None = None) -> Iterator[list[Tensor]]:

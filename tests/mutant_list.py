@@ -226,6 +226,23 @@ prompt_format = of("opd/prompts/format.py", PROMPTS)
 prompt_data = of("opd/prompts/datamodule.py", PROMPTS)
 where = of("opd/prompts/where.py", PROMPTS)
 
+CONTROLS = "tests/test_controls.py"
+SCHEDULE_FREE = f"{CONTROLS}::test_schedule_free_steps_at_y_and_shows_x"
+KEEPS_RATE = (
+    f"{CONTROLS}::test_a_resumed_prodigy_takes_another_factor_and_keeps_the_rate_that_it_has_found"
+)
+AVERAGES = (
+    f"{CONTROLS}::test_an_average_of_the_weights_is_saved_and_training_goes_on_without_it "
+    f"{CONTROLS}::test_a_run_goes_on_bit_for_bit_whether_it_validates_or_not"
+)
+RANDOM_OF_TWO = f"{CONTROLS}::test_two_ranks_search_along_the_random_direction_of_one"
+NORMAL = f"{CONTROLS}::test_numbers_are_normal"
+ORACLE = f"{CONTROLS}::test_an_oracle_judges_by_the_validation_prompts_and_pays_for_it"
+ON_A_LINE = "tests/callbacks/test_effopd.py -k on_a_line"
+lookahead = of("callbacks/lookahead.py", ON_A_LINE)
+averaging = of("callbacks/averaging.py", AVERAGES)
+directions = of("opd/directions.py", f"{CONTROLS} -k a_random_direction")
+
 MUTANTS = [
     # prompts
     sources('encoding="utf-8-sig"', 'encoding="utf-8"'),
@@ -1139,4 +1156,22 @@ MUTANTS = [
     code('if outcome.status != "ok":', "if False:"),
     code("if wanted.lstrip", "if False and wanted.lstrip"),
     code("len(words) == len(wanted) and", ""),
+    # controls
+    gradient("(logp_y.detach().exp() < below)", "(logp_y.detach().exp() > below)"),
+    lookahead("s.lerp_(f.to(s.device), self.alpha)", "s.lerp_(f.to(s.device), 1 - self.alpha)"),
+    lookahead("f.copy_(s)", "pass"),
+    averaging("self.averaged > 1", "True"),
+    averaging("share = 1 - self.decay", "share = self.decay"),
+    averaging("with exchanged(self._module, self.anchor):", "if True:"),
+    averaging('return {"averaged": self.averaged}', 'return {"averaged": 0}'),
+    directions("(wanted / found)", "(found / wanted)"),
+    directions("+ (start + begin)", "+ begin"),
+    directions("reduce_sum(torch.stack(", "(torch.stack("),
+    weights("sizes)[: world.rank]", "sizes)[: world.rank + 1]", RANDOM_OF_TWO),
+    effopd("base, origin, coefficient", "base, anchor, coefficient", ON_A_LINE),
+    randomness("2 * positions + 1", "2 * positions", NORMAL),
+    optimization("optimizer.eval()", "pass", SCHEDULE_FREE),
+    optimization("optimizer.train()", "pass", SCHEDULE_FREE),
+    optimization("if name in known}", "}", KEEPS_RATE),
+    scores("data.validation_prompts, f", "data.train_prompts, f", ORACLE),
 ]

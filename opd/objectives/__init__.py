@@ -3,6 +3,7 @@
 from opd.objectives.distributions import Distributions
 from opd.objectives.divergences import forward_kl, generalized_jsd, kl, reverse_kl
 from opd.objectives.objective import (
+    FixedNegativeAdvantage,
     ForwardKL,
     GeneralizedJSD,
     Objective,
@@ -14,6 +15,7 @@ from opd.objectives.objective import (
 
 __all__ = [
     "Distributions",
+    "FixedNegativeAdvantage",
     "ForwardKL",
     "GeneralizedJSD",
     "Objective",

@@ -26,6 +26,7 @@ from opd.errors import UserError
 from opd.objectives.distributions import Distributions
 from opd.objectives.divergences import forward_kl, generalized_jsd, reverse_kl
 from opd.objectives.policy_gradient import (
+    fixed_negative_advantage,
     importance_weight,
     opd_advantage,
     policy_gradient_loss,
@@ -187,3 +188,45 @@ class PolicyGradient(Objective):
         if self.importance_cap is None:
             return loss
         return importance_weight(logp_y, tokens.logmu_y, self.importance_cap) * loss
+
+
+@dataclass(frozen=True)
+class FixedNegativeAdvantage(Objective):
+    """A control without a teacher: unlikely tokens get one fixed negative advantage, others none.
+
+    "Does On-Policy Distillation Really Distill?" (arXiv 2608.31046) reports that sampled-token OPD
+    owes most of its gain to making tokens rarer that the *student* itself finds improbable, and
+    that a fixed advantage of -0.5 on them does as well as the teacher's. Whoever claims that a
+    teacher has taught something compares with this.
+
+    Exactly: the policy gradient -A_t grad log p(y_t), with A_t = ``advantage`` where p(y_t) <
+    ``below``, else 0. On average over y this is the gradient of -``advantage`` times the mass of
+    all such tokens. The loss is -``advantage`` times the share of sampled tokens that were such.
+
+    The paper takes the fifth of a rank's sampled tokens with the lowest p(y), and the mean over
+    these. Here a fixed probability decides, so that neither the batch nor the number of ranks
+    matters, and the mean is over all tokens, as of every objective; the threshold is ours. The
+    paper's next step, an advantage that grows with the entropy (OPSA), is not here. All this is
+    known from summaries and the published code's documentation; the paper itself was not at hand.
+
+    Args:
+        advantage: Of a token below the threshold, below 0; -0.5 in the paper.
+        below: Probability, above 0 and at most 1; at 1 nothing is left to learn but noise.
+    """
+
+    needs: ClassVar[Mapping[str, Gives]] = {}
+
+    advantage: float = -0.5
+    below: float = 0.5
+
+    def __post_init__(self) -> None:
+        if not (self.advantage < 0 < self.below <= 1):
+            raise UserError(
+                f"FixedNegativeAdvantage(advantage={self.advantage}, below={self.below}): the "
+                "first must be below 0, the second above 0 and at most 1"
+            )
+
+    def __call__(self, log_p: Tensor, opinions: Mapping[str, Tensor], tokens: Tokens) -> Tensor:
+        logp_y = of_sampled(log_p, tokens.y)
+        advantage = fixed_negative_advantage(logp_y, self.advantage, self.below)
+        return policy_gradient_loss(logp_y, logp_y.detach(), advantage)

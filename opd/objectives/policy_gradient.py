@@ -15,6 +15,11 @@ def opd_advantage(logp_y: Tensor, logq_y: Tensor) -> Tensor:
     return (logq_y - logp_y).detach()
 
 
+def fixed_negative_advantage(logp_y: Tensor, advantage: float, below: float) -> Tensor:
+    """A_t = ``advantage`` where p(y_t) < ``below``, else 0 (after 2608.31046), detached."""
+    return advantage * (logp_y.detach().exp() < below).to(logp_y.dtype)
+
+
 def importance_weight(logp_y: Tensor, logmu_y: Tensor, cap: float) -> Tensor:
     """w_t = min(p(y_t) / mu(y_t), cap), detached: corrects for the engine's own numerics."""
     return (logp_y - logmu_y).detach().exp().clamp(max=cap)

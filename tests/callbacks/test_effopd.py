@@ -5,7 +5,7 @@ import torch
 from conftest import assert_same, load, student_of
 from lightning.pytorch import LightningModule, Trainer
 
-from callbacks import Accelerator, EffOPD
+from callbacks import Accelerator, EffOPD, Lookahead
 from opd import weights
 from opd.errors import UserError
 from opd.extrapolation import Score
@@ -229,6 +229,8 @@ def test_optimizer_state_is_reset_only_after_an_accepted_candidate(fit):
         ["opd.scores.TeacherKL"],
         ["opd.scores.TeacherKL", "--trainer.callbacks.score.rollouts", "part"],
         ["opd.scores.TeacherKL", "--trainer.callbacks.score.rollouts", "fresh"],
+        ["opd.scores.TeacherKL", "--trainer.callbacks.direction", "random"],
+        ["opd.scores.AnswerAccuracy", "--trainer.callbacks.score.prompts", "validation"],
     ],
 )
 def test_a_search_that_refuses_everything_changes_nothing(fit, vanilla, score):
@@ -329,3 +331,28 @@ def test_a_step_that_has_diverged_is_undone_moments_included(fit):
     assert not any(moments_of(undone))
     for name, weight in load_model("embedded:base").state_dict().items():
         assert torch.equal(undone["state_dict"][f"student.{name}"], weight)
+
+
+@pytest.mark.parametrize("device", ["parameters", "cpu"])
+def test_lookahead_on_a_line(device):
+    """Each step moves by 1: 1, 2 -> 2 - 0.75 * 2 = 0.5, 1.5, 2.5 -> 0.5 + 0.25 * 2 = 1; then 2."""
+    callback = Lookahead(k=2, alpha=0.25, anchor_device=device)
+    assert run(callback, optimum=0, steps=5) == 2
+    assert coefficients(callback) == [(2, -0.75), (4, -0.75)]
+    assert callback.anchor["weight"].item() == 1
+
+
+def test_lookahead_is_a_line_search_that_always_goes_back():
+    """EffOPD's candidate with c = alpha - 1, from the weights accepted before."""
+    always = effopd(schedule="every 2", coefficients=[-0.75], anchor="accepted")
+    assert run(always, optimum=-1e6, steps=5) == 2
+
+
+def test_a_random_direction_on_a_line_is_there_or_back():
+    """W_1 = 1, and a random direction as long as 1 - 0 is 1 or -1."""
+    found = {
+        run(effopd(direction="random", coefficients=[8], seed=seed), 1e6 * sign, steps=1)
+        for seed in range(4)
+        for sign in (1, -1)
+    }
+    assert found == {1, 9, -7}

@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from opd.objectives import PolicyGradient, as_needed, reverse_kl
+from opd.objectives import FixedNegativeAdvantage, PolicyGradient, as_needed, reverse_kl
 from opd.objectives.policy_gradient import policy_gradient_loss
 from opd.rollouts import Tokens
 
@@ -82,3 +82,47 @@ def test_importance_weight_is_capped(logmu, weight):
     arguments = (log_p, log_q, torch.tensor([0]), torch.tensor([logmu], dtype=torch.float64))
     plain = objective(PolicyGradient(importance_cap=None), *arguments)
     assert (objective(PolicyGradient(), *arguments) / plain).item() == pytest.approx(weight)
+
+
+def suppressed(objective, student: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+    return objective(student.log_softmax(-1), {}, Tokens(y, torch.zeros(len(y)).double()))
+
+
+def test_a_fixed_negative_advantage_pushes_unlikely_tokens_down_and_no_others():
+    """By the logits: 0.3 (onehot(y) - p) where p(y) < 0.2, else 0; no teacher is asked."""
+    rule = FixedNegativeAdvantage(advantage=-0.3, below=0.2)
+    assert rule.needs == {}
+    generator = torch.Generator().manual_seed(3)
+    student = torch.randn(40, 6, generator=generator, dtype=torch.float64, requires_grad=True)
+    y = torch.randint(6, (40,), generator=generator)
+    loss = suppressed(rule, student, y)
+    (found,) = torch.autograd.grad(loss.sum(), student)
+    both = set()
+    for row, token, value, gradient in zip(student.tolist(), y.tolist(), loss, found, strict=True):
+        exps = [math.exp(logit) for logit in row]
+        p = [e / sum(exps) for e in exps]
+        weight = 0.3 if p[token] < 0.2 else 0.0
+        both.add(weight)
+        expected = [weight * ((v == token) - p[v]) for v in range(6)]
+        assert gradient.tolist() == pytest.approx(expected, abs=1e-12)
+        assert value.item() == pytest.approx(weight)
+    assert both == {0.0, 0.3}
+
+
+def test_on_average_a_fixed_negative_advantage_takes_mass_from_all_unlikely_tokens():
+    """Summed over y with weight p(y), the gradient is 0.5 grad sum of p(y) where p(y) < 0.3."""
+    student = torch.randn(1, 7, generator=torch.Generator().manual_seed(4), dtype=torch.float64)
+    student.requires_grad_()
+    p = student.softmax(-1)[0]
+    losses = suppressed(FixedNegativeAdvantage(below=0.3), student.expand(7, 7), torch.arange(7))
+    average = (p.detach() * losses).sum()
+    (found,) = torch.autograd.grad(average, student, retain_graph=True)
+    (expected,) = torch.autograd.grad(0.5 * p[p < 0.3].sum(), student)
+    assert 0 < (p < 0.3).sum() < 7
+    torch.testing.assert_close(found, expected)
+
+
+@pytest.mark.parametrize("options", [{"advantage": 0.5}, {"below": 0.0}, {"below": 1.5}])
+def test_a_fixed_negative_advantage_is_negative_and_of_a_probability(options):
+    with pytest.raises(ValueError, match="the first must be below 0"):
+        FixedNegativeAdvantage(**options)
