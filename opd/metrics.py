@@ -5,7 +5,7 @@ Shapes: N tokens, V vocabulary. Symbols as in the paper: p = student, q = teache
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -64,9 +64,21 @@ def token_metrics(both: Distributions, tokens: Tokens) -> dict[str, Tensor]:
     return values
 
 
-def reverse_kl_only(both: Distributions, tokens: Tokens) -> dict[str, Tensor]:
-    """Measure what judges a candidate, and nothing else: KL(p || q), [n]."""
-    return {"opd/reverse_kl": both.reverse_kl}
+def only(divergence: str) -> Callable[[Distributions, Tokens], Mapping[str, Tensor]]:
+    """Measure what judges a candidate, and nothing else.
+
+    Args:
+        divergence: reverse_kl, forward_kl, or jeffreys, the sum of the two.
+
+    Returns:
+        A function of what student and teacher think and of the n sampled tokens; it gives
+        ``divergence``, [n].
+    """
+    return {
+        "reverse_kl": lambda both, tokens: {"divergence": both.reverse_kl},
+        "forward_kl": lambda both, tokens: {"divergence": both.forward_kl},
+        "jeffreys": lambda both, tokens: {"divergence": both.reverse_kl + both.forward_kl},
+    }[divergence]
 
 
 def prediction(both: Distributions, tokens: Tokens) -> dict[str, Tensor]:

@@ -14,7 +14,7 @@ import torch
 from opd import stages
 from opd.errors import UserError
 from opd.extrapolation import Score
-from opd.metrics import reverse_kl_only
+from opd.metrics import only
 from opd.prompts import Prompt, PromptBatch, PromptDataModule
 from opd.randomness import derive_seed
 from opd.rollouts import Rollouts
@@ -121,7 +121,7 @@ class AnswerAccuracy(CandidateScore):
 
 
 class TeacherKL(CandidateScore):
-    """Minus the reverse KL to the teacher, per token: needs no labels, and hardly any generation.
+    """Minus a divergence from the teacher, per token: needs no labels, and hardly any generation.
 
     Every candidate costs one student forward; the teacher's hidden states are reused.
 
@@ -132,6 +132,8 @@ class TeacherKL(CandidateScore):
             prompts that are drawn anew.
         fraction: Of the step's rollouts, for ``part`` and ``held_out``.
         num_examples: Prompts, for ``fresh``.
+        divergence: reverse_kl; forward_kl, which sees what the student never says; or jeffreys, the
+            sum of the two.
     """
 
     def __init__(
@@ -139,6 +141,7 @@ class TeacherKL(CandidateScore):
         rollouts: Literal["step", "part", "held_out", "fresh"] = "step",
         fraction: float = 0.5,
         num_examples: int = 64,
+        divergence: Literal["reverse_kl", "forward_kl", "jeffreys"] = "reverse_kl",
     ) -> None:
         if not 0 < fraction < 1 or num_examples < 1:
             raise UserError(
@@ -148,6 +151,7 @@ class TeacherKL(CandidateScore):
         self.rollouts = rollouts
         self.fraction = fraction
         self.num_examples = num_examples
+        self.divergence = divergence
         self._readings: list[Reading] = []
 
     def request(self) -> StepRequest:
@@ -189,8 +193,8 @@ class TeacherKL(CandidateScore):
         values, weights = [torch.zeros(0)], [torch.zeros(0)]
         for reading in self._readings:
             micro = reading.micro
-            compared = stages.compare(module, reading, None, reverse_kl_only)
-            token_kl = compared.values["opd/reverse_kl"]
+            compared = stages.compare(module, reading, None, only(self.divergence))
+            token_kl = compared.values["divergence"]
             filled = micro.lengths > 0  # the others only keep ranks in step
             values.append(-micro.spread(token_kl).sum(dim=1)[filled].cpu())
             weights.append(micro.lengths[filled].float().cpu())
