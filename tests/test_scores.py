@@ -10,8 +10,15 @@ from opd.step import StepRequest
 TEMPERATURE = 0.7
 
 
-def kl_sums(module, micro):
-    """Sum of KL(p || q) over the tokens of each completion, one unpadded row at a time."""
+DIVERGENCES = {
+    "reverse_kl": lambda log_p, log_q: log_p.exp() * (log_p - log_q),
+    "forward_kl": lambda log_p, log_q: log_q.exp() * (log_q - log_p),
+    "jeffreys": lambda log_p, log_q: (log_p.exp() - log_q.exp()) * (log_p - log_q),
+}
+
+
+def divergence_sums(module, micro, divergence):
+    """Sum over the tokens of each completion, one unpadded row at a time."""
     teacher = module.teachers["default"].model
     sums = []
     for i, prompt in enumerate(micro.prompts.prompts):
@@ -22,15 +29,26 @@ def kl_sums(module, micro):
                 (model(ids).logits[0, start:-1] / TEMPERATURE).log_softmax(-1)
                 for model in (module.student.eval(), teacher)
             )
-        sums.append((log_p.exp() * (log_p - log_q)).sum().item())
+        sums.append(DIVERGENCES[divergence](log_p, log_q).sum().item())
     return sums
 
 
-@pytest.mark.parametrize(("rollouts", "completions"), [("step", 8), ("part", 2), ("held_out", 2)])
-def test_teacher_kl_is_minus_the_reverse_kl_of_each_completion(tiny, rollouts, completions):
-    """Lower KL is a higher score; a mean over tokens; its tokens are counted."""
+@pytest.mark.parametrize(
+    ("rollouts", "completions", "divergence"),
+    [
+        ("step", 8, "reverse_kl"),
+        ("part", 2, "reverse_kl"),
+        ("held_out", 2, "reverse_kl"),
+        ("part", 2, "forward_kl"),
+        ("held_out", 2, "jeffreys"),
+    ],
+)
+def test_teacher_kl_is_minus_the_divergence_of_each_completion(
+    tiny, rollouts, completions, divergence
+):
+    """A lower divergence is a higher score; a mean over tokens; its tokens are counted."""
     module = module_of(tiny, rollouts_per_prompt=2, temperature=TEMPERATURE, micro_batch_tokens=60)
-    score = TeacherKL(rollouts, fraction=0.25)
+    score = TeacherKL(rollouts, fraction=0.25, divergence=divergence)
     output = step_of(module, score.request())
     score.prepare(module, output, seed=0)
     found = score(module)
@@ -40,7 +58,9 @@ def test_teacher_kl_is_minus_the_reverse_kl_of_each_completion(tiny, rollouts, c
     expected = [
         -kl
         for micro in judged
-        for kl, length in zip(kl_sums(module, micro), micro.lengths.tolist(), strict=True)
+        for kl, length in zip(
+            divergence_sums(module, micro, divergence), micro.lengths.tolist(), strict=True
+        )
         if length
     ]
     lengths = [length for micro in judged for length in micro.lengths.tolist() if length]
