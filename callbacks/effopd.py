@@ -24,6 +24,7 @@ from __future__ import annotations
 
 import dataclasses
 import logging
+import math
 from typing import Any, ClassVar, Literal
 
 from lightning.pytorch import LightningModule, Trainer
@@ -203,13 +204,23 @@ class EffOPD(Accelerator):
 
     def _warn_if_blind(self, result: SearchResult, rank: int) -> None:
         """Say, once, that a search has decided without evidence: all scores were the same."""
-        scores = {result.score_before, *(tried.score for tried in result.tried)}
-        if len(scores) == 1 < len(result.tried) and rank == 0 and not self._warned:
+        if self._warned or rank or not result.tried:
+            return
+        name, scores = type(self.score).__name__, [result.score_before]
+        scores += [tried.score for tried in result.tried]
+        if all(map(math.isnan, scores)):
+            self._warned = True
+            log.warning(
+                "EffOPD: %s had no completion to judge by, and so decides nothing; raise "
+                "data.batch_size or the score's fraction",
+                name,
+            )
+        elif len(result.tried) > 1 and len(set(scores)) == 1:
             self._warned = True
             log.warning(
                 "EffOPD: %s gives W and all %d candidates the same score, %g, and so decides "
                 "nothing; TeacherKL (--config effopd/label_free) tells weights apart",
-                *(type(self.score).__name__, len(result.tried), result.score_before),
+                *(name, len(result.tried), result.score_before),
             )
 
 

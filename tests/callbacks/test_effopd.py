@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from conftest import assert_same, load, student_of
+from conftest import AUTO, assert_same, load, student_of
 from lightning.pytorch import LightningModule, Trainer
 
 from callbacks import Accelerator, EffOPD, Lookahead
@@ -276,6 +276,12 @@ def test_held_out_rollouts_are_kept_out_of_the_gradient(fit):
     assert 0.7 < cost["train_tokens"] / cost["rollout_tokens"] < 0.8
     assert cost["teacher_tokens"] == cost["rollout_tokens"]
     assert cost["search_generated_tokens"] == 0
+
+
+def test_a_search_with_nothing_to_judge_by_says_so_once(fit, caplog):
+    """Of a single completion none can be held out."""
+    fit("run", *AUTO, "--data.batch_size", "1", steps=3)
+    assert caplog.text.count("had no completion to judge by, and so decides nothing") == 1
 
 
 @pytest.mark.parametrize(("score", "blind"), [("AnswerAccuracy", True), ("TeacherKL", False)])
