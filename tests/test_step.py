@@ -327,7 +327,8 @@ def test_gradients_are_clipped_and_the_scheduler_follows_the_step():
     weights, before = Weights(module), module.weight.detach().clone()
     for t, rate in [(1, 0.5), (2, 0.05)]:
         module.weight.grad = torch.tensor([[3.0, 4.0]])
-        options = {"update_norm": True, "max_grad_norm": 1.0, "t": t, "world": World()}
+        options = {"update_norm": True, "learning_rate_factor": 1.0, "max_grad_norm": 1.0}
+        options |= {"t": t, "world": World()}
         metrics = apply_gradients(weights, module, optimizer, scheduler, **options)
         assert metrics["optim/lr"] == pytest.approx(rate)
         assert metrics["optim/grad_norm"] == pytest.approx(5)
@@ -336,7 +337,7 @@ def test_gradients_are_clipped_and_the_scheduler_follows_the_step():
     moved = before - 0.55 * torch.tensor([[0.6, 0.8]])
     torch.testing.assert_close(module.weight.detach(), moved)
     module.weight.grad = torch.tensor([[0.03, 0.04]])  # below the limit: left alone
-    options = {"update_norm": True, "max_grad_norm": 1.0, "t": 3, "world": World()}
+    options["t"] = 3
     assert apply_gradients(weights, module, optimizer, None, **options)[
         "optim/update_norm"
     ] == pytest.approx(0.005 * 0.05, rel=1e-3)
