@@ -119,6 +119,15 @@ class EffOPD(Accelerator):
             )
         super().on_fit_start(trainer, pl_module)
 
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        for optimizer in trainer.optimizers:
+            if self.optimizer_state == "reset" and not _can_forget(optimizer):
+                raise UserError(
+                    f"EffOPD.optimizer_state=reset: the state of {type(optimizer).__name__} may be "
+                    "more than moments, and cannot be zeroed; keep it, or use one of torch.optim"
+                )
+        super().on_train_start(trainer, pl_module)
+
     def accelerate(
         self, trainer: Trainer, pl_module: LightningModule, output: Any
     ) -> tuple[dict[str, Any], dict[str, float]]:
@@ -165,7 +174,7 @@ class EffOPD(Accelerator):
         extrapolation.copy_weights(anchor, kept)
         diverged = self.learning_rate == "carry" and result.coefficient == -1 and not self._settled
         if diverged or (result.coefficient and self.optimizer_state == "reset"):
-            for optimizer in trainer.optimizers:
+            for optimizer in filter(_can_forget, trainer.optimizers):
                 _forget(optimizer)
         if self.learning_rate == "carry":
             self.learning_rate_factor *= result.learning_rate_factor
@@ -224,14 +233,13 @@ class EffOPD(Accelerator):
             )
 
 
-def _forget(optimizer: Optimizer) -> None:
-    """Make an optimizer forget its steps; an emptied state could not be saved in shards.
+def _can_forget(optimizer: Optimizer) -> bool:
+    """Whether its state is zero at first; optimizers from elsewhere may keep weights there."""
+    return type(optimizer).__module__.startswith("torch.optim")
 
-    Optimizers from elsewhere may keep in their state what cannot be zero, such as weights: theirs
-    is left alone.
-    """
-    if not type(optimizer).__module__.startswith("torch.optim"):
-        return
+
+def _forget(optimizer: Optimizer) -> None:
+    """Make an optimizer forget its steps; an emptied state could not be saved in shards."""
     for state in optimizer.state.values():
         for value in state.values():
             if isinstance(value, Tensor):

@@ -211,6 +211,19 @@ def moments_of(checkpoint):
     return [float(state[name].norm()) for state in states for name in ("step", "exp_avg_sq")]
 
 
+class Foreign(torch.optim.SGD):
+    """What it keeps only its author knows."""
+
+
+def test_an_optimizer_from_elsewhere_cannot_be_made_to_forget():
+    module = Line(optimum=60)
+    module.configure_optimizers = lambda: Foreign([module.weight], lr=1.0)
+    with pytest.raises(UserError, match="state of Foreign may be more than moments"):
+        trainer_of(effopd(optimizer_state="reset"), steps=1).fit(module)
+    trainer_of(effopd(), steps=1).fit(module)
+    assert module.weight.item() == 11
+
+
 def test_optimizer_state_is_reset_only_after_an_accepted_candidate(fit):
     options = ["--trainer.callbacks+=callbacks.EffOPD", "--trainer.callbacks.schedule", "2"]
     score = ["--trainer.callbacks.score", "opd.scores.TeacherKL"]
