@@ -28,6 +28,7 @@ class Demo:
         models: What else is evaluated, by name.
         evaluate: Options of ``opd evaluate``.
         target: Accuracy for the columns "to target".
+        runs_at_once: Processes that train side by side, each with its share of the processors.
         evaluations_at_once: Processes that evaluate side by side.
     """
 
@@ -37,13 +38,14 @@ class Demo:
     models: Mapping[str, str]
     evaluate: Sequence[str]
     target: float
+    runs_at_once: int = 1
     evaluations_at_once: int = 1
 
     def run(self) -> None:
         """Train, evaluate, report, and say where to look."""
         start = time.perf_counter()
-        for name, options in self.runs.items():
-            opd("fit", *self.fit, *options, "--output", str(self.output / name))
+        with ThreadPoolExecutor(self.runs_at_once) as pool:
+            list(pool.map(self._fit, self.runs))
         evaluated = [(model, self.output / name) for name, model in self.models.items()]
         evaluated += [
             (
@@ -68,16 +70,24 @@ class Demo:
         )
         print("  README.md, 'Your own student, teacher and prompts'")
 
+    def _fit(self, name: str) -> None:
+        output = str(self.output / name)
+        threads = max((os.cpu_count() or 1) // self.runs_at_once, 1)
+        opd("fit", *self.fit, *self.runs[name], "--output", output, threads=threads)
+
     def _evaluate(self, model: str, folder: Path) -> None:
         options = [*self.evaluate, "--output", str(folder), "--overwrite", "true"]
         opd("evaluate", "--model", model, *options)
 
 
-def opd(*args: str) -> None:
-    """Run one command in a process of its own, as from a shell."""
+def opd(*args: str, threads: int | None = None) -> None:
+    """Run one command in a process of its own, as from a shell, with so many threads at most."""
     print("$ opd " + shlex.join(args), flush=True)
     command = [sys.executable, "-m", "opd.cli", *args]
-    finished = subprocess.run(command, capture_output=True, text=True, check=False)
+    environment = dict(os.environ)
+    if threads is not None:
+        environment.setdefault("OMP_NUM_THREADS", str(threads))
+    finished = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
     if finished.returncode:
         sys.exit(finished.stdout + finished.stderr)
 
@@ -99,6 +109,7 @@ QUICKSTART = Demo(
     models={"base": "embedded:base", "teacher": "embedded:teacher"},
     evaluate=["--tasks", "arithmetic"],
     target=0.95,
+    runs_at_once=2,
     evaluations_at_once=2,  # start-up is most of it and uses one core
 )
 
