@@ -62,12 +62,12 @@ class EffOPD(Accelerator):
             errors of the difference, or 'better M N': by M away from the anchor, by N back to it.
         anchor: Weights at the previous search: raw, as the optimizer left them (the paper's
             W_{2^(n-1)}), or accepted, as the search left them (published code).
+        parameters: all (paper), attention_and_mlp (published code), or glob patterns.
+        optimizer_state: keep it, or reset it after an accepted candidate.
         learning_rate: keep it; or carry an accepted coefficient over into it: from then on it is
             multiplied by 1 + c, whatever a scheduler does to it. Where the anchor has won (c = -1)
             the steps were too long: the rate becomes half of the shortest that was refused; and at
             the beginning of a run the optimizer forgets them. Needs an OPDModule.
-        parameters: all (paper), attention_and_mlp (published code), or glob patterns.
-        optimizer_state: keep it, or reset it after an accepted candidate.
         anchor_device: Where the anchor and the copy of W live: parameters (beside them), or cpu
             (pinned where there is a GPU).
         seed: Seed of the score's examples and random numbers, and of random directions.
