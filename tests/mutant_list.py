@@ -1089,7 +1089,7 @@ MUTANTS = [
     loading("if len(tokenizer) == len(tokenizer.get_added_vocab()):", "if False:", BAD_INPUT),
     checks("if not own.isfinite().all():", "if False:"),
     effopd(
-        "len(scores) == 1 < len(result.tried)",
+        "len(result.tried) > 1 and len(set(scores)) == 1",
         "True",
         "tests/callbacks/test_effopd.py::test_a_search_that_cannot_tell_weights_apart_says_so_once",
     ),
