@@ -9,7 +9,6 @@ import importlib
 import json
 import os
 import sys
-import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -39,7 +38,7 @@ def _trainer(folder: Path, options: dict[str, Any], clock: _Clock) -> Any:
     rows = [json.loads(line) for line in (folder / "prompts.jsonl").read_text().splitlines()]
     fixed = {"min_new_tokens": options["new_tokens"]} if options["fixed"] else {}
     config = trl.DistillationConfig(
-        output_dir=tempfile.mkdtemp(),
+        output_dir=str(folder / "trl"),
         use_cpu=not torch.cuda.is_available(),
         bf16=False,
         gradient_checkpointing=False,
