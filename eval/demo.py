@@ -29,7 +29,7 @@ class Demo:
         evaluate: Options of ``opd evaluate``.
         target: Accuracy for the columns "to target".
         runs_at_once: Processes that train side by side, each with its share of the processors.
-        evaluations_at_once: Processes that evaluate side by side.
+        evaluations_at_once: Processes that evaluate side by side, likewise.
     """
 
     output: Path
@@ -71,13 +71,17 @@ class Demo:
         print("  README.md, 'Your own student, teacher and prompts'")
 
     def _fit(self, name: str) -> None:
-        output = str(self.output / name)
-        threads = max((os.cpu_count() or 1) // self.runs_at_once, 1)
-        opd("fit", *self.fit, *self.runs[name], "--output", output, threads=threads)
+        options = [*self.fit, *self.runs[name], "--output", str(self.output / name)]
+        opd("fit", *options, threads=_share(self.runs_at_once))
 
     def _evaluate(self, model: str, folder: Path) -> None:
         options = [*self.evaluate, "--output", str(folder), "--overwrite", "true"]
-        opd("evaluate", "--model", model, *options)
+        opd("evaluate", "--model", model, *options, threads=_share(self.evaluations_at_once))
+
+
+def _share(processes: int) -> int:
+    """Return how many threads each process may have."""
+    return max((os.cpu_count() or 1) // processes, 1)
 
 
 def opd(*args: str, threads: int | None = None) -> None:
