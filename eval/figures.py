@@ -53,6 +53,28 @@ def curves(runs: Sequence[Run]) -> Figure:
     return figure
 
 
+def panels(
+    count: int, *, height: float, above: float = 0.0, shared: bool = False
+) -> tuple[Figure, list[Axes]]:
+    """Make a figure of panels, three side by side.
+
+    Args:
+        count: Panels.
+        height: Of each, in inches.
+        above: Further inches, for a legend.
+        shared: Whether they have the same axes.
+    """
+    columns = min(count, 3)
+    rows = -(-count // columns)
+    size = (4 * columns, height * rows + above)
+    figure, axes = plt.subplots(
+        rows, columns, figsize=size, squeeze=False, sharex=shared, sharey=shared
+    )
+    for axis in axes.flat[count:]:
+        axis.axis("off")
+    return figure, list(axes.flat[:count])
+
+
 def bench_curves(runs: Sequence[Run]) -> Figure:
     """Scores of callbacks.Benchmarks against steps: a panel for each task's score.
 
@@ -61,17 +83,8 @@ def bench_curves(runs: Sequence[Run]) -> Figure:
     found = {name for run in runs for name in run.benches}
     ours = {name.partition("/")[0] for name in found if "/avg@" in name}
     names = sorted(n for n in found if n.partition("/")[0] not in ours or "/avg@" in n)
-    columns = min(len(names), 3)
-    figure, axes = plt.subplots(
-        -(-len(names) // columns),
-        columns,
-        figsize=(4 * columns, 3.2 * -(-len(names) // columns)),
-        squeeze=False,
-    )
-    for axis, name in itertools.zip_longest(axes.flat, names):
-        if name is None:
-            axis.axis("off")
-            continue
+    figure, axes = panels(len(names), height=3.2)
+    for axis, name in zip(axes, names, strict=True):
         for i, run in enumerate(runs):
             if points := run.benches.get(name):
                 steps, values = zip(*points, strict=True)

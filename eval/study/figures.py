@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
@@ -14,6 +13,7 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import LogLocator, NullFormatter
 
+from eval.figures import panels
 from eval.runs import Run
 from eval.study.grid import Trial
 from eval.study.outcomes import Group, Median
@@ -112,20 +112,8 @@ def curves(runs: Sequence[tuple[Trial, Run]]) -> Figure:
     """
     rates = sorted({trial.learning_rate for trial, _ in runs})
     methods = list(dict.fromkeys(trial.method for trial, _ in runs))
-    columns = min(len(rates), 3)
-    rows = -(-len(rates) // columns)
-    figure, axes = plt.subplots(
-        rows,
-        columns,
-        figsize=(4 * columns, 3 * rows + 0.6),
-        squeeze=False,
-        sharex=True,
-        sharey=True,
-    )
-    for axis, rate in itertools.zip_longest(axes.flat, rates):
-        if rate is None:
-            axis.axis("off")
-            continue
+    figure, axes = panels(len(rates), height=3, above=0.6, shared=True)
+    for axis, rate in zip(axes, rates, strict=True):
         for i, method in enumerate(methods):
             color, _ = _look(i)
             seeds = [
