@@ -5,7 +5,7 @@ Shapes: N tokens, V vocabulary. Symbols as in the paper: p = student, q = teache
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -14,6 +14,7 @@ from torchmetrics import Metric
 from opd.objectives import Distributions, as_needed, of_sampled
 from opd.rollouts import Rollouts, Tokens
 from opd.teachers import TEACHER
+from opd.tokens import Measure
 
 OVERLAP_K = 16
 BLOCK = 256  # tokens among which the likeliest is looked for first
@@ -64,7 +65,7 @@ def token_metrics(both: Distributions, tokens: Tokens) -> dict[str, Tensor]:
     return values
 
 
-def only(divergence: str) -> Callable[[Distributions, Tokens], Mapping[str, Tensor]]:
+def only(divergence: str) -> Measure:
     """Measure what judges a candidate, and nothing else.
 
     Args:
