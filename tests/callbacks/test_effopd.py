@@ -135,6 +135,16 @@ class Average(Accelerator):
         return {}, {}
 
 
+def test_who_comes_after_a_search_is_told_of_it_and_who_comes_before():
+    """An adaptive search is not due any more once it has been made; the next is after step 3."""
+    callback = effopd(schedule="adaptive 4", coefficients=[2])
+    assert callback.acts_after(1)
+    run(callback, optimum=0, steps=2)
+    assert coefficients(callback) == [(1, 0)]
+    assert not callback.due(1)
+    assert [t for t in (1, 2, 3) if callback.acts_after(t)] == [1, 3]
+
+
 def test_two_accelerators_in_one_run_are_refused():
     with pytest.raises(UserError, match="EffOPD and Average would both move the weights"):
         run([effopd(), Average()], optimum=60, steps=1)
