@@ -62,12 +62,17 @@ class EffOPD(Accelerator):
             errors of the difference, or 'better M N': by M away from the anchor, by N back to it.
         anchor: Weights at the previous search: raw, as the optimizer left them (the paper's
             W_{2^(n-1)}), or accepted, as the search left them (published code).
+        proximal: A candidate's score is less by so many times KL(mu || candidate) per token, how
+            far it has moved from mu, the weights that sampled what it is judged on; with 1 it must
+            gain more than it moves. What lies behind mu, seen from W, has not moved. Needs
+            TeacherKL.
         parameters: all (paper), attention_and_mlp (published code), or glob patterns.
         optimizer_state: keep it, or reset it after an accepted candidate.
         learning_rate: keep it; or carry an accepted coefficient over into it: from then on it is
-            multiplied by 1 + c, whatever a scheduler does to it. Where the anchor has won (c = -1)
-            the steps were too long: the rate becomes half of the shortest that was refused; and at
-            the beginning of a run the optimizer forgets them. Needs an OPDModule.
+            multiplied, whatever a scheduler does to it, by 1 + c, or by 1 + c/n where W - anchor is
+            made of n steps and was too short. Where the anchor has won (c = -1) the steps were too
+            long: the rate becomes half of the shortest that was refused; and at the beginning of a
+            run the optimizer forgets them. Needs an OPDModule.
         anchor_device: Where the anchor and the copy of W live: parameters (beside them), or cpu
             (pinned where there is a GPU).
         seed: Seed of the score's examples and random numbers, and of random directions.
@@ -84,6 +89,7 @@ class EffOPD(Accelerator):
         score: CandidateScore | None = None,
         accept: str = "not_worse",
         anchor: Literal["raw", "accepted"] = "raw",
+        proximal: float = 0.0,
         parameters: str | list[str] = "all",
         optimizer_state: Literal["keep", "reset"] = "keep",
         learning_rate: Literal["keep", "carry"] = "keep",
@@ -97,6 +103,9 @@ class EffOPD(Accelerator):
         self.score: CandidateScore = score or AnswerAccuracy()
         self.accept = extrapolation.parse_accept(accept)
         self.anchor_kind = anchor
+        if not 0 <= proximal < math.inf:
+            raise UserError(f"EffOPD.proximal={proximal} must be 0 or more")
+        self.proximal = proximal
         self.optimizer_state = optimizer_state
         self.learning_rate = learning_rate
         self.learning_rate_factor = 1.0
@@ -148,6 +157,7 @@ class EffOPD(Accelerator):
                 over_shards,
             )
         current = 0.0
+        steps = trainer.global_step - (self.history[-1]["step"] if self.history else 0)
 
         def move_to(coefficient: float) -> None:
             nonlocal current
@@ -158,7 +168,8 @@ class EffOPD(Accelerator):
 
         def score_at(coefficient: float) -> Score:
             move_to(coefficient)
-            return self.score(pl_module)
+            score = self.score(pl_module)
+            return score.proximal(self.proximal) if coefficient > -1 / steps else score
 
         try:
             candidates = self.coefficients(not self._settled)
@@ -177,7 +188,7 @@ class EffOPD(Accelerator):
             for optimizer in filter(_can_forget, trainer.optimizers):
                 _forget(optimizer)
         if self.learning_rate == "carry":
-            self.learning_rate_factor *= result.learning_rate_factor
+            self.learning_rate_factor *= result.learning_rate_factor(steps)
         self.schedule.searched(trainer.global_step, result.coefficient)
         self._settled |= result.coefficient != -1
         record = {

@@ -284,10 +284,33 @@ class Score:
     Attributes:
         values: Sum of the quantity over each example's units, on this rank, [E].
         weights: Units of each example (1 answer, n tokens), on this rank, [E].
+        moved: Sum of KL(mu || p) over each example's units: how far the weights have come from
+            those that sampled it, on this rank, [E]; None: the score does not know.
     """
 
     values: Tensor
     weights: Tensor
+    moved: Tensor | None = None
+
+    def proximal(self, weight: float) -> Score:
+        """Return the score less so many times how far the weights have moved.
+
+        What is maximised then, -KL(p || q) - KL(mu || p) for a weight of 1, has its maximum about
+        half-way between mu, that has sampled the examples, and the teacher q, be they far apart or
+        near: a candidate must gain more than it moves (the proximal step of mirror descent; a
+        trust region as in 1502.05477 whose radius nobody has to choose).
+
+        Raises:
+            UserError: The score does not know how far.
+        """
+        if not weight:
+            return self
+        if self.moved is None:
+            raise UserError(
+                "EffOPD.proximal: this score does not say how far a candidate has moved; TeacherKL "
+                "does (--config effopd/label_free)"
+            )
+        return Score(self.values - weight * self.moved, self.weights)
 
     def mean(self, reduce_sum: Callable[[Tensor], Tensor]) -> float:
         """Sum of values divided by sum of weights, over all ranks; a collective."""
@@ -339,12 +362,18 @@ class SearchResult:
     coefficient: float = 0.0
     tried: list[Tried] = field(default_factory=list)
 
-    @property
-    def learning_rate_factor(self) -> float:
-        """How many times as long the optimizer's steps should have been: 1 + c.
+    def learning_rate_factor(self, steps: int) -> float:
+        """How many times as long the optimizer's steps should have been.
 
-        Where the anchor has won, half of the shortest that was refused.
+        1 + c of a single step. Of several, what they agree on adds up in D, and what is noise does
+        not: that D is too short says less of each step, 1 + c / steps; that it is too long is taken
+        as it is. Where the anchor has won, half of the shortest that was refused.
+
+        Args:
+            steps: Optimizer steps that D is made of.
         """
+        if self.coefficient > 0:
+            return 1 + self.coefficient / steps
         if self.coefficient > -1:
             return 1 + self.coefficient
         return min((1 + t.coefficient for t in self.tried if t.coefficient > -1), default=1.0) / 2

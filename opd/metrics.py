@@ -5,7 +5,7 @@ Shapes: N tokens, V vocabulary. Symbols as in the paper: p = student, q = teache
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -65,7 +65,7 @@ def token_metrics(both: Distributions, tokens: Tokens) -> dict[str, Tensor]:
     return values
 
 
-def only(divergence: str) -> Measure:
+def judged_by(divergence: str) -> Measure:
     """Measure what judges a candidate, and nothing else.
 
     Args:
@@ -73,13 +73,26 @@ def only(divergence: str) -> Measure:
 
     Returns:
         A function of what student and teacher think and of the n sampled tokens; it gives
-        ``divergence``, [n].
+        ``divergence`` and ``moved``, how far the student is from what has sampled them, [n] each.
     """
-    return {
-        "reverse_kl": lambda both, tokens: {"divergence": both.reverse_kl},
-        "forward_kl": lambda both, tokens: {"divergence": both.forward_kl},
-        "jeffreys": lambda both, tokens: {"divergence": both.reverse_kl + both.forward_kl},
+    apart: Callable[[Distributions], Tensor] = {
+        "reverse_kl": lambda both: both.reverse_kl,
+        "forward_kl": lambda both: both.forward_kl,
+        "jeffreys": lambda both: both.reverse_kl + both.forward_kl,
     }[divergence]
+    return lambda both, tokens: {
+        "divergence": apart(both),
+        "moved": sampled_kl(of_sampled(both.log_p, tokens.y), tokens.logmu_y),
+    }
+
+
+def sampled_kl(log_p_y: Tensor, logmu_y: Tensor) -> Tensor:
+    """Estimate KL(mu || p) from tokens y that mu has sampled: r - 1 - log r with r = p(y) / mu(y).
+
+    Unbiased, for r has a mean of 1, and never negative; [n] -> [n], in nats.
+    """
+    log_ratio = log_p_y - logmu_y
+    return log_ratio.expm1() - log_ratio
 
 
 def prediction(both: Distributions, tokens: Tokens) -> dict[str, Tensor]:

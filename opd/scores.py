@@ -14,7 +14,7 @@ import torch
 from opd import stages
 from opd.errors import UserError
 from opd.extrapolation import Score
-from opd.metrics import only
+from opd.metrics import judged_by
 from opd.prompts import Prompt, PromptBatch, PromptDataModule
 from opd.randomness import derive_seed
 from opd.rollouts import Rollouts
@@ -190,16 +190,16 @@ class TeacherKL(CandidateScore):
             module.student.train(training)
 
     def _score(self, module: OPDModule) -> Score:
-        values, weights = [torch.zeros(0)], [torch.zeros(0)]
+        values, moved, weights = [torch.zeros(0)], [torch.zeros(0)], [torch.zeros(0)]
         for reading in self._readings:
             micro = reading.micro
-            compared = stages.compare(module, reading, None, only(self.divergence))
-            token_kl = compared.values["divergence"]
+            found = stages.compare(module, reading, None, judged_by(self.divergence)).values
             filled = micro.lengths > 0  # the others only keep ranks in step
-            values.append(-micro.spread(token_kl).sum(dim=1)[filled].cpu())
+            values.append(-micro.spread(found["divergence"]).sum(dim=1)[filled].cpu())
+            moved.append(micro.spread(found["moved"]).sum(dim=1)[filled].cpu())
             weights.append(micro.lengths[filled].float().cpu())
             module.ledger.count("search_tokens", micro.num_tokens)
-        return Score(torch.cat(values), torch.cat(weights))
+        return Score(torch.cat(values), torch.cat(weights), torch.cat(moved))
 
     def release(self) -> None:
         """Let go of the teacher's hidden states."""

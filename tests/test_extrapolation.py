@@ -160,12 +160,21 @@ def test_weights_that_have_diverged_are_worse_than_all_others(broken):
 
 
 @pytest.mark.parametrize(
-    ("coefficient", "refused", "factor"),
-    [(0.0, [], 1.0), (3.0, [7.0], 4.0), (-0.75, [-0.875], 0.25), (-1.0, [1.0, -0.5, -0.75], 0.125)],
+    ("coefficient", "refused", "steps", "factor"),
+    [
+        (0.0, [], 1, 1.0),
+        (0.0, [], 4, 1.0),
+        (3.0, [7.0], 1, 4.0),
+        (3.0, [7.0], 4, 1.75),
+        (-0.75, [-0.875], 1, 0.25),
+        (-0.75, [-0.875], 4, 0.25),
+        (-1.0, [1.0, -0.5, -0.75], 1, 0.125),
+        (-1.0, [1.0, -0.5, -0.75], 4, 0.125),
+    ],
 )
-def test_a_learning_rate_is_to_be_as_much_longer_as_the_step(coefficient, refused, factor):
+def test_a_learning_rate_is_to_be_as_much_longer_as_a_step(coefficient, refused, steps, factor):
     tried = [Tried(c, 0.0, False) for c in refused] + [Tried(coefficient, 0.0, True)]
-    assert SearchResult(0.0, 0.0, coefficient, tried).learning_rate_factor == factor
+    assert SearchResult(0.0, 0.0, coefficient, tried).learning_rate_factor(steps) == factor
 
 
 def test_margin_is_in_standard_errors_of_the_paired_difference():

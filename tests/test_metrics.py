@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from opd.metrics import TOKEN_METRICS, StepMetrics, overlap_at_k, token_metrics
+from opd.metrics import TOKEN_METRICS, StepMetrics, overlap_at_k, sampled_kl, token_metrics
 from opd.objectives import Distributions
 from opd.rollouts import Tokens
 
@@ -30,6 +30,18 @@ def test_overlap_against_sets():
             for v in shared
         )
         assert advantage[n].item() == pytest.approx(expected)
+
+
+def test_how_far_a_student_has_moved_is_a_kl_on_average():
+    """Over the tokens that mu samples: sum over v of mu(v) (log mu(v) - log p(v))."""
+    log_mu, log_p = logprobs(2), logprobs(3)
+    for mu, p in zip(log_mu, log_p, strict=True):
+        of_each = sampled_kl(p, mu)
+        assert of_each.min() >= 0
+        mean = sum(mu[v].exp().item() * of_each[v].item() for v in range(40))
+        exact = sum(mu[v].exp().item() * (mu[v] - p[v]).item() for v in range(40))
+        assert mean == pytest.approx(exact)
+    assert sampled_kl(log_p, log_p).abs().max() == 0
 
 
 def test_no_overlap_is_no_advantage():

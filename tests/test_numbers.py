@@ -35,6 +35,7 @@ SUMS = [
 ]
 TALK = ["add 7", "what is 12 plus 30?", "9", "question: 9+9", "the answer", "is 42 plus 3"]
 COEFFICIENTS = [1, 4, 64]
+PROXIMAL = 0.25  # times how far a candidate has moved
 ENDS = list(range(1, 300, 7))  # tokens that end a completion of the babblers
 
 
@@ -232,7 +233,8 @@ def babblers_in(folder: Path, loud) -> Run:
 def babblers(loud, tmp_path_factory) -> Run:
     folder = tmp_path_factory.mktemp("babblers")
     options = {"schedule": [1, 3], "coefficients": COEFFICIENTS, "accept": "better"}
-    search = effopd("TeacherKL", {"rollouts": "step"}, anchor="accepted", **options)
+    options |= {"anchor": "accepted", "proximal": PROXIMAL}
+    search = effopd("TeacherKL", {"rollouts": "step"}, **options)
     return babblers_in(opd("fit", folder / "run", babble(loud, folder, search)), loud)
 
 
@@ -465,13 +467,19 @@ def greedy_score(run: Run, weights: dict[str, torch.Tensor], step: int) -> tuple
 
 
 def kl_score(run: Run, weights: dict[str, torch.Tensor], step: int) -> tuple[float, int, int]:
-    """Minus the mean reverse KL on the step's own rollouts, their tokens; none are generated."""
+    """Minus the mean reverse KL on the step's own rollouts, and a part of how far they have moved.
+
+    Their tokens are read; none are generated.
+    """
     model, total, tokens = run.model(weights), 0.0, 0
     for record in run.samples(step):
         with torch.no_grad():
             log_p = logprobs(model, record, run.temperature)
             log_q = logprobs(run.teachers[record["teacher"]], record, run.temperature)
         total += kl_of(log_p, log_q).sum().item()
+        drawn = zip(log_p, record["completion_ids"], record["engine_logprob"], strict=True)
+        ratios = [math.exp(row[y].item() - log_mu_y) for row, y, log_mu_y in drawn]
+        total += PROXIMAL * sum(r - 1 - math.log(r) for r in ratios)
         tokens += len(record["completion_ids"])
     return -total / tokens, tokens, 0
 

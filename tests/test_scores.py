@@ -1,5 +1,7 @@
 """What judges a candidate, against plain loops."""
 
+import math
+
 import pytest
 import torch
 from test_step import module_of, step_of
@@ -17,10 +19,13 @@ DIVERGENCES = {
 }
 
 
-def divergence_sums(module, micro, divergence):
-    """Sum over the tokens of each completion, one unpadded row at a time."""
+def sums_of(module, micro, divergence):
+    """Sums over the tokens of each completion, one unpadded row at a time.
+
+    Of the divergence, and of how far the student is from what it was when it sampled them.
+    """
     teacher = module.teachers["default"].model
-    sums = []
+    divergences, moved = [], []
     for i, prompt in enumerate(micro.prompts.prompts):
         y = micro.completion_ids[i, : micro.lengths[i]]
         ids, start = torch.cat([torch.tensor(prompt.token_ids), y])[None], len(prompt.token_ids) - 1
@@ -29,8 +34,11 @@ def divergence_sums(module, micro, divergence):
                 (model(ids).logits[0, start:-1] / TEMPERATURE).log_softmax(-1)
                 for model in (module.student.eval(), teacher)
             )
-        sums.append(DIVERGENCES[divergence](log_p, log_q).sum().item())
-    return sums
+        divergences.append(DIVERGENCES[divergence](log_p, log_q).sum().item())
+        sampled = zip(log_p.tolist(), y.tolist(), micro.engine_logprobs[i].tolist(), strict=False)
+        ratios = [math.exp(row[token] - log_mu_y) for row, token, log_mu_y in sampled]
+        moved.append(sum(r - 1 - math.log(r) for r in ratios))
+    return divergences, moved
 
 
 @pytest.mark.parametrize(
@@ -49,22 +57,29 @@ def test_teacher_kl_is_minus_the_divergence_of_each_completion(
     """A lower divergence is a higher score; a mean over tokens; its tokens are counted."""
     module = module_of(tiny, rollouts_per_prompt=2, temperature=TEMPERATURE, micro_batch_tokens=60)
     score = TeacherKL(rollouts, fraction=0.25, divergence=divergence)
-    output = step_of(module, score.request())
+    output = step_of(module, score.request(), rate=30.0)
     score.prepare(module, output, seed=0)
     found = score(module)
     module.ledger.synchronize(lambda tensor: tensor, world_size=1)
     judged = [reading.micro for reading in score._readings]
     assert sum(int((micro.lengths > 0).sum()) for micro in judged) == completions
-    expected = [
-        -kl
+    by_hand = [
+        (-kl, far)
         for micro in judged
-        for kl, length in zip(
-            divergence_sums(module, micro, divergence), micro.lengths.tolist(), strict=True
+        for kl, far, length in zip(
+            *sums_of(module, micro, divergence), micro.lengths.tolist(), strict=True
         )
         if length
     ]
+    expected, moved = ([one[i] for one in by_hand] for i in (0, 1))
     lengths = [length for micro in judged for length in micro.lengths.tolist() if length]
     assert found.values.tolist() == pytest.approx(expected, rel=1e-4, abs=1e-6)
+    assert found.moved.tolist() == pytest.approx(moved, rel=1e-3, abs=1e-5)
+    assert min(moved) > 0.01  # the step has moved it
+    nearer = found.proximal(0.5)
+    less = [a - b / 2 for a, b in zip(expected, moved, strict=True)]
+    assert nearer.values.tolist() == pytest.approx(less, rel=1e-3, abs=1e-5)
+    assert nearer.weights.tolist() == lengths
     assert found.weights.tolist() == lengths
     mean = found.mean(lambda tensor: tensor)
     assert mean == pytest.approx(sum(expected) / sum(lengths), rel=1e-4)

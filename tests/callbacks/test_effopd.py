@@ -99,6 +99,41 @@ def test_two_sided_goes_back_toward_the_anchor():
     assert coefficients(callback) == [(1, -0.75)]
 
 
+class Far(MinusValidationLoss):
+    """Knows how far it is, squared, from where the last step began."""
+
+    def prepare(self, module, output, seed):
+        self.sampled_by = module.weight.item() - 1
+
+    def __call__(self, module):
+        far = (module.weight.detach() - self.sampled_by).square()
+        return Score(super().__call__(module).values, torch.ones(1), far)
+
+
+@pytest.mark.parametrize(
+    ("proximal", "step", "coefficients", "optimum", "kept"),
+    [
+        (0, 1, [1, 2, 3, 4, 5], 8, 6),  # W_1 = 1, sampled by 0: as far as one may
+        (1, 1, [1, 2, 3, 4, 5], 8, 4),  # half-way
+        (3, 1, [1, 2, 3, 4, 5], 8, 2),  # a quarter
+        (0, 1, [-0.5, -0.75], 0.5, 0.5),  # and back: 0.25 is worse
+        (1, 1, [-0.5, -0.75], 0.5, 0.25),  # but nearer to 0
+        (1, 2, [-0.5, -0.75], 0.6, 0.5),  # W_2 = 2, sampled by 1, and 0.5 lies behind
+    ],
+)
+def test_a_candidate_must_gain_more_than_it_moves(proximal, step, coefficients, optimum, kept):
+    callback = EffOPD(step, coefficients, Far(), "better", proximal=proximal)
+    assert run(callback, optimum, steps=step) == kept
+
+
+def test_what_does_not_know_how_far_it_has_moved_cannot_be_proximal():
+    with pytest.raises(UserError, match=r"EffOPD.proximal: this score does not say how far"):
+        run(effopd(proximal=1.0), optimum=60, steps=1)
+    for proximal in (-1.0, float("nan"), float("inf")):
+        with pytest.raises(UserError, match=r"EffOPD.proximal=(-1.0|nan|inf) must be 0 or more"):
+            effopd(proximal=proximal)
+
+
 def test_resume_keeps_the_anchor(tmp_path):
     straight = effopd()
     expected = run(straight, optimum=60, steps=4)
@@ -327,6 +362,13 @@ CARRY = ["--trainer.callbacks.learning_rate", "carry"]
 HALVING = ["--model.scheduler.class_path", "torch.optim.lr_scheduler.ExponentialLR"]
 HALVING += ["--model.scheduler.init_args.gamma", "0.5"]
 SGD = ["--model.optimizer.class_path", "torch.optim.SGD", "--model.optimizer.init_args.lr", "0.01"]
+
+
+def test_of_several_steps_less_is_carried_over(fit):
+    """1 + 3/2 where D is two steps long, and c = 3."""
+    search = scripted([0, 1], [3], *CARRY, "--trainer.callbacks.schedule", "2")
+    state = load(fit("run", *search, steps=2))["callbacks"]["EffOPD"]
+    assert state["learning_rate_factor"] == 2.5
 
 
 @pytest.mark.parametrize(("options", "factor"), [([], 1), (CARRY, 4)])
