@@ -27,29 +27,38 @@ def png(figure: Figure) -> bytes:
 
 
 def curves(runs: Sequence[Run]) -> Figure:
-    """Accuracy and teacher KL against steps, seconds and generated tokens.
+    """Accuracy against steps, seconds and generated tokens; KL and entropy against steps.
 
-    A triangle marks a search that accepted a candidate, a cross one that refused all.
+    The last row shows a collapse: an entropy near zero while tokens far from the teacher remain. A
+    triangle marks a search that accepted a candidate, a cross one that refused all.
     """
-    figure, axes = plt.subplots(2, 2, figsize=(11, 7))
+    figure, axes = plt.subplots(3, 2, figsize=(11, 10))
+    labels = {
+        "accuracy": "held-out accuracy",
+        "reverse_kl": "reverse KL, nats per token",
+        "student_entropy": "student's entropy, nats per token",
+        "kl_above_5": "share of tokens with KL above 5 nats",
+    }
     panels = [
         (axes[0, 0], "step", "accuracy", "optimizer steps"),
         (axes[0, 1], "step", "reverse_kl", "optimizer steps"),
         (axes[1, 0], "seconds", "accuracy", "seconds (validation left out)"),
         (axes[1, 1], "tokens", "accuracy", "generated tokens (searches included)"),
+        (axes[2, 0], "step", "student_entropy", "optimizer steps"),
+        (axes[2, 1], "step", "kl_above_5", "optimizer steps"),
     ]
     for axis, x, y, label in panels:
         for i, run in enumerate(runs):
             _curve(axis, run, x, y, f"C{i % 10}")
         axis.set_xlabel(label)
-        axis.set_ylabel("held-out accuracy" if y == "accuracy" else "reverse KL, nats per token")
+        axis.set_ylabel(labels[y])
         axis.grid(alpha=0.3)
         if y == "reverse_kl":
             axis.set_yscale("log")
-    handles, labels = axes[0, 0].get_legend_handles_labels()
+    handles, names = axes[0, 0].get_legend_handles_labels()
     if handles:
-        figure.legend(handles, labels, loc="upper center", ncols=min(len(labels), 4), frameon=False)
-    figure.tight_layout(rect=(0, 0, 1, 0.95))
+        figure.legend(handles, names, loc="upper center", ncols=min(len(names), 4), frameon=False)
+    figure.tight_layout(rect=(0, 0, 1, 0.96))
     return figure
 
 

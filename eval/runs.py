@@ -48,6 +48,8 @@ class Point:
         seconds: Spent so far on rollouts, teacher, training and searches; validation left out.
             None if this step's cost has not been logged.
         tokens: Generated so far, by rollouts and searches; likewise.
+        student_entropy: Of the student, nats per token; None if it is not known.
+        kl_above_5: Share of tokens whose reverse KL is; likewise.
     """
 
     step: int
@@ -55,6 +57,8 @@ class Point:
     reverse_kl: float | None
     seconds: float | None
     tokens: float | None
+    student_entropy: float | None = None
+    kl_above_5: float | None = None
 
 
 @dataclass
@@ -216,7 +220,7 @@ def read_points(metrics: Path) -> list[Point]:
     for row in rows:
         found = {
             name: _number(row, f"val/{name}", metrics) if f"val/{name}" in row else None
-            for name in ("accuracy", "reverse_kl")
+            for name in ("accuracy", "reverse_kl", "student_entropy", "kl_above_5")
         }
         if any(value is not None for value in found.values()):
             step = int(row["step"])

@@ -17,10 +17,12 @@ from opd.teachers import TEACHER
 from opd.tokens import Measure
 
 OVERLAP_K = 16
+FAR = 5.0  # nats
 BLOCK = 256  # tokens among which the likeliest is looked for first
 TOKEN_METRICS = (
     "opd/reverse_kl",
     "opd/forward_kl",
+    "opd/kl_above_5",
     "opd/student_entropy",
     "opd/teacher_entropy",
     "opd/entropy_gap",
@@ -42,7 +44,9 @@ def token_metrics(both: Distributions, tokens: Tokens) -> dict[str, Tensor]:
         tokens: What is known of the sampled tokens, n of them.
 
     Returns:
-        [n] by metric: both KLs and entropies in nats; ``entropy_gap`` = \\|H(q) - H(p)\\|;
+        [n] by metric: both KLs and entropies in nats; ``kl_above_5``, whether the reverse KL is, as
+        where a student is sure of what its teacher finds unlikely, and hardly has a gradient;
+        ``entropy_gap`` = \\|H(q) - H(p)\\|;
         ``overlap_at_16``, the share of the student's 16 likeliest tokens that are among the
         teacher's; ``overlap_advantage``, sum over those of p (log q - log p) with p and q
         renormalised over them (0 = they agree); log q(y); and \\|log p(y) - log mu(y)\\|.
@@ -57,6 +61,7 @@ def token_metrics(both: Distributions, tokens: Tokens) -> dict[str, Tensor]:
         values |= {
             "opd/reverse_kl": both.reverse_kl,
             "opd/forward_kl": both.forward_kl,
+            "opd/kl_above_5": (both.reverse_kl > FAR).float(),
             "opd/teacher_entropy": both.teacher_entropy,
             "opd/entropy_gap": (both.teacher_entropy - both.student_entropy).abs(),
             "opd/overlap_at_16": overlap,

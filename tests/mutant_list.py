@@ -562,6 +562,7 @@ MUTANTS = [
     # eval: figures
     figures('(axes[1, 0], "seconds"', '(axes[1, 0], "tokens"'),
     figures('(axes[0, 1], "step", "reverse_kl"', '(axes[0, 1], "step", "accuracy"'),
+    figures('(axes[2, 0], "step", "student_entropy"', '(axes[2, 0], "step", "kl_above_5"'),
     figures('marker="^" if accepted', 'marker="^" if not accepted'),
     figures("share * (getattr(right, y)", "(1 - share) * (getattr(right, y)"),
     figures("(step - left.step) / (right.step", "(right.step - step) / (right.step"),
@@ -758,6 +759,8 @@ MUTANTS = [
     metrics('": lambda both: both.reverse_kl,', '": lambda both: both.forward_kl,', SCORES),
     metrics('": lambda both: both.forward_kl,', '": lambda both: both.reverse_kl,', SCORES),
     metrics("both.reverse_kl + both.forward_kl,", "both.reverse_kl - both.forward_kl,", SCORES),
+    metrics("both.reverse_kl > FAR", "both.reverse_kl < FAR", UNIT_METRICS),
+    metrics("FAR = 5.0", "FAR = 5.02", UNIT_METRICS),
     metrics("log_ratio = log_p_y - logmu_y", "log_ratio = logmu_y - log_p_y", UNIT_METRICS),
     metrics("return log_ratio.expm1() - log_ratio", "return -log_ratio", UNIT_METRICS),
     scores('spread(found["moved"])', 'spread(found["divergence"])', SCORES),

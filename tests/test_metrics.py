@@ -61,6 +61,7 @@ def test_every_metric_of_a_token_is_its_definition():
     expected = {
         "opd/reverse_kl": ln2 + 0.25 * ln2 - 0.25 * ln3,
         "opd/forward_kl": 0.125 * -2 * ln2 + 0.125 * -ln2 + 0.75 * ln3,
+        "opd/kl_above_5": 0.0,
         "opd/student_entropy": 1.5 * ln2,
         "opd/teacher_entropy": 0.25 * 3 * ln2 + 0.75 * (2 * ln2 - ln3),
         "opd/entropy_gap": 1.5 * ln2 - (0.75 * ln2 + 0.75 * (2 * ln2 - ln3)),
@@ -85,6 +86,17 @@ def test_forward_and_reverse_kl_are_not_exchanged():
     assert values["opd/forward_kl"].item() == pytest.approx(
         0.5 * math.log(1e3) - math.log(2), abs=0.01
     )
+
+
+@pytest.mark.parametrize(("kl", "above"), [(4.99, 0), (5.01, 1)])
+def test_a_token_is_far_from_the_teacher_above_five_nats(kl, above):
+    """A student that is sure of a token to which its teacher gives exp(-kl)."""
+    log_p = torch.tensor([[0.0, -1e9]])
+    log_q = torch.tensor([[-kl, math.log1p(-math.exp(-kl))]])
+    tokens = Tokens(torch.tensor([0]), torch.zeros(1))
+    values = token_metrics(Distributions(log_p, {"teacher": log_q}), tokens)
+    assert values["opd/reverse_kl"].item() == pytest.approx(kl)
+    assert values["opd/kl_above_5"].item() == above
 
 
 def test_a_student_equal_to_its_teacher_has_no_gap():

@@ -272,6 +272,9 @@ def token_numbers(log_p: list[float], log_q: list[float], y: int, log_mu_y: floa
     return {
         "opd/reverse_kl": sum(math.exp(p) * (p - q) for p, q in zip(log_p, log_q, strict=True)),
         "opd/forward_kl": sum(math.exp(q) * (q - p) for p, q in zip(log_p, log_q, strict=True)),
+        "opd/kl_above_5": float(
+            sum(math.exp(p) * (p - q) for p, q in zip(log_p, log_q, strict=True)) > 5
+        ),
         "opd/student_entropy": entropy_p,
         "opd/teacher_entropy": entropy_q,
         "opd/entropy_gap": abs(entropy_q - entropy_p),

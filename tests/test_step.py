@@ -192,7 +192,7 @@ def test_a_run_logs_every_metric_of_the_contract(searched):
         columns = set(csv.DictReader(file).fieldnames)
     for group, names in {
         "opd": "loss reverse_kl forward_kl student_entropy teacher_entropy entropy_gap "
-        "overlap_at_16 overlap_advantage teacher_logprob",
+        "kl_above_5 overlap_at_16 overlap_advantage teacher_logprob",
         "rollout": "tokens length_mean length_max truncated_fraction accuracy engine_logprob_gap",
         "optim": "lr grad_norm update_norm",
         "cost": "rollout_tokens search_tokens teacher_tokens train_tokens rollout_seconds "

@@ -4,6 +4,8 @@ import csv
 import json
 from pathlib import Path
 
+VALIDATED = "accuracy reverse_kl student_entropy kl_above_5"
+VALIDATED = [f"val/{name}" for name in VALIDATED.split()]
 COSTS = "rollout_seconds teacher_seconds train_seconds search_seconds validation_seconds"
 COSTS = [f"cost/{name}" for name in COSTS.split()]
 COSTS += [f"cost/{kind}_tokens" for kind in ("rollout", "search_generated", "search", "teacher")]
@@ -14,16 +16,16 @@ def write_run(folder: Path, validations: list, costs: dict, searches: list) -> P
 
     Args:
         folder: The run folder.
-        validations: (step, accuracy, reverse KL).
+        validations: (step, and the first so many of VALIDATED).
         costs: By step, a value for each of COSTS.
         searches: For summary.json.
     """
     folder.mkdir(parents=True)
     with (folder / "metrics.csv").open("w", newline="") as file:
-        writer = csv.DictWriter(file, ["step", "val/accuracy", "val/reverse_kl", *COSTS])
+        writer = csv.DictWriter(file, ["step", *VALIDATED, *COSTS])
         writer.writeheader()
-        for step, accuracy, kl in validations:
-            writer.writerow({"step": step, "val/accuracy": accuracy, "val/reverse_kl": kl})
+        for step, *values in validations:
+            writer.writerow({"step": step, **dict(zip(VALIDATED, values, strict=False))})
         for step, values in costs.items():
             writer.writerow({"step": step, **dict(zip(COSTS, values, strict=True))})
     last = max(costs)

@@ -19,7 +19,7 @@ def tortoise(tmp_path) -> Path:
     """0.96 at step 4, less at the end; seconds and tokens at each step are all different."""
     return write_run(
         tmp_path / "tortoise",
-        [(0, 0.1, 2.0), (2, 0.4, 1.0), (4, 0.96, 0.25), (8, 0.9, 0.5)],
+        [(0, 0.1, 2.0, 3.0), (2, 0.4, 1.0, 1.5, 0.75), (4, 0.96, 0.25, 1.0, 0.5), (8, 0.9, 0.5)],
         {  # seconds of rollout, teacher, train, search, validation; tokens
             1: (0.5, 0.25, 0.75, 0.0, 50.0, 100, 0, 0, 100),
             2: (1.0, 0.5, 1.5, 2.0, 100.0, 200, 30, 700, 200),
@@ -34,9 +34,9 @@ def test_points_join_validations_with_what_was_spent_by_then(tortoise):
     run = read_run(tortoise)
     assert run.name == "tortoise"
     assert run.points == [
-        Point(0, 0.1, 2.0, 0.0, 0.0),
-        Point(2, 0.4, 1.0, 1.0 + 0.5 + 1.5 + 2.0, 200 + 30),
-        Point(4, 0.96, 0.25, 2.0 + 1.0 + 3.0 + 4.0, 400 + 50),
+        Point(0, 0.1, 2.0, 0.0, 0.0, 3.0),
+        Point(2, 0.4, 1.0, 1.0 + 0.5 + 1.5 + 2.0, 200 + 30, 1.5, 0.75),
+        Point(4, 0.96, 0.25, 2.0 + 1.0 + 3.0 + 4.0, 400 + 50, 1.0, 0.5),
         Point(8, 0.9, 0.5, 4.0 + 2.0 + 6.0 + 4.0, 800 + 50),
     ]
 
@@ -138,6 +138,16 @@ def test_curves_show_the_points_and_mark_the_searches(tortoise):
     assert panels["optimizer steps", "reverse KL, nats per token"] == [
         ("None", steps, kl),
         *kl_searches,
+    ]
+    entropy_searches = [("^", [2.0], [1.5]), ("x", [3.0], [1.25])]
+    assert panels["optimizer steps", "student's entropy, nats per token"] == [
+        ("None", [0, 2, 4], [3.0, 1.5, 1.0]),
+        *entropy_searches,
+    ]
+    far_searches = [("^", [2.0], [0.75]), ("x", [3.0], [0.625])]
+    assert panels["optimizer steps", "share of tokens with KL above 5 nats"] == [
+        ("None", [2, 4], [0.75, 0.5]),
+        *far_searches,
     ]
     seconds = panels["seconds (validation left out)", "held-out accuracy"]
     assert seconds == [("None", [0, 5, 10, 16], accuracy)]
