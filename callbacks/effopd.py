@@ -62,9 +62,9 @@ class EffOPD(Accelerator):
             errors of the difference, or 'better M N': by M away from the anchor, by N back to it.
         anchor: Weights at the previous search: raw, as the optimizer left them (the paper's
             W_{2^(n-1)}), or accepted, as the search left them (published code).
-        proximal: A candidate's score is less by so many times KL(mu || candidate) per token, how
-            far it has moved from mu, the weights that sampled what it is judged on; with 1 it must
-            gain more than it moves. What lies behind mu, seen from W, has not moved. Needs
+        proximal: Scores are compared less so many times KL(mu || candidate) per token, how far it
+            has moved from mu, the weights that sampled what it is judged on; with 1 it must gain
+            more than it moves. Not so where it lies behind mu, seen from W: that is no risk. Needs
             TeacherKL.
         parameters: all (paper), attention_and_mlp (published code), or glob patterns.
         optimizer_state: keep it, or reset it after an accepted candidate.
@@ -168,12 +168,17 @@ class EffOPD(Accelerator):
 
         def score_at(coefficient: float) -> Score:
             move_to(coefficient)
-            score = self.score(pl_module)
-            return score.proximal(self.proximal) if coefficient > -1 / steps else score
+            return self.score(pl_module)
 
         try:
             candidates = self.coefficients(not self._settled)
-            result = extrapolation.search(candidates, score_at, self.accept, world.sum)
+            result = extrapolation.search(
+                candidates,
+                score_at,
+                self.accept,
+                world.sum,
+                lambda coefficient: self.proximal if coefficient > -1 / steps else 0.0,
+            )
         except BaseException:
             move_to(0.0)
             raise

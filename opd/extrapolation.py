@@ -384,6 +384,7 @@ def search(
     score_at: Callable[[float], Score],
     accept: Accept,
     reduce_sum: Callable[[Tensor], Tensor] = lambda tensor: tensor,
+    proximal: Callable[[float], float] = lambda coefficient: 0.0,
 ) -> SearchResult:
     """Walk along the direction and keep the last accepted candidate (2605.11739, EffOPD).
 
@@ -392,6 +393,7 @@ def search(
         score_at: Scores W + c D; c = 0 scores W itself.
         accept: Whether a candidate replaces the best so far.
         reduce_sum: Sums a tensor over ranks, so that all ranks decide alike.
+        proximal: How much it counts, for a candidate and the best so far, that they have moved.
     """
     best = score_at(0.0)
     before = best.mean(reduce_sum)
@@ -400,8 +402,9 @@ def search(
     while coefficient is not None:
         score = score_at(coefficient)
         value = score.mean(reduce_sum)
-        further = coefficient > result.coefficient
-        accepted = accept(score.compare(best, reduce_sum), further)
+        further, weight = coefficient > result.coefficient, proximal(coefficient)
+        compared = score.proximal(weight).compare(best.proximal(weight), reduce_sum)
+        accepted = accept(compared, further)
         result.tried.append(Tried(coefficient, value, accepted))
         if accepted:
             best, result.score_after, result.coefficient = score, value, coefficient

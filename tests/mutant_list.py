@@ -1014,6 +1014,8 @@ MUTANTS = [
     effopd("            move_to(0.0)\n", "", EFFOPD),
     effopd("if coefficient > -1 / steps else", "if coefficient > -1 else", EFFOPD),
     effopd("if coefficient > -1 / steps else", "if coefficient > 0 else", EFFOPD),
+    extrapolation("compare(best.proximal(weight), ", "compare(best, ", EFFOPD),
+    extrapolation("score.proximal(weight)", "score", EFFOPD),
     effopd(".learning_rate_factor(steps)", ".learning_rate_factor(1)", EFFOPD),
     extrapolation("1 + self.coefficient / steps", "1 + self.coefficient"),
     extrapolation("self.values - weight * self.moved", "self.values - self.moved", SCORES),

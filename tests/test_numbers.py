@@ -450,8 +450,12 @@ def test_weights_move_by_the_rate_times_the_clipped_gradient(run, by_hand):
 # --- a search -------------------------------------------------------------------------------------
 
 
-def greedy_score(run: Run, weights: dict[str, torch.Tensor], step: int) -> tuple[float, int, int]:
-    """Share of right greedy answers, its tokens (two samples each), and those generated."""
+# Score, how far the weights have moved from those that sampled, tokens read, tokens generated
+Judged = tuple[float, float, int, int]
+
+
+def greedy_score(run: Run, weights: dict[str, torch.Tensor], step: int) -> Judged:
+    """Share of right greedy answers, and its tokens (two samples each)."""
     model, tokenizer = run.model(weights), AutoTokenizer.from_pretrained(run.student)
     right, tokens = [], 0
     for prompt, answer in SUMS:
@@ -466,15 +470,12 @@ def greedy_score(run: Run, weights: dict[str, torch.Tensor], step: int) -> tuple
         said = tokenizer.decode(text, skip_special_tokens=True).rpartition("=")[2]
         right.append(said.isdigit() and int(said) == int(answer))
         tokens += 2 * len(text)
-    return sum(right) / len(right), tokens, tokens
+    return sum(right) / len(right), 0.0, tokens, tokens
 
 
-def kl_score(run: Run, weights: dict[str, torch.Tensor], step: int) -> tuple[float, int, int]:
-    """Minus the mean reverse KL on the step's own rollouts, and a part of how far they have moved.
-
-    Their tokens are read; none are generated.
-    """
-    model, total, tokens = run.model(weights), 0.0, 0
+def kl_score(run: Run, weights: dict[str, torch.Tensor], step: int) -> Judged:
+    """Minus the mean reverse KL on the step's own rollouts; none are generated."""
+    model, total, far, tokens = run.model(weights), 0.0, 0.0, 0
     for record in run.samples(step):
         with torch.no_grad():
             log_p = logprobs(model, record, run.temperature)
@@ -482,9 +483,9 @@ def kl_score(run: Run, weights: dict[str, torch.Tensor], step: int) -> tuple[flo
         total += kl_of(log_p, log_q).sum().item()
         drawn = zip(log_p, record["completion_ids"], record["engine_logprob"], strict=True)
         ratios = [math.exp(row[y].item() - log_mu_y) for row, y, log_mu_y in drawn]
-        total += PROXIMAL * sum(r - 1 - math.log(r) for r in ratios)
+        far += sum(r - 1 - math.log(r) for r in ratios)
         tokens += len(record["completion_ids"])
-    return -total / tokens, tokens, 0
+    return -total / tokens, far / tokens, tokens, 0
 
 
 def test_searches_by_hand(run, by_hand):
@@ -494,18 +495,19 @@ def test_searches_by_hand(run, by_hand):
     anchor = run.weights(0)
     for step, entry in zip((1, 3), run.summary()["extrapolation"], strict=True):
         w = sgd_by_hand(run, step, by_hand[step].gradient)
-        best, tokens, generated = score(run, w, step)
+        best, best_far, tokens, generated = score(run, w, step)
         before, kept, tried = best, 0.0, []
         for c in run.coefficients:
             candidate = {n: w[n] + c * (w[n] - anchor[n]) for n in w}
-            value, more_tokens, more_generated = score(run, candidate, step)
+            value, far, more_tokens, more_generated = score(run, candidate, step)
             tokens, generated = tokens + more_tokens, generated + more_generated
-            accepted = value >= best if run.anchor == "raw" else value > best
+            gain = value - best - PROXIMAL * (far - best_far)
+            accepted = gain >= 0 if run.anchor == "raw" else gain > 0
             tried.append((c, value, accepted))
             if not accepted:
                 refusals += 1
                 break
-            best, kept = value, c
+            best, best_far, kept = value, far, c
         row = logged[step]
         assert row["effopd/direction_norm"] == close(norm_of({n: w[n] - anchor[n] for n in w}))
         assert row["effopd/score_before"] == close(before)

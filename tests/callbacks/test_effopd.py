@@ -119,6 +119,7 @@ class Far(MinusValidationLoss):
         (0, 1, [-0.5, -0.75], 0.5, 0.5),  # and back: 0.25 is worse
         (1, 1, [-0.5, -0.75], 0.5, 0.25),  # but nearer to 0
         (1, 2, [-0.5, -0.75], 0.6, 0.5),  # W_2 = 2, sampled by 1, and 0.5 lies behind
+        (1, 2, [-0.5], 1.55, 2),  # W has moved, but 1 is worse: the last step was no mistake
     ],
 )
 def test_a_candidate_must_gain_more_than_it_moves(proximal, step, coefficients, optimum, kept):
