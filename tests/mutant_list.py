@@ -576,6 +576,11 @@ MUTANTS = [
     study_command("    if stop_at_target:\n", "    if True:\n"),
     study_command("    if stop_at_target:\n", "    if False:\n"),
     study_trials("if earlier == made_with:", "if earlier:"),
+    study_trials("if ADVICE not in said or", "if True or", f"{STUDY}::test_a_small_study_runs"),
+    study_trials(
+        "if ADVICE not in said or", "if", f"{STUDY}::test_after_a_failure_no_trial_begins"
+    ),
+    study_outcomes('run.summary["steps"] if reached else max_steps', 'run.summary["steps"]'),
     study_command("map(fingerprint, command)", "command", STUDIES),
     study_trials(
         "pool.shutdown(cancel_futures=True)",

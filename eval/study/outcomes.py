@@ -173,7 +173,7 @@ def outcome_of(trial: Trial, run: Run, target: float, max_steps: int) -> Outcome
         tokens=reached.tokens if reached else None,
         seconds=reached.seconds if reached else None,
         total={
-            "steps": run.summary["steps"],
+            "steps": run.summary["steps"] if reached else max_steps,  # also where it diverged
             "tokens": cost["rollout_tokens"] + cost["search_generated_tokens"],
             "seconds": run.seconds,
         },

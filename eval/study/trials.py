@@ -98,8 +98,9 @@ def run_all(
         }
         try:
             for i, future in enumerate(as_completed(futures), start=done + 1):
-                future.result()
-                print(f"[{i}/{done + len(futures)}] {futures[future]}", flush=True)
+                diverged = future.result()
+                note = f": {diverged}" if diverged else ""
+                print(f"[{i}/{done + len(futures)}] {futures[future]}{note}", flush=True)
         except BrokenProcessPool as error:
             raise UserError(
                 "a trial has ended its process (out of memory?); the same command goes on with "
@@ -120,14 +121,20 @@ def _run(
     command: Sequence[str],
     made_with: Sequence[str],
     folder: Path,
-) -> None:
+) -> str:
     """Run one trial in this process, and remember what it was made with.
 
-    Its output goes beside the run folder, which is the run's alone.
+    Its output goes beside the run folder, which is the run's alone. One that has diverged is done
+    too: it has not reached the target.
+
+    Returns:
+        What one has said that has diverged; nothing of the others.
 
     Raises:
         UserError: It has failed; says what it said last.
     """
+    from opd.step import ADVICE
+
     finished, output = folder / FINISHED, folder.with_name(f"{folder.name}.log")
     finished.unlink(missing_ok=True)
     with (
@@ -140,8 +147,12 @@ def _run(
         except (Exception, SystemExit):
             failed = True
             traceback.print_exc()
+    diverged = ""
     if failed or not folder.is_dir():
         lines = output.read_text(encoding="utf-8").split("\n")
-        said = next((line for line in reversed(lines) if line.strip()), "it has not run")
-        raise UserError(f"{folder.name} failed ({said.strip()}); see {output}")
+        said = next((line for line in reversed(lines) if line.strip()), "it has not run").strip()
+        if ADVICE not in said or not (folder / "summary.json").is_file():
+            raise UserError(f"{folder.name} failed ({said}); see {output}")
+        diverged = said.partition(ADVICE)[0]
     finished.write_text(json.dumps(made_with, indent=0) + "\n", encoding="utf-8")
+    return diverged
