@@ -62,7 +62,7 @@ class OPDModule(LightningModule):
 
     Args:
         student: The model to train: hub id, perhaps with @REVISION (branch, tag or commit), folder,
-            checkpoint, GGUF file, embedded:base or embedded:teacher.
+            checkpoint, GGUF file, or one of the built-in: embedded:base, embedded:base-long.
         teacher: The model that it learns from, named alike; or several, as a mapping from the name
             that a prompt's ``teacher`` field holds to a model.
         objective: Loss per token. None: ReverseKL, the paper's.

@@ -4,8 +4,10 @@ import itertools
 import random
 
 import pytest
+import torch
 
 from opd.embedded.arithmetic import PROMPTS, Problem, problems, rows
+from opd.models import load_model, load_tokenizer
 
 
 @pytest.mark.parametrize(
@@ -55,6 +57,18 @@ def test_train_and_test_never_overlap_and_a_tenth_is_for_testing():
     pairs = itertools.product(range(100, 1000, 7), repeat=2)
     splits = [Problem(pair).split for pair in pairs]
     assert splits.count("test") / len(splits) == pytest.approx(10 / 97, abs=0.01)
+
+
+@pytest.mark.parametrize("name", ["base-long", "teacher-long"])
+def test_the_long_pair_adds_eight_numbers(name):
+    """Greedy, as the base does too: it slips only when it is sampled."""
+    model, tokenizer = load_model(f"embedded:{name}"), load_tokenizer(f"embedded:{name}")
+    asked = rows("test-long")[:4]
+    ids = torch.tensor(tokenizer([row["prompt"] for row in asked])["input_ids"])
+    said = model.generate(ids, max_new_tokens=240, do_sample=False)[:, ids.shape[1] :]
+    for row, text in zip(asked, tokenizer.batch_decode(said), strict=True):
+        numbers = tuple(int(number) for number in row["prompt"].removesuffix("=").split("+"))
+        assert text.removesuffix("<pad>") == Problem(numbers).chain() + "<eos>"
 
 
 def test_a_seed_fixes_the_order():

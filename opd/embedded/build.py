@@ -3,8 +3,9 @@
 The base learns from an adder who slips now and then: it knows how to add (greedy decoding is right)
 but is unsure of each sum (sampling often is not). The teacher is the base trained further without
 slips: like an RL-tuned model, a sharpened version of the same base. The short pair ships as
-embedded:base and embedded:teacher; the long one does not. About ten minutes each on two cores; the
-same seed, machine and library versions give the same weights.
+embedded:base and embedded:teacher, the long one as embedded:base-long and embedded:teacher-long.
+About ten and thirty minutes on two cores; the same seed, machine and library versions give the same
+weights.
 """
 
 from __future__ import annotations

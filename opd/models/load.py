@@ -44,7 +44,7 @@ log = logging.getLogger(__name__)
 
 Dtype = Literal["float32", "bfloat16", "float16"]
 EMBEDDED = Path(__file__).parent.parent / "embedded"
-EMBEDDED_MODELS = ("base", "teacher")
+EMBEDDED_MODELS = ("base", "teacher", "base-long", "teacher-long")
 ADAPTER = "adapter_config.json"
 LFS_POINTER = b"version https://git-lfs"
 # Constants that old versions of transformers saved, not all of which its classes know any more
