@@ -886,7 +886,7 @@ MUTANTS = [
     step("keep_opinions=any(", "keep_opinions=all("),
     step("rollouts.columns[LOT] < held_out", "rollouts.columns[LOT] <= held_out"),
     step("[reading] if keep_opinions", "[reading] if not keep_opinions"),
-    step("if request.held_out else", "if not request.held_out else"),
+    step("if share else", "if not share else"),
     step("stages.micro_batches(module, held_out)", "stages.micro_batches(module, trained)"),
     step(
         "(local // copies * world.size + world.rank) * copies",
@@ -918,13 +918,13 @@ MUTANTS = [
     module("self.evaluation_metrics.reset()", "pass", VALIDATION),
     # scores
     scores("return Score(right.mean(dim=1)", "return Score(1 - right.mean(dim=1)"),
-    scores("values.append(-micro.spread(", "values.append(micro.spread(", SCORES),
-    scores(
+    stages("values.append(-micro.spread(", "values.append(micro.spread(", SCORES),
+    stages(
         "weights.append(micro.lengths[filled].float().cpu())",
         "weights.append(torch.ones(int(filled.sum())))",
         SCORES,
     ),
-    scores('module.ledger.count("search_tokens", micro.num_tokens)', "pass", SCORES),
+    stages('module.ledger.count("search_tokens", micro.num_tokens)', "pass", SCORES),
     scores("columns[LOT] >= 1 - fraction", "columns[LOT] >= 0", SCORES),
     scores("held_out=self.fraction if", "held_out=0.0 if", SCORES),
     scores('self.rollouts in ("step", "part")', 'self.rollouts in ("step",)', SCORES),
