@@ -24,9 +24,11 @@ from test_numbers import louden
 from test_step import batch_of, module_of, rollouts_of
 
 from opd import reuse, stages
+from opd.errors import OutOfMemoryError
 from opd.extrapolation import Score
 from opd.metrics_rows import read_metrics
 from opd.objectives import FixedNegativeAdvantage, ForwardKL, PolicyGradient, ReverseKL, reverse_kl
+from opd.randomness import derive_seed
 from opd.reuse import Reuse, Reused, further_steps, importance_weights
 from opd.scores import TeacherKL
 from opd.step import StepRequest, take_step
@@ -333,6 +335,52 @@ def test_a_held_out_part_is_shared_and_read_once(tiny):
     assert totals["train_tokens"] == 2 * trained
     assert totals["search_tokens"] == 2 * aside
     assert output.readings == []  # nobody has asked
+
+
+class Seeds(ReverseKL):
+    """Notes what the dropout of each pass is drawn from."""
+
+    def with_slope(self, both, tokens):
+        Seeds.seen.append(torch.default_generator.initial_seed())
+        return super().with_slope(both, tokens)
+
+
+def test_each_pass_has_dropout_of_its_own_and_no_judgement_has_any(tiny, monkeypatch):
+    monkeypatch.setattr(Seeds, "seen", [], raising=False)
+    module = module_with(tiny, Reuse(3, 0.25, ALWAYS), family="gpt2", objective=Seeds())
+    output = step_with(module, adam(module))
+    expected = [derive_seed(0, 1, 0, "dropout", *k) for k in ([], [2], [3])]
+    assert list(dict.fromkeys(Seeds.seen)) == expected
+    assert module.student.training
+    (reading, *_) = output.held_out_readings
+    weights, scores = [], []
+    for seed in (1, 2):
+        torch.manual_seed(seed)
+        weights.append(stages.weighed(module, reading).micro.columns["weight"])
+        scores.append(stages.judge(module, [reading], "reverse_kl").values)
+    assert torch.equal(*weights)
+    assert torch.equal(*scores)
+    assert "weight" not in reading.micro.columns
+
+
+def test_what_a_further_step_lacks_does_not_harm_the_one_that_is_counted(tiny, monkeypatch):
+    """Without memory for a second step, the first is whole: a run can go on from it."""
+    module = module_with(tiny, Reuse(2))
+    optimizer = adam(module)
+    scheduler = torch.optim.lr_scheduler.StepLR(optimizer, 1, gamma=0.1)
+
+    def weighed(*_):
+        raise OutOfMemoryError("out of memory")
+
+    monkeypatch.setattr(stages, "weighed", weighed)
+    with pytest.raises(OutOfMemoryError):
+        step_with(module, optimizer, scheduler=scheduler)
+    assert scheduler.last_epoch == 1
+    plain = module_with(tiny, None)
+    other = adam(plain)
+    other_scheduler = torch.optim.lr_scheduler.StepLR(other, 1, gamma=0.1)
+    step_with(plain, other, StepRequest(held_out=0.25), other_scheduler)
+    assert_same(everything(module, optimizer), everything(plain, other))
 
 
 # --- runs -----------------------------------------------------------------------------------------
