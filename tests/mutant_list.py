@@ -80,6 +80,7 @@ REUSE_KEPT = f"{REUSE}::test_all_that_an_optimizer_keeps_is_put_back"
 REUSE_NAN = f"{REUSE}::test_a_further_loss_that_is_not_a_number_takes_no_step"
 REUSE_SHARED = f"{REUSE}::test_a_held_out_part_is_shared_and_read_once"
 REUSE_ALL = f"{REUSE}::test_steps_without_a_guard_are_trained_on_everything"
+REUSE_REFUSED = f"{REUSE}::test_what_cannot_be_is_refused"
 REUSE_RUN = f"{REUSE}::test_a_batch_is_one_step_of_a_run_however_often_it_is_used"
 REUSE_DROPOUT = f"{REUSE}::test_each_pass_has_dropout_of_its_own_and_no_judgement_has_any"
 REUSE_OUT = f"{REUSE}::test_what_a_further_step_lacks_does_not_harm_the_one_that_is_counted"
@@ -1231,9 +1232,9 @@ MUTANTS = [
     reuse("name: _copy(part) for", "name: part for", REUSE_KEPT),
     reuse("except NonFiniteError:", "except KeyError:", REUSE_NAN),
     reuse("score() if reuse.held_out else None", "score()", REUSE_ALL),
-    reuse("self.steps >= 1", "self.steps >= 0", BAD_INPUT),
-    reuse("0 <= self.held_out < 1", "0 <= self.held_out <= 1", BAD_INPUT),
-    reuse("0 <= self.margin", "-9 <= self.margin", BAD_INPUT),
+    reuse("self.steps >= 1", "self.steps >= 0", REUSE_REFUSED),
+    reuse("0 <= self.held_out < 1", "0 <= self.held_out <= 1", REUSE_REFUSED),
+    reuse("0 <= self.margin", "-9 <= self.margin", REUSE_REFUSED),
     objective('"previous" if "full" in', '"sampled" if "full" in', REUSE_STEPS),
     objective('"sampled" if self.importance_cap is None else None', '"sampled"', REUSE_STEPS),
     objective('"sampled" if self.importance_cap is None else None', "None", REUSE_STEPS),

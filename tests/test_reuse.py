@@ -24,7 +24,7 @@ from test_numbers import louden
 from test_step import batch_of, module_of, rollouts_of
 
 from opd import reuse, stages
-from opd.errors import OutOfMemoryError
+from opd.errors import OutOfMemoryError, UserError
 from opd.extrapolation import Score
 from opd.metrics_rows import read_metrics
 from opd.objectives import FixedNegativeAdvantage, ForwardKL, PolicyGradient, ReverseKL, reverse_kl
@@ -381,6 +381,22 @@ def test_what_a_further_step_lacks_does_not_harm_the_one_that_is_counted(tiny, m
     other_scheduler = torch.optim.lr_scheduler.StepLR(other, 1, gamma=0.1)
     step_with(plain, other, StepRequest(held_out=0.25), other_scheduler)
     assert_same(everything(module, optimizer), everything(plain, other))
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ({"steps": 0}, "steps=0 must be at least 1"),
+        ({"held_out": 1.0}, "held_out=1.0 must be at least 0 and below 1"),
+        ({"held_out": -0.1}, "held_out=-0.1 must be"),
+        ({"margin": -0.1}, "margin=-0.1 must be a number of standard errors, at least 0"),
+        ({"margin": float("nan")}, "margin=nan must be"),
+        ({"margin": float("inf")}, "margin=inf must be"),
+    ],
+)
+def test_what_cannot_be_is_refused(options, said):
+    with pytest.raises(UserError, match=f"model.reuse.{said}"):
+        Reuse(**options)
 
 
 # --- runs -----------------------------------------------------------------------------------------
