@@ -24,7 +24,13 @@ REFUSED: dict[type[lightning.Callback], str] = {
     lightning.ModelPruning: NO_PHASES,
     BaseFinetuning: NO_PHASES,
 }
-LOGGED = ("val", "opd", "rollout", "optim")  # prefixes of metrics that this package alone logs
+LOGGED = (
+    "val",
+    "opd",
+    "rollout",
+    "optim",
+    "reuse",
+)  # prefixes of metrics that this package alone logs
 
 
 def callbacks_of(trainer: Trainer) -> list[lightning.Callback]:

@@ -26,8 +26,9 @@ class Ledger:
     """Cumulative cost of a run, the same on all ranks after :meth:`synchronize`.
 
     Tokens are completion tokens, summed over ranks: sampled for training (rollout), read by
-    teachers, trained on, judged by searches, once per candidate (search), and generated for
-    searches (search_generated). Seconds are wall-clock, averaged over ranks.
+    teachers, trained on, once per pass, judged by searches, once per candidate, and by the guard of
+    reused rollouts (search), and generated for searches (search_generated). Seconds are wall-clock,
+    averaged over ranks.
     """
 
     def __init__(self) -> None:

@@ -33,6 +33,7 @@ from opd.metrics import (
 from opd.objectives import Objective, ReverseKL
 from opd.prompts import PromptBatch, PromptDataModule, pad_token_id
 from opd.randomness import random_state, restore_random_state
+from opd.reuse import Reuse
 from opd.rollouts import (
     RolloutEngine,
     Sampler,
@@ -55,6 +56,7 @@ TRAIN_METRICS = (
     *("opd/loss", *TOKEN_METRICS, *ROLLOUT_MEANS, *ROLLOUT_SUMS, *ROLLOUT_MAXIMA),
     *("optim/lr", "optim/grad_norm"),
 )
+REUSE_METRICS = ("reuse/steps", "reuse/undone", "reuse/ratio")
 
 
 class OPDModule(LightningModule):
@@ -68,6 +70,8 @@ class OPDModule(LightningModule):
         objective: Loss per token. None: ReverseKL, the paper's.
         optimizer: Builds the optimizer from the student's parameters.
         scheduler: Builds the learning-rate scheduler, advanced once per step. None: constant.
+        reuse: Take several optimizer steps on each batch of rollouts, and undo those that clearly
+            harm. None: one.
         max_new_tokens: Longest completion in tokens.
         temperature: Of rollouts; student and teacher logits are divided by it in the objective too.
         top_p: Nucleus sampling of rollouts; 1 keeps all tokens.
@@ -111,6 +115,7 @@ class OPDModule(LightningModule):
         objective: Objective | None = None,
         optimizer: OptimizerCallable = _adamw,
         scheduler: LRSchedulerCallable | None = None,
+        reuse: Reuse | None = None,
         max_new_tokens: int = 16384,
         temperature: float = 1.0,
         top_p: float = 1.0,
@@ -152,6 +157,7 @@ class OPDModule(LightningModule):
         self.objective = objective or ReverseKL()
         self.optimizer = optimizer
         self.scheduler = scheduler
+        self.reuse = reuse if reuse is not None and reuse.steps > 1 else None
         self.rollouts_per_prompt = rollouts_per_prompt
         self.engine = engine or TransformersEngine()
         self.verifier = verifier
@@ -159,7 +165,11 @@ class OPDModule(LightningModule):
         self.tile_tokens = tile_tokens
         self.max_grad_norm = max_grad_norm
         self.update_norm = update_norm
-        self._logged = (*TRAIN_METRICS, *(["optim/update_norm"] if update_norm else []))
+        self._logged = (
+            *TRAIN_METRICS,
+            *(["optim/update_norm"] if update_norm else []),
+            *(REUSE_METRICS if self.reuse is not None else []),
+        )
         self.teacher_dtype: models.Dtype = teacher_dtype
         self.teacher_offload = teacher_offload
         self.attn_implementation = attn_implementation
@@ -324,6 +334,11 @@ class OPDModule(LightningModule):
         optimization.rehearse(self.optimizer, self.scheduler, steps)
         parameters = [p for p in self.student.parameters() if p.requires_grad]
         optimizer = optimization.build(self.optimizer, parameters)
+        if self.reuse is not None and optimization.trains_others(optimizer):
+            raise UserError(
+                f"model.reuse: {type(optimizer).__name__} trains other weights than those that "
+                "would be judged after each step; use another optimizer, as torch.optim.AdamW"
+            )
         scheduler = None if self.scheduler is None else self.scheduler(optimizer)
         self._options = optimization.options_of(optimizer, scheduler)
         self._check_resumed()

@@ -14,7 +14,6 @@ import torch
 from opd import stages
 from opd.errors import UserError
 from opd.extrapolation import Score
-from opd.metrics import judged_by
 from opd.prompts import Prompt, PromptBatch, PromptDataModule
 from opd.randomness import derive_seed
 from opd.rollouts import Rollouts
@@ -166,7 +165,8 @@ class TeacherKL(CandidateScore):
         if self.rollouts == "fresh":
             self._readings = self._fresh(module, derive_seed(seed, output.t, "fresh"))
         elif self.rollouts == "held_out":
-            self._readings = [_read(module, micro) for micro in output.held_out]
+            read = output.held_out_readings
+            self._readings = read or [_read(module, micro) for micro in output.held_out]
         elif self.rollouts == "part":
             self._readings = [part_of(reading, self.fraction) for reading in output.readings]
         else:
@@ -180,26 +180,8 @@ class TeacherKL(CandidateScore):
         module.ledger.count("search_generated_tokens", rollouts.num_tokens)
         return [_read(module, micro) for micro in stages.micro_batches(module, rollouts)]
 
-    @torch.no_grad()
     def __call__(self, module: OPDModule) -> Score:
-        training = module.student.training
-        module.student.eval()
-        try:
-            return self._score(module)
-        finally:
-            module.student.train(training)
-
-    def _score(self, module: OPDModule) -> Score:
-        values, moved, weights = [torch.zeros(0)], [torch.zeros(0)], [torch.zeros(0)]
-        for reading in self._readings:
-            micro = reading.micro
-            found = stages.compare(module, reading, None, judged_by(self.divergence)).values
-            filled = micro.lengths > 0  # the others only keep ranks in step
-            values.append(-micro.spread(found["divergence"]).sum(dim=1)[filled].cpu())
-            moved.append(micro.spread(found["moved"]).sum(dim=1)[filled].cpu())
-            weights.append(micro.lengths[filled].float().cpu())
-            module.ledger.count("search_tokens", micro.num_tokens)
-        return Score(torch.cat(values), torch.cat(weights), torch.cat(moved))
+        return stages.judge(module, self._readings, self.divergence)
 
     def release(self) -> None:
         """Let go of the teacher's hidden states."""

@@ -7,7 +7,8 @@ prompts -> :func:`generate` -> :func:`micro_batches` -> :func:`read` -> :func:`c
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Literal, Protocol
 
@@ -17,11 +18,13 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from opd import memory, tokens
 from opd.answers import Verifier
+from opd.extrapolation import Score
 from opd.ledger import Ledger
-from opd.metrics import StepMetrics, rollout_metrics
+from opd.metrics import StepMetrics, judged_by, rollout_metrics
 from opd.objectives import Objective
 from opd.prompts import Prompt, PromptBatch
 from opd.randomness import derive_seed
+from opd.reuse import Reuse, importance_weights, sampled_logprobs
 from opd.rollouts import (
     RolloutEngine,
     Rollouts,
@@ -43,6 +46,7 @@ class Distillation(Protocol):
     teachers: Teachers
     tokenizer: PreTrainedTokenizerBase
     objective: Objective
+    reuse: Reuse | None
     engine: RolloutEngine
     sampler: Sampler
     verifier: Verifier
@@ -144,6 +148,55 @@ def compare(
             temperature=module.sampler.temperature,
             tile=module.tile_tokens,
         )
+
+
+@torch.no_grad()
+def judge(module: Distillation, readings: Sequence[Reading], divergence: str) -> Score:
+    """Score the student, without dropout, by completions that its teachers have read.
+
+    Args:
+        module: Whose student.
+        readings: The completions.
+        divergence: See :func:`opd.metrics.judged_by`.
+
+    Returns:
+        Minus the divergence of each completion that has tokens, how many it has, and how far the
+        student has moved from what has sampled them.
+    """
+    values, moved, weights = [torch.zeros(0)], [torch.zeros(0)], [torch.zeros(0)]
+    with in_eval_mode(module.student):
+        for reading in readings:
+            micro = reading.micro
+            found = compare(module, reading, None, judged_by(divergence)).values
+            filled = micro.lengths > 0  # the others only keep ranks in step
+            values.append(-micro.spread(found["divergence"]).sum(dim=1)[filled].cpu())
+            moved.append(micro.spread(found["moved"]).sum(dim=1)[filled].cpu())
+            weights.append(micro.lengths[filled].float().cpu())
+            module.ledger.count("search_tokens", micro.num_tokens)
+    return Score(torch.cat(values), torch.cat(weights), torch.cat(moved))
+
+
+@torch.no_grad()
+def weighed(module: Distillation, reading: Reading) -> Reading:
+    """Give each token the weight of its loss where the student is not the one that has sampled."""
+    of, micro = module.objective.ratio_of, reading.micro
+    if of is None:
+        return reading
+    with in_eval_mode(module.student):
+        logp_y = compare(module, Reading(micro, {}), None, sampled_logprobs).values["logp_y"]
+    columns = {**micro.columns, "weight": importance_weights(logp_y, micro, of)}
+    return Reading(dataclasses.replace(micro, columns=columns), reading.opinions)
+
+
+@contextmanager
+def in_eval_mode(model: PreTrainedModel) -> Iterator[None]:
+    """Switch dropout off within."""
+    training = model.training
+    model.eval()
+    try:
+        yield
+    finally:
+        model.train(training)
 
 
 def verify(module: Distillation, rollouts: Rollouts) -> Tensor:

@@ -6,7 +6,8 @@
 4. teachers read each micro-batch
 5. the objective's loss per token is summed and divided by the token count of the *global* batch:
    all ranks, all micro-batches
-6. one backward per micro-batch; then clip, optimizer, scheduler
+6. one backward per micro-batch; then clip and optimizer; with ``model.reuse`` several times, for
+   the same rollouts (``opd/reuse.py``); then the scheduler
 7. callbacks act in ``on_train_batch_end``: EffOPD may move the weights there
 
 What a callback needs of a step it asks for beforehand with a :class:`StepRequest`, and finds in the
@@ -17,8 +18,9 @@ Shapes: B completions, N tokens of a micro-batch.
 
 from __future__ import annotations
 
+import functools
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any, Protocol, runtime_checkable
@@ -28,11 +30,14 @@ from torch import Tensor
 
 from opd import memory, optimization, sharding, stages
 from opd.errors import NonFiniteError
+from opd.extrapolation import Score
 from opd.metrics import token_metrics
 from opd.prompts import PromptBatch
 from opd.randomness import derive_seed, own_randomness
+from opd.reuse import Reuse, Saved, further_steps, ratios
 from opd.rollouts import Rollouts
 from opd.stages import Distillation, Reading
+from opd.tokens import Compared, Measure
 from opd.weights import Weights
 from opd.world import World
 
@@ -93,6 +98,7 @@ class StepOutput:
         values: The metrics of each micro-batch, by name, [N].
         readings: The same micro-batches with their teachers' opinions, if they were asked for.
         held_out: Micro-batches that were kept out of the gradient.
+        held_out_readings: The same with their teachers' opinions, if the step itself needed them.
         update: Metrics of the optimizer's step.
     """
 
@@ -101,6 +107,7 @@ class StepOutput:
     values: list[dict[str, Tensor]]
     readings: list[Reading]
     held_out: list[Rollouts]
+    held_out_readings: list[Reading]
     update: dict[str, float]
 
 
@@ -122,33 +129,110 @@ def take_step(
     """
     t, world = module.global_step + 1, module.world
     rollouts = sample(module, batch, t)
-    held_out, trained = split(rollouts, request.held_out)
+    reuse, share = module.reuse, request.held_out
+    if reuse is not None:
+        share = max(share, reuse.held_out)
+    held_out, trained = split(rollouts, share)
     micro_batches = stages.micro_batches(module, trained)
     with own_randomness(module.device, module.seed, t, world.rank, "dropout"):
-        values, readings = accumulate_gradients(module, micro_batches, request.keep_opinions)
+        values, readings = accumulate_gradients(
+            module, micro_batches, request.keep_opinions or reuse is not None
+        )
     # The teacher first: where it fails, the loss follows
     for name, what in [("teacher_logprob", "teacher's log-probability"), ("loss", "loss")]:
         check_finite(t, micro_batches, [v[f"opd/{name}"] for v in values], what, world)
+    weights = module.weights
+    apply = functools.partial(
+        apply_gradients,
+        weights,
+        module.student,
+        optimizer,
+        max_grad_norm=module.max_grad_norm,
+        learning_rate_factor=request.learning_rate_factor,
+        t=t,
+    )
     with module.ledger.phase("train"):
-        update = apply_gradients(
-            module.weights,
-            module.student,
-            optimizer,
-            scheduler,
-            max_grad_norm=module.max_grad_norm,
-            update_norm=module.update_norm,
-            learning_rate_factor=request.learning_rate_factor,
-            t=t,
-            world=world,
-        )
+        before = weights.copy(list(weights.parameters())) if module.update_norm else None
+        update = apply(optimizer.step)
+    aside = stages.micro_batches(module, held_out) if share else []
+    aside_readings: list[Reading] = []
+    try:
+        if reuse is not None:
+            if reuse.held_out:
+                with module.ledger.phase("teacher"):
+                    aside_readings = [stages.read(module, micro) for micro in aside]
+                    module.ledger.count("teacher_tokens", sum(m.num_tokens for m in aside))
+            again = functools.partial(apply, functools.partial(world.step, optimizer))
+            update |= reuse_rollouts(module, reuse, t, readings, aside_readings, optimizer, again)
+    finally:  # whatever becomes of further steps, the one that is counted has been taken
+        if scheduler is not None:
+            scheduler.step()
+    if before is not None:
+        with module.ledger.phase("train"):
+            update["optim/update_norm"] = _distance(before, weights, world)
     return StepOutput(
         t,
         micro_batches,
         values,
-        readings=readings,
-        held_out=stages.micro_batches(module, held_out) if request.held_out else [],
+        readings=readings if request.keep_opinions else [],
+        held_out=aside,
+        held_out_readings=aside_readings,
         update=update,
     )
+
+
+def reuse_rollouts(
+    module: Distillation,
+    reuse: Reuse,
+    t: int,
+    readings: Sequence[Reading],
+    held_out: Sequence[Reading],
+    optimizer: Any,
+    apply: Callable[[], object],
+) -> dict[str, float]:
+    """Take further steps on what has been trained on once: :mod:`opd.reuse`; all ranks together.
+
+    Args:
+        module: A student with its teachers.
+        reuse: How many.
+        t: Number of the batch, from 1.
+        readings: What was trained on.
+        held_out: What judges further steps.
+        optimizer: Lightning's or torch's optimizer of the student's weights.
+        apply: Takes an uncounted step along the gradients.
+
+    Returns:
+        ``reuse/steps``, optimizer steps on this batch that hold; ``reuse/undone``, 1 if one was
+        undone; and the mean ratio p / mu, truncated, of the tokens that further steps have seen.
+    """
+    world, seen = module.world, torch.zeros(2, dtype=torch.float64)
+
+    def attempt(k: int) -> None:
+        with own_randomness(module.device, module.seed, t, world.rank, "dropout", k):
+            values = accumulate_again(module, readings)
+        try:
+            micro_batches = [reading.micro for reading in readings]
+            check_finite(t, micro_batches, [v["opd/loss"] for v in values], "loss", world)
+            with module.ledger.phase("train"):
+                apply()
+        except NonFiniteError:
+            optimizer.zero_grad()
+            raise
+        for ratio in (v["ratio"] for v in values):
+            seen.add_(torch.stack([ratio.double().sum().cpu(), torch.tensor(float(len(ratio)))]))
+
+    def score() -> Score:
+        with module.ledger.phase("search"):
+            return stages.judge(module, held_out, "reverse_kl")
+
+    def save() -> Saved:
+        with memory.needed_for("a copy of weights and optimizer state"):
+            return Saved(module.weights, optimizer)
+
+    reused = further_steps(reuse, attempt, score, save, world.sum)
+    metrics = {"reuse/steps": float(reused.steps), "reuse/undone": float(reused.undone)}
+    ratio, count = world.sum(seen).tolist()
+    return metrics | ({"reuse/ratio": ratio / count} if count else {})
 
 
 def sample(module: Distillation, batch: PromptBatch, t: int) -> Rollouts:
@@ -204,9 +288,8 @@ def accumulate_gradients(
         The metrics of each micro-batch by name, [N]; and, if they are to be kept, the micro-batches
         with what their teachers think of them.
     """
-    world = module.world
     counts = [micro.num_tokens for micro in micro_batches]
-    total = max(world.sum(torch.tensor(float(sum(counts)))).item(), 1.0)
+    total = global_tokens(module.world, counts)
     values: list[dict[str, Tensor]] = []
     readings: list[Reading] = []
     for i, micro in enumerate(micro_batches):
@@ -214,16 +297,57 @@ def accumulate_gradients(
             reading = stages.read(module, micro)
             module.ledger.count("teacher_tokens", counts[i])
         with module.ledger.phase("train"):
-            compared = stages.compare(module, reading, module.objective, token_metrics)
-            sync = module.gradient_sync == "every" or i == len(micro_batches) - 1
-            # Data parallel strategies average gradients over ranks; the sum is wanted
-            with memory.needed_for("the gradient"):
-                world.backward(compared.total * (world.size / total), module.student, sync=sync)
+            last = i == len(micro_batches) - 1
+            compared = add_gradient(module, reading, token_metrics, total, last=last)
             module.ledger.count("train_tokens", counts[i])
             stages.count_tokens(module, module.train_metrics, micro, compared.values)
         values.append(compared.values)
         readings += [reading] if keep_opinions else []
     return values, readings
+
+
+def accumulate_again(module: Distillation, readings: Sequence[Reading]) -> list[dict[str, Tensor]]:
+    """Add up the gradient of what has been read, with importance weights.
+
+    Returns:
+        The loss and the ratio p / mu of each micro-batch, by name, [N].
+    """
+    counts = [reading.micro.num_tokens for reading in readings]
+    total = global_tokens(module.world, counts)
+    values: list[dict[str, Tensor]] = []
+    for i, reading in enumerate(readings):
+        with module.ledger.phase("train"):
+            weighed = stages.weighed(module, reading)
+            compared = add_gradient(module, weighed, ratios, total, last=i == len(readings) - 1)
+            module.ledger.count("train_tokens", counts[i])
+        values.append(compared.values)
+    return values
+
+
+def global_tokens(world: World, counts: Sequence[int]) -> float:
+    """Add up the tokens of all micro-batches of all ranks, at least 1; a collective."""
+    return max(world.sum(torch.tensor(float(sum(counts)))).item(), 1.0)
+
+
+def add_gradient(
+    module: Distillation, reading: Reading, measure: Measure, total: float, *, last: bool
+) -> Compared:
+    """Compare a micro-batch, and add the gradient of its share of the loss.
+
+    Args:
+        module: A student with its teachers.
+        reading: The micro-batch.
+        measure: What else is wanted of every token.
+        total: Tokens of the global batch.
+        last: Whether it is the last of a step.
+    """
+    world = module.world
+    compared = stages.compare(module, reading, module.objective, measure)
+    sync = module.gradient_sync == "every" or last
+    # Data parallel strategies average gradients over ranks; the sum is wanted
+    with memory.needed_for("the gradient"):
+        world.backward(compared.total * (world.size / total), module.student, sync=sync)
+    return compared
 
 
 def check_finite(
@@ -266,30 +390,26 @@ def apply_gradients(
     weights: Weights,
     student: torch.nn.Module,
     optimizer: Any,
-    scheduler: Any,
+    take: Callable[[], object],
     *,
     max_grad_norm: float,
-    update_norm: bool,
     learning_rate_factor: float,
     t: int,
-    world: World,
 ) -> dict[str, float]:
-    """Clip, take the optimizer's step, advance the scheduler.
+    """Clip, and take the optimizer's step.
 
     Args:
         weights: The student's weights.
         student: The student, perhaps sharded.
         optimizer: Lightning's or torch's optimizer of them.
-        scheduler: Of the learning rate; None: it is constant.
+        take: Takes its step: ``optimizer.step``, or what Lightning does not count.
         max_grad_norm: Gradients are scaled down to this norm.
-        update_norm: Whether to measure how far the weights move.
         learning_rate_factor: What the learning rate is multiplied by.
         t: Number of the step, from 1.
-        world: The ranks.
 
     Returns:
         The metrics of the update: ``optim/lr`` that it was made with, ``optim/grad_norm`` before
-        clipping, and, if it is to be measured, ``optim/update_norm`` of the change of the weights.
+        clipping.
 
     Raises:
         NonFiniteError: The gradient is infinite or NaN.
@@ -300,19 +420,13 @@ def apply_gradients(
             f"step {t}: the gradient's norm is {grad_norm}, although every loss is finite; the "
             f"weights are those of step {t - 1}{ADVICE}"
         )
-    before = weights.copy(list(weights.parameters())) if update_norm else None
     with optimization.scaled(optimizer, learning_rate_factor):
         learning_rate = float(optimizer.param_groups[0]["lr"])
         with memory.needed_for("the optimizer's step", weights_change=True):
-            optimizer.step()
+            take()
     optimizer.zero_grad()
     weights.changed()
-    if scheduler is not None:
-        scheduler.step()
-    update = {"optim/lr": learning_rate, "optim/grad_norm": grad_norm}
-    if before is not None:
-        update["optim/update_norm"] = _distance(before, weights, world)
-    return update
+    return {"optim/lr": learning_rate, "optim/grad_norm": grad_norm}
 
 
 def _distance(before: list[Tensor], weights: Weights, world: World) -> float:

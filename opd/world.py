@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING, TypeVar, cast
+from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 import torch
 import torch.distributed
+from lightning.pytorch.core.optimizer import LightningOptimizer
 from torch import Tensor
 
 from opd import sharding
@@ -76,6 +77,14 @@ class World:
             if reason is not None:
                 raise UserError(f"rank {rank} has failed: {reason}")
         return cast(T, result)
+
+    def step(self, optimizer: Any) -> None:
+        """Take an optimizer's step that Lightning does not count as one of ``global_step``."""
+        own = optimizer.optimizer if isinstance(optimizer, LightningOptimizer) else optimizer
+        if self._strategy is None:
+            own.step()
+        else:
+            self._strategy.optimizer_step(own, lambda: None)
 
     def backward(self, loss: Tensor, model: torch.nn.Module, *, sync: bool) -> None:
         """Take gradients.

@@ -72,6 +72,18 @@ BENCHMARKS = f"{HARNESS}::test_benchmarks_of_a_run_are_those_of_its_checkpoints"
 
 PROMPTS = "tests/test_prompts.py"
 STEP = "tests/test_step.py"
+REUSE = "tests/test_reuse.py"
+REUSE_WEIGHTS = f"{REUSE}::test_importance_weights_by_hand"
+REUSE_STEPS = f"{REUSE}::test_steps_are_those_of_a_plain_loop_on_the_same_tokens"
+REUSE_UNDONE = f"{REUSE}::test_an_undone_step_leaves_all_bit_for_bit_as_without_it"
+REUSE_KEPT = f"{REUSE}::test_all_that_an_optimizer_keeps_is_put_back"
+REUSE_NAN = f"{REUSE}::test_a_further_loss_that_is_not_a_number_takes_no_step"
+REUSE_SHARED = f"{REUSE}::test_a_held_out_part_is_shared_and_read_once"
+REUSE_ALL = f"{REUSE}::test_steps_without_a_guard_are_trained_on_everything"
+REUSE_REFUSED = f"{REUSE}::test_what_cannot_be_is_refused"
+REUSE_RUN = f"{REUSE}::test_a_batch_is_one_step_of_a_run_however_often_it_is_used"
+REUSE_DROPOUT = f"{REUSE}::test_each_pass_has_dropout_of_its_own_and_no_judgement_has_any"
+REUSE_OUT = f"{REUSE}::test_what_a_further_step_lacks_does_not_harm_the_one_that_is_counted"
 DEALT = "test_two_processes_draw_the_same_rollouts_and_end_at_the_same_weights"
 TWO = f"tests/test_distributed.py::{DEALT}[ddp]"
 TILES = "tests/test_tokens.py"
@@ -195,6 +207,7 @@ passes = of("opd/models/passes.py", TILES)
 objective = of("opd/objectives/objective.py", "tests/objectives")
 gradient = of("opd/objectives/policy_gradient.py", "tests/objectives")
 teachers = of("opd/teachers/teachers.py", STEP)
+reuse = of("opd/reuse.py", f"{REUSE}::test_a_step_that_is_worse_by_more_than_the_margin_is_undone")
 weights = of("opd/weights.py", "tests/test_weights.py")
 accelerator = of("callbacks/accelerator.py", EFFOPD)
 logs = of("opd/logs.py", EFFOPD)
@@ -421,7 +434,7 @@ MUTANTS = [
     extrapolation("difference > (on", "difference >= (on"),
     extrapolation("(on if further else back)", "(back if further else on)"),
     extrapolation("(margins * 2)[:2] if margins", "(0.0, 0.0) if margins"),
-    extrapolation("further = coefficient > result.coefficient", "further = coefficient > 0"),
+    extrapolation("coefficient > result.coefficient, proximal", "coefficient > 0, proximal"),
     extrapolation(
         "-math.inf if broken_here else math.inf", "math.inf if broken_here else -math.inf"
     ),
@@ -768,7 +781,7 @@ MUTANTS = [
     metrics("FAR = 5.0", "FAR = 5.02", UNIT_METRICS),
     metrics("log_ratio = log_p_y - logmu_y", "log_ratio = logmu_y - log_p_y", UNIT_METRICS),
     metrics("return log_ratio.expm1() - log_ratio", "return -log_ratio", UNIT_METRICS),
-    scores('spread(found["moved"])', 'spread(found["divergence"])', SCORES),
+    stages('spread(found["moved"])', 'spread(found["divergence"])', SCORES),
     metrics(
         '"student_logprob": of_sampled(both.log_p, tokens.y)',
         '"student_logprob": of_sampled(both.log_q, tokens.y)',
@@ -863,7 +876,11 @@ MUTANTS = [
         'module.ledger.count("rollout_tokens", len(rollouts))',
         COUNTS,
     ),
-    step('module.ledger.count("train_tokens", counts[i])', "pass", COUNTS),
+    step(
+        'module.ledger.count("train_tokens", counts[i])\n            stages.',
+        "stages.",
+        COUNTS,
+    ),
     step('module.ledger.count("teacher_tokens", counts[i])', "pass", COUNTS),
     scores('module.ledger.count("teacher_tokens", micro.num_tokens)', "pass", SCORES),
     step(
@@ -872,8 +889,8 @@ MUTANTS = [
         DROPOUT,
     ),
     step(
-        "own_randomness(module.device, module.seed, t",
-        "own_randomness(module.device, 0, t",
+        'own_randomness(module.device, module.seed, t, world.rank, "dropout")',
+        'own_randomness(module.device, 0, t, world.rank, "dropout")',
         DROPOUT,
     ),
     step("(world.size / total)", "(1 / len(micro_batches))"),
@@ -887,7 +904,7 @@ MUTANTS = [
     ),
     step("        scheduler.step()\n", "        pass\n"),
     step("        scheduler.step()\n", "        pass\n", WEIGHTS),
-    step("optimizer.zero_grad()", "pass", WEIGHTS),
+    step("    optimizer.zero_grad()\n    weights", "    weights", WEIGHTS),
     step('"optim/lr": learning_rate', '"optim/lr": optimizer.param_groups[0]["lr"]'),
     step('"optim/grad_norm": grad_norm', '"optim/grad_norm": min(grad_norm, max_grad_norm)'),
     step("else squares).sqrt())", "else squares))"),
@@ -897,7 +914,7 @@ MUTANTS = [
     step("keep_opinions=any(", "keep_opinions=all("),
     step("rollouts.columns[LOT] < held_out", "rollouts.columns[LOT] <= held_out"),
     step("[reading] if keep_opinions", "[reading] if not keep_opinions"),
-    step("if request.held_out else", "if not request.held_out else"),
+    step("if share else", "if not share else"),
     step("stages.micro_batches(module, held_out)", "stages.micro_batches(module, trained)"),
     step(
         "(local // copies * world.size + world.rank) * copies",
@@ -929,13 +946,13 @@ MUTANTS = [
     module("self.evaluation_metrics.reset()", "pass", VALIDATION),
     # scores
     scores("return Score(right.mean(dim=1)", "return Score(1 - right.mean(dim=1)"),
-    scores("values.append(-micro.spread(", "values.append(micro.spread(", SCORES),
-    scores(
+    stages("values.append(-micro.spread(", "values.append(micro.spread(", SCORES),
+    stages(
         "weights.append(micro.lengths[filled].float().cpu())",
         "weights.append(torch.ones(int(filled.sum())))",
         SCORES,
     ),
-    scores('module.ledger.count("search_tokens", micro.num_tokens)', "pass", SCORES),
+    stages('module.ledger.count("search_tokens", micro.num_tokens)', "pass", SCORES),
     scores("columns[LOT] >= 1 - fraction", "columns[LOT] >= 0", SCORES),
     scores("held_out=self.fraction if", "held_out=0.0 if", SCORES),
     scores('self.rollouts in ("step", "part")', 'self.rollouts in ("step",)', SCORES),
@@ -1213,4 +1230,53 @@ MUTANTS = [
     optimization("optimizer.train()", "pass", SCHEDULE_FREE),
     optimization("if name in known}", "}", KEEPS_RATE),
     scores("data.validation_prompts, f", "data.train_prompts, f", ORACLE),
+    # reuse of rollouts
+    reuse("CAP = 5.0", "CAP = 50.0", REUSE_WEIGHTS),
+    reuse("ratio[:, :-1]", "ratio[:, 1:]", REUSE_WEIGHTS),
+    reuse("torch.ones_like(ratio[:, :1])", "torch.zeros_like(ratio[:, :1])", REUSE_WEIGHTS),
+    reuse("return ratio * rollouts.mask", "return ratio", REUSE_WEIGHTS),
+    reuse("best = after", "pass"),
+    reuse("-reuse.margin * change", "reuse.margin * change"),
+    reuse("if not change.difference >= -reuse", "if change.difference < -reuse"),
+    reuse("change.difference >= -reuse", "change.difference > -reuse"),
+    reuse("range(2, reuse.steps + 1)", "range(2, reuse.steps + 2)"),
+    reuse("Reused(reuse.steps, undone=False)", "Reused(reuse.steps, undone=True)"),
+    reuse("saved.restore()", "pass", REUSE_UNDONE),
+    reuse("copy_weights(shards, self._copies)", "pass", REUSE_UNDONE),
+    reuse("self._optimizer.state.update(self._state)", "pass", REUSE_UNDONE),
+    reuse("value.detach().clone()", "value.detach()", REUSE_UNDONE),
+    reuse("del group[name]", "pass", REUSE_KEPT),
+    reuse("group.update(saved)", "pass", REUSE_KEPT),
+    reuse("name: _copy(part) for", "name: part for", REUSE_KEPT),
+    reuse("except NonFiniteError:", "except KeyError:", REUSE_NAN),
+    reuse("score() if reuse.held_out else None", "score()", REUSE_ALL),
+    reuse("self.steps >= 1", "self.steps >= 0", REUSE_REFUSED),
+    reuse("0 <= self.held_out < 1", "0 <= self.held_out <= 1", REUSE_REFUSED),
+    reuse("0 <= self.margin", "-9 <= self.margin", REUSE_REFUSED),
+    objective('"previous" if "full" in', '"sampled" if "full" in', REUSE_STEPS),
+    objective('"sampled" if self.importance_cap is None else None', '"sampled"', REUSE_STEPS),
+    objective('"sampled" if self.importance_cap is None else None', "None", REUSE_STEPS),
+    stages('"weight": importance_weights(', '"wait": importance_weights(', REUSE_STEPS),
+    stages(
+        "with in_eval_mode(module.student):\n        logp_y", "if 1:\n        logp_y", REUSE_DROPOUT
+    ),
+    stages("    model.eval()\n", "", REUSE_DROPOUT),
+    stages("model.train(training)", "model.train(False)", REUSE_DROPOUT),
+    step("share = max(share, reuse.held_out)", "share = reuse.held_out", REUSE_SHARED),
+    step("readings=readings if request.keep_opinions else []", "readings=readings", REUSE_SHARED),
+    step("sum(m.num_tokens for m in aside)", "0", REUSE_SHARED),
+    step('module.ledger.count("train_tokens", counts[i])\n        values', "values", REUSE_SHARED),
+    step("weighed = stages.weighed(module, reading)", "weighed = reading", REUSE_STEPS),
+    step("functools.partial(world.step, optimizer)", "optimizer.step", REUSE_RUN),
+    step('"dropout", k)', '"dropout")', REUSE_DROPOUT),
+    step("            optimizer.zero_grad()\n            raise", "            raise", REUSE_NAN),
+    step("ratio / count", "ratio", REUSE_STEPS),
+    step("        if scheduler is not None:\n", "        if again is not None:\n", REUSE_OUT),
+    of("opd/world.py", REUSE_RUN)("self._strategy.optimizer_step(own, lambda: None)", "pass"),
+    module(
+        "if reuse is not None and reuse.steps > 1 else None",
+        "",
+        f"{REUSE}::test_one_step_is_ordinary_opd",
+    ),
+    scores("read or [_read", "[_read", REUSE_SHARED),
 ]

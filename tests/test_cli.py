@@ -237,7 +237,8 @@ NAMES = "controls/average, controls/fixed_negative, controls/lookahead, controls
 NAMES += "controls/prodigy, controls/random_direction, controls/schedule_free, "
 NAMES += "effopd/auto, effopd/label_free, effopd/line_search, effopd/paper, "
 NAMES += "effopd/published_code, long, "
-NAMES += "paper/code_1.7b, paper/code_4b, paper/math_1.7b, paper/math_4b, quickstart, smollm2, "
+NAMES += "paper/code_1.7b, paper/code_4b, paper/math_1.7b, paper/math_4b, quickstart, reuse, "
+NAMES += "smollm2, "
 NAMES += "strategy/ddp, strategy/fsdp1, strategy/fsdp2"
 
 
@@ -279,7 +280,7 @@ def test_a_path_of_a_checkout_elsewhere_is_told_the_name(capsys, tmp_path, monke
     line = error_of(capsys, "fit", "--config", "configs/effopd/paper.yaml")
     assert line.endswith("there is no such file here; by name it is effopd/paper")
     line = error_of(capsys, "study", "--config", "quickstart")
-    assert line.endswith("there are {STUDIES}")
+    assert line.endswith("there are study/auto, study/controls, study/long, study/quickstart")
 
 
 @pytest.mark.parametrize(

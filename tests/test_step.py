@@ -319,29 +319,39 @@ def test_a_step_keeps_what_was_asked_for_and_nothing_else(tiny):
     assert counts == [6, 2]
 
 
-def test_gradients_are_clipped_and_the_scheduler_follows_the_step():
+def test_gradients_are_clipped():
     """Gradient (3, 4) has norm 5; clipped to 1 it is (0.6, 0.8); SGD goes lr times that."""
     module = torch.nn.Linear(2, 1, bias=False)
     optimizer = torch.optim.SGD(module.parameters(), lr=0.5)
-    scheduler = torch.optim.lr_scheduler.StepLR(optimizer, 1, gamma=0.1)
     weights, before = Weights(module), module.weight.detach().clone()
-    for t, rate in [(1, 0.5), (2, 0.05)]:
-        module.weight.grad = torch.tensor([[3.0, 4.0]])
-        options = {"update_norm": True, "learning_rate_factor": 1.0, "max_grad_norm": 1.0}
-        options |= {"t": t, "world": World()}
-        metrics = apply_gradients(weights, module, optimizer, scheduler, **options)
-        assert metrics["optim/lr"] == pytest.approx(rate)
+
+    def apply(gradient, t, factor=1.0):
+        module.weight.grad = torch.tensor([gradient])
+        options = {"learning_rate_factor": factor, "max_grad_norm": 1.0, "t": t}
+        return apply_gradients(weights, module, optimizer, optimizer.step, **options)
+
+    for t, factor in [(1, 1.0), (2, 0.1)]:
+        metrics = apply([3.0, 4.0], t, factor)
+        assert metrics["optim/lr"] == pytest.approx(0.5 * factor)
         assert metrics["optim/grad_norm"] == pytest.approx(5)
-        assert metrics["optim/update_norm"] == pytest.approx(rate, rel=1e-5)
         assert weights.version == t
     moved = before - 0.55 * torch.tensor([[0.6, 0.8]])
     torch.testing.assert_close(module.weight.detach(), moved)
-    module.weight.grad = torch.tensor([[0.03, 0.04]])  # below the limit: left alone
-    options["t"] = 3
-    assert apply_gradients(weights, module, optimizer, None, **options)[
-        "optim/update_norm"
-    ] == pytest.approx(0.005 * 0.05, rel=1e-3)
-    module.weight.grad = torch.tensor([[torch.inf, 0.0]])
+    apply([0.03, 0.04], 3)  # below the limit: left alone
+    moved -= 0.5 * torch.tensor([[0.03, 0.04]])
+    torch.testing.assert_close(module.weight.detach(), moved)
     with pytest.raises(NonFiniteError, match="step 4: the gradient's norm is inf"):
-        apply_gradients(weights, module, optimizer, None, **{**options, "t": 4})
+        apply([torch.inf, 0.0], 4)
     assert torch.isfinite(module.weight).all()
+
+
+def test_the_scheduler_follows_the_step_whose_length_is_measured(tiny):
+    """Of a gradient that is clipped, SGD takes steps as long as the rate times the limit."""
+    module = module_of(tiny, update_norm=True, max_grad_norm=1e-3)
+    optimizer = torch.optim.SGD(module.student.parameters(), lr=0.5)
+    scheduler = torch.optim.lr_scheduler.StepLR(optimizer, 1, gamma=0.1)
+    for rate in (0.5, 0.05):
+        update = take_step(module, batch_of(module), StepRequest(), optimizer, scheduler).update
+        assert update["optim/lr"] == pytest.approx(rate)
+        assert update["optim/grad_norm"] > 1e-3
+        assert update["optim/update_norm"] == pytest.approx(rate * 1e-3, rel=1e-2)

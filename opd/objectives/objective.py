@@ -17,7 +17,7 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor
@@ -44,6 +44,15 @@ class Objective(ABC):
     """
 
     needs: ClassVar[Mapping[str, Gives]] = {TEACHER: "full"}
+
+    @property
+    def ratio_of(self) -> Literal["previous", "sampled"] | None:
+        """Whose ratio p / mu is to weigh the loss where mu is not p; see :mod:`opd.reuse`.
+
+        That of the last token that the loss depends on: the one before, where the loss is made of
+        the whole distribution after it; else the one sampled. None: the loss has this weight.
+        """
+        return "previous" if "full" in self.needs.values() else "sampled"
 
     @abstractmethod
     def __call__(self, log_p: Tensor, opinions: Mapping[str, Tensor], tokens: Tokens) -> Tensor:
@@ -178,6 +187,10 @@ class PolicyGradient(Objective):
     clip: float = 0.2
     dual_clip: float = 3.0
     importance_cap: float | None = 5.0
+
+    @property
+    def ratio_of(self) -> Literal["sampled"] | None:
+        return "sampled" if self.importance_cap is None else None
 
     def __call__(self, log_p: Tensor, opinions: Mapping[str, Tensor], tokens: Tokens) -> Tensor:
         logp_y = of_sampled(log_p, tokens.y)
