@@ -24,13 +24,8 @@ REFUSED: dict[type[lightning.Callback], str] = {
     lightning.ModelPruning: NO_PHASES,
     BaseFinetuning: NO_PHASES,
 }
-LOGGED = (
-    "val",
-    "opd",
-    "rollout",
-    "optim",
-    "reuse",
-)  # prefixes of metrics that this package alone logs
+# Prefixes of metrics that this package alone logs
+LOGGED = ("val", "opd", "rollout", "optim", "reuse")
 
 
 def callbacks_of(trainer: Trainer) -> list[lightning.Callback]:
