@@ -6,7 +6,10 @@ import contextlib
 import hashlib
 import json
 import multiprocessing
+import os
 import re
+import threading
+import time
 import traceback
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
@@ -91,7 +94,7 @@ def run_all(
         UserError: One has failed.
     """
     context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(workers, context, _set_threads, (threads,)) as pool:
+    with ProcessPoolExecutor(workers, context, _begin, (threads, os.getpid())) as pool:
         futures = {
             pool.submit(_run, opd, command, made_with, folder / name): name
             for name, (command, made_with) in waiting.items()
@@ -110,10 +113,21 @@ def run_all(
             pool.shutdown(cancel_futures=True)
 
 
-def _set_threads(threads: int) -> None:
+def _begin(threads: int, parent: int) -> None:
+    """Set up a process that runs trials: how many threads it has, and that it ends with its parent.
+
+    A study that is killed leaves none behind, which would stand in the way of the one that goes on.
+    """
     import torch
 
     torch.set_num_threads(threads)
+    threading.Thread(target=_end_with, args=(parent,), daemon=True).start()
+
+
+def _end_with(parent: int) -> None:
+    while os.getppid() == parent:
+        time.sleep(0.5)
+    os._exit(1)
 
 
 def _run(

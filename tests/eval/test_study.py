@@ -4,10 +4,14 @@ import json
 import math
 import re
 import shutil
+import subprocess
+import sys
+import time
 from concurrent.futures import ThreadPoolExecutor
 from itertools import pairwise
 from pathlib import Path
 
+import hand_made
 import numpy as np
 import pytest
 import yaml
@@ -225,6 +229,28 @@ def test_after_a_failure_no_trial_begins(tmp_path):
     with pytest.raises(UserError, match=r"trial\d+ failed \(opd fit: error: it is broken\)"):
         run_all(waiting, tmp_path, 1, 1, fails_at_once, done=0)
     assert len(list(tmp_path.glob("*.log"))) < 10
+
+
+def test_a_study_that_is_killed_leaves_no_trial_behind(tmp_path):
+    """Which would still write where the same command, given again, goes on."""
+    study = subprocess.Popen([sys.executable, hand_made.__file__, str(tmp_path)])
+    found = tmp_path / "process"
+    try:
+        wait_until(lambda: found.is_file() and found.read_text())
+        trial = Path(f"/proc/{found.read_text()}")
+        assert trial.is_dir()
+    finally:
+        study.kill()
+        study.wait()
+    wait_until(lambda: not trial.is_dir())
+
+
+def wait_until(holds) -> None:
+    for _ in range(600):
+        if holds():
+            return
+        time.sleep(0.1)
+    raise AssertionError("not within a minute")
 
 
 # --- costs, medians and ratios --------------------------------------------------------------------
