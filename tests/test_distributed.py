@@ -1,5 +1,6 @@
 """Real process groups (torchrun, gloo): what holds for one process holds for two."""
 
+import functools
 import json
 import os
 import shutil
@@ -10,6 +11,7 @@ import kill
 import pytest
 import torch
 from conftest import (
+    AUTO,
     CPU,
     DDP,
     FSDP1,
@@ -77,18 +79,31 @@ def dealt(tmp_path_factory):
     return [*data, "--data.validation_limit", "7", "--model.micro_batch_tokens", "64"]
 
 
+# Eight completions a step say nothing by a standard error: whatever is better is accepted
+PRESETS = {"line_search": LINE_SEARCH, "auto": [*AUTO, "--trainer.callbacks.accept", "better"]}
+
+
 @pytest.fixture(scope="module")
-def one_process(tmp_path_factory, dealt):
-    """The run of one process that torchrun starts, with a search after every step."""
-    return torchrun(1, tmp_path_factory.mktemp("one") / "run", *dealt, *LINE_SEARCH, *CPU, steps=5)
+def alone(tmp_path_factory, dealt):
+    """The run of one process that torchrun starts, by the preset of its searches."""
+    return functools.cache(
+        lambda preset: torchrun(
+            *(1, tmp_path_factory.mktemp("one") / "run", *dealt, *PRESETS[preset], *CPU), steps=5
+        )
+    )
 
 
-@pytest.mark.parametrize("strategy", [DDP, FSDP2, FSDP1], ids=["ddp", "fsdp2", "fsdp1"])
+@pytest.mark.parametrize(
+    ("strategy", "preset"),
+    [(DDP, "line_search"), (FSDP2, "line_search"), (FSDP1, "line_search"), (FSDP2, "auto")],
+    ids=["ddp", "fsdp2", "fsdp1", "fsdp2-auto"],
+)
 def test_two_processes_draw_the_same_rollouts_and_end_at_the_same_weights(
-    tmp_path, dealt, one_process, strategy
+    tmp_path, dealt, alone, strategy, preset
 ):
     """1 x 8 = 2 x 4, with searches that accept, to float32 rounding; tiles of 7 tokens or all."""
-    options = [*dealt, *LINE_SEARCH, *strategy, "--model.tile_tokens", "7"]
+    one_process = alone(preset)
+    options = [*dealt, *PRESETS[preset], *strategy, "--model.tile_tokens", "7"]
     two = launch(2, tmp_path / "two", *options, steps=5)
     assert len(metrics(two)) == 5
     for ours, expected in zip(metrics(two), metrics(one_process), strict=True):
@@ -111,6 +126,8 @@ def test_two_processes_draw_the_same_rollouts_and_end_at_the_same_weights(
     searches = [s["coefficient"] for s in summary(one_process)["extrapolation"]]
     assert [s["coefficient"] for s in summary(two)["extrapolation"]] == searches
     assert any(searches)
+    factors = [s["learning_rate_factor"] for s in summary(two)["extrapolation"]]
+    assert (factors[-1] != 1) is (preset == "auto")
 
 
 @pytest.mark.slow
