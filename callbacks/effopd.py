@@ -105,6 +105,11 @@ class EffOPD(Accelerator):
         self.anchor_kind = anchor
         if not 0 <= proximal < math.inf:
             raise UserError(f"EffOPD.proximal={proximal} must be 0 or more")
+        if proximal and not self.score.knows_moved:
+            raise UserError(
+                f"EffOPD.proximal: {type(self.score).__name__} does not say how far a candidate "
+                "has moved; TeacherKL does (--config effopd/label_free)"
+            )
         self.proximal = proximal
         self.optimizer_state = optimizer_state
         self.learning_rate = learning_rate

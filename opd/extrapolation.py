@@ -299,17 +299,10 @@ class Score:
         half-way between mu, that has sampled the examples, and the teacher q, be they far apart or
         near: a candidate must gain more than it moves (the proximal step of mirror descent; a
         trust region as in 1502.05477 whose radius nobody has to choose).
-
-        Raises:
-            UserError: The score does not know how far.
         """
         if not weight:
             return self
-        if self.moved is None:
-            raise UserError(
-                "EffOPD.proximal: this score does not say how far a candidate has moved; TeacherKL "
-                "does (--config effopd/label_free)"
-            )
+        assert self.moved is not None
         return Score(self.values - weight * self.moved, self.weights)
 
     def mean(self, reduce_sum: Callable[[Tensor], Tensor]) -> float:

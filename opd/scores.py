@@ -7,7 +7,7 @@ the weights in place. Same examples, same random numbers each time: the comparis
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 import torch
 
@@ -29,7 +29,12 @@ class CandidateScore(ABC):
 
     The module is whatever LightningModule the callback is attached to. A score draws its randomness
     from the seed it is given and leaves the module and the global random state as it found them.
+
+    Attributes:
+        knows_moved: Whether its scores say how far a candidate has moved.
     """
+
+    knows_moved: ClassVar[bool] = False
 
     def request(self) -> StepRequest:
         """Say what it needs of a step after which there will be a search."""
@@ -134,6 +139,8 @@ class TeacherKL(CandidateScore):
         divergence: reverse_kl; forward_kl, which sees what the student never says; or jeffreys, the
             sum of the two.
     """
+
+    knows_moved = True
 
     def __init__(
         self,

@@ -102,6 +102,8 @@ def test_two_sided_goes_back_toward_the_anchor():
 class Far(MinusValidationLoss):
     """Knows how far it is, squared, from where the last step began."""
 
+    knows_moved = True
+
     def prepare(self, module, output, seed):
         self.sampled_by = module.weight.item() - 1
 
@@ -128,8 +130,8 @@ def test_a_candidate_must_gain_more_than_it_moves(proximal, step, coefficients, 
 
 
 def test_what_does_not_know_how_far_it_has_moved_cannot_be_proximal():
-    with pytest.raises(UserError, match=r"EffOPD.proximal: this score does not say how far"):
-        run(effopd(proximal=1.0), optimum=60, steps=1)
+    with pytest.raises(UserError, match=r"EffOPD.proximal: MinusValidationLoss does not say how"):
+        effopd(proximal=1.0)
     for proximal in (-1.0, float("nan"), float("inf")):
         with pytest.raises(UserError, match=r"EffOPD.proximal=(-1.0|nan|inf) must be 0 or more"):
             effopd(proximal=proximal)
