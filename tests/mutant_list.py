@@ -88,6 +88,15 @@ DEALT = "test_two_processes_draw_the_same_rollouts_and_end_at_the_same_weights"
 TWO = f"tests/test_distributed.py::{DEALT}[ddp]"
 TILES = "tests/test_tokens.py"
 SCORES = "tests/test_scores.py"
+GAINS = "tests/callbacks/test_effopd.py::test_a_candidate_must_gain_more_than_it_moves"
+CARRIES = " ".join(
+    f"tests/callbacks/test_effopd.py::test_{name}"
+    for name in (
+        "an_accepted_coefficient_is_carried_over_into_the_learning_rate",
+        "of_several_steps_less_is_carried_over",
+        "a_step_that_has_diverged_is_undone_moments_included",
+    )
+)
 UNIT_METRICS = "tests/test_metrics.py"
 RANDOM = "tests/test_randomness.py"
 ROLLOUTS = "tests/rollouts"
@@ -1034,16 +1043,16 @@ MUTANTS = [
     ),
     accelerator("            trainer.precision_plugin.train_step_context(),\n", "", EFFOPD),
     effopd("            move_to(0.0)\n", "", EFFOPD),
-    effopd("if coefficient > -1 / steps else", "if coefficient > -1 else", EFFOPD),
-    effopd("if coefficient > -1 / steps else", "if coefficient > 0 else", EFFOPD),
-    extrapolation("compare(best.proximal(weight), ", "compare(best, ", EFFOPD),
-    extrapolation("score.proximal(weight)", "score", EFFOPD),
-    effopd(".learning_rate_factor(steps)", ".learning_rate_factor(1)", EFFOPD),
+    effopd("if coefficient > -1 / steps else", "if coefficient > -1 else", GAINS),
+    effopd("if coefficient > -1 / steps else", "if coefficient > 0 else", GAINS),
+    extrapolation("compare(best.proximal(weight), ", "compare(best, ", GAINS),
+    extrapolation("score.proximal(weight)", "score", GAINS),
+    effopd(".learning_rate_factor(steps)", ".learning_rate_factor(1)", CARRIES),
     extrapolation("1 + self.coefficient / steps", "1 + self.coefficient"),
     extrapolation("self.values - weight * self.moved", "self.values - self.moved", SCORES),
-    effopd("self.learning_rate_factor *= ", "self.learning_rate_factor = ", EFFOPD),
-    effopd("result.coefficient == -1 and not", "result.coefficient != 0 and not", EFFOPD),
-    effopd("learning_rate_factor=self.learning_rate_factor)", "learning_rate_factor=1.0)", EFFOPD),
+    effopd("self.learning_rate_factor *= ", "self.learning_rate_factor = ", CARRIES),
+    effopd("result.coefficient == -1 and not", "result.coefficient != 0 and not", CARRIES),
+    effopd("learning_rate_factor=self.learning_rate_factor)", "learning_rate_factor=1.0)", CARRIES),
     effopd("            self.score.release()\n", "            pass\n", EFFOPD),
     scores("        self._readings = []\n", "        pass\n", SCORES),
     sampling("found = found.clamp(max=weights.shape[1] - 1)", "pass"),
