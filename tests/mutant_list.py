@@ -93,7 +93,7 @@ CARRIES = " ".join(
     f"tests/callbacks/test_effopd.py::test_{name}"
     for name in (
         "an_accepted_coefficient_is_carried_over_into_the_learning_rate",
-        "of_several_steps_less_is_carried_over",
+        "of_several_steps_less_is_carried_over_and_each_time_anew",
         "a_step_that_has_diverged_is_undone_moments_included",
     )
 )

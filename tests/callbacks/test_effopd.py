@@ -367,11 +367,11 @@ HALVING += ["--model.scheduler.init_args.gamma", "0.5"]
 SGD = ["--model.optimizer.class_path", "torch.optim.SGD", "--model.optimizer.init_args.lr", "0.01"]
 
 
-def test_of_several_steps_less_is_carried_over(fit):
-    """1 + 3/2 where D is two steps long, and c = 3."""
-    search = scripted([0, 1], [3], *CARRY, "--trainer.callbacks.schedule", "2")
-    state = load(fit("run", *search, steps=2))["callbacks"]["EffOPD"]
-    assert state["learning_rate_factor"] == 2.5
+def test_of_several_steps_less_is_carried_over_and_each_time_anew(fit):
+    """1 + 3/2 where D is two steps long, and c = 3; and twice so."""
+    search = scripted([0, 1, 0, 1], [3], *CARRY, "--trainer.callbacks.schedule", "[2, 4]")
+    history = load(fit("run", *search, steps=4))["callbacks"]["EffOPD"]["history"]
+    assert [found["learning_rate_factor"] for found in history] == [2.5, 6.25]
 
 
 @pytest.mark.parametrize(("options", "factor"), [([], 1), (CARRY, 4)])
