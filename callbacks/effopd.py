@@ -117,6 +117,7 @@ class EffOPD(Accelerator):
         self.seed = seed
         self.direction = direction
         self._warned = False
+        self._anchor_step = 0  # the steps since then have led from the anchor to W
         self._settled = False  # whether any search has kept something other than the anchor
 
     def due(self, t: int) -> bool:
@@ -141,6 +142,8 @@ class EffOPD(Accelerator):
                     "more than moments, and cannot be zeroed; keep it, or use one of torch.optim"
                 )
         super().on_train_start(trainer, pl_module)
+        if not self._resumed:
+            self._anchor_step = trainer.global_step
 
     def accelerate(
         self, trainer: Trainer, pl_module: LightningModule, output: Any
@@ -162,7 +165,7 @@ class EffOPD(Accelerator):
                 over_shards,
             )
         current = 0.0
-        steps = trainer.global_step - (self.history[-1]["step"] if self.history else 0)
+        steps = trainer.global_step - self._anchor_step
 
         def move_to(coefficient: float) -> None:
             nonlocal current
@@ -199,6 +202,7 @@ class EffOPD(Accelerator):
                 _forget(optimizer)
         if self.learning_rate == "carry":
             self.learning_rate_factor *= result.learning_rate_factor(steps)
+        self._anchor_step = trainer.global_step
         self.schedule.searched(trainer.global_step, result.coefficient)
         self._settled |= result.coefficient != -1
         record = {
@@ -221,6 +225,7 @@ class EffOPD(Accelerator):
             "learning_rate_factor": self.learning_rate_factor,
             "interval": self.schedule.interval,
             "coming": self.schedule.coming,
+            "anchor_step": self._anchor_step,
             "settled": self._settled,
         }
 
@@ -230,6 +235,8 @@ class EffOPD(Accelerator):
         self.learning_rate_factor = state_dict.get("learning_rate_factor", 1.0)
         self.schedule.interval = state_dict.get("interval", 1)
         self.schedule.coming = state_dict.get("coming", 1)
+        before = self.history[-1]["step"] if self.history else 0
+        self._anchor_step = state_dict.get("anchor_step", before)
         self._settled = state_dict.get("settled", bool(self.history))
 
     def _warn_if_blind(self, result: SearchResult, rank: int) -> None:

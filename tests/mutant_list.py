@@ -88,7 +88,13 @@ DEALT = "test_two_processes_draw_the_same_rollouts_and_end_at_the_same_weights"
 TWO = f"tests/test_distributed.py::{DEALT}[ddp]"
 TILES = "tests/test_tokens.py"
 SCORES = "tests/test_scores.py"
-GAINS = "tests/callbacks/test_effopd.py::test_a_candidate_must_gain_more_than_it_moves"
+GAINS = " ".join(
+    f"tests/callbacks/test_effopd.py::test_{name}"
+    for name in (
+        "a_candidate_must_gain_more_than_it_moves",
+        "steps_are_counted_from_where_the_anchor_was_taken",
+    )
+)
 CARRIES = " ".join(
     f"tests/callbacks/test_effopd.py::test_{name}"
     for name in (
@@ -1047,6 +1053,10 @@ MUTANTS = [
     effopd("if coefficient > -1 / steps else", "if coefficient > 0 else", GAINS),
     extrapolation("compare(best.proximal(weight), ", "compare(best, ", GAINS),
     extrapolation("score.proximal(weight)", "score", GAINS),
+    effopd("if not self._resumed:", "if True:", GAINS),
+    effopd(
+        "self._anchor_step = trainer.global_step\n        self.schedule", "self.schedule", CARRIES
+    ),
     effopd(".learning_rate_factor(steps)", ".learning_rate_factor(1)", CARRIES),
     extrapolation("1 + self.coefficient / steps", "1 + self.coefficient"),
     extrapolation("self.values - weight * self.moved", "self.values - self.moved", SCORES),

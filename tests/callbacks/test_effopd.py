@@ -129,6 +129,19 @@ def test_a_candidate_must_gain_more_than_it_moves(proximal, step, coefficients, 
     assert run(callback, optimum, steps=step) == kept
 
 
+def test_steps_are_counted_from_where_the_anchor_was_taken(tmp_path):
+    """A run without searches until W_3 = 3: the anchor. Then as above, from 3 instead of 0."""
+
+    def proximal(step):
+        return EffOPD(step, [-0.5, -0.75], Far(), "better", proximal=1)
+
+    three, four = tmp_path / "three.ckpt", tmp_path / "four.ckpt"
+    run([], optimum=0, steps=3, checkpoint=three)
+    assert run(proximal(4), optimum=3.5, steps=4, ckpt_path=three) == 3.25
+    run(proximal(5), optimum=0, steps=4, ckpt_path=three, checkpoint=four)
+    assert run(proximal(5), optimum=3.6, steps=5, ckpt_path=four) == 3.5
+
+
 def test_what_does_not_know_how_far_it_has_moved_cannot_be_proximal():
     with pytest.raises(UserError, match=r"EffOPD.proximal: MinusValidationLoss does not say how"):
         effopd(proximal=1.0)
