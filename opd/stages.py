@@ -7,8 +7,7 @@ prompts -> :func:`generate` -> :func:`micro_batches` -> :func:`read` -> :func:`c
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal, Protocol
 
@@ -21,6 +20,7 @@ from opd.answers import Verifier
 from opd.extrapolation import Score
 from opd.ledger import Ledger
 from opd.metrics import StepMetrics, judged_by, rollout_metrics
+from opd.models import in_eval_mode
 from opd.objectives import Objective
 from opd.prompts import Prompt, PromptBatch
 from opd.randomness import derive_seed
@@ -186,17 +186,6 @@ def weighed(module: Distillation, reading: Reading) -> Reading:
         logp_y = compare(module, Reading(micro, {}), None, sampled_logprobs).values["logp_y"]
     columns = {**micro.columns, "weight": importance_weights(logp_y, micro, of)}
     return Reading(dataclasses.replace(micro, columns=columns), reading.opinions)
-
-
-@contextmanager
-def in_eval_mode(model: PreTrainedModel) -> Iterator[None]:
-    """Switch dropout off within."""
-    training = model.training
-    model.eval()
-    try:
-        yield
-    finally:
-        model.train(training)
 
 
 def verify(module: Distillation, rollouts: Rollouts) -> Tensor:

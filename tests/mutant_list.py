@@ -752,7 +752,7 @@ MUTANTS = [
     sampling("logits /= sampler.temperature", "pass", ENGINE),
     sampling("if sampler.top_k > 0:", "if sampler.top_k > 99:", ENGINE),
     sampling("(_of(weights, chosen) / total).log()", "_of(weights, chosen).log()", ENGINE),
-    engine("        model.eval()\n", "", DROPOUT),
+    engine("            in_eval_mode(model),\n", "", DROPOUT),
     rollouts(
         "self.prompts.ids.shape[1] - 1 : -1] = self.mask",
         "self.prompts.ids.shape[1] :] = self.mask",
@@ -1279,8 +1279,8 @@ MUTANTS = [
     stages(
         "with in_eval_mode(module.student):\n        logp_y", "if 1:\n        logp_y", REUSE_DROPOUT
     ),
-    stages("    model.eval()\n", "", REUSE_DROPOUT),
-    stages("model.train(training)", "model.train(False)", REUSE_DROPOUT),
+    passes("    model.eval()\n", "", REUSE_DROPOUT),
+    passes("model.train(training)", "model.train(False)", REUSE_DROPOUT),
     step("share = max(share, reuse.held_out)", "share = reuse.held_out", REUSE_SHARED),
     step("readings=readings if request.keep_opinions else []", "readings=readings", REUSE_SHARED),
     step("sum(m.num_tokens for m in aside)", "0", REUSE_SHARED),

@@ -22,6 +22,7 @@ from opd.models.passes import (
     Head,
     completion_logits,
     hidden_states,
+    in_eval_mode,
     product_dtype,
 )
 
@@ -41,6 +42,7 @@ __all__ = [
     "eos_token_ids",
     "generating_with",
     "hidden_states",
+    "in_eval_mode",
     "load_model",
     "load_tokenizer",
     "plain_sampling",

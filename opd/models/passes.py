@@ -10,6 +10,8 @@ vocabulary.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,6 +23,17 @@ from opd.sharding import forward_pass
 
 PACKED = ("flash_attention_2", "flash_attention_3", "flash_attention_4")
 PARTS = 8  # of a head's gradient, made one after the other where it cannot be added in place
+
+
+@contextmanager
+def in_eval_mode(model: PreTrainedModel) -> Iterator[None]:
+    """Switch dropout off within."""
+    training = model.training
+    model.eval()
+    try:
+        yield
+    finally:
+        model.train(training)
 
 
 def multiply(a: Tensor, b: Tensor, out: Tensor | None = None) -> Tensor:

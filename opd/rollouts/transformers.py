@@ -10,7 +10,7 @@ from torch import Tensor
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from opd.errors import UserError
-from opd.models import generating_with
+from opd.models import generating_with, in_eval_mode
 from opd.prompts import PromptBatch
 from opd.rollouts import layers
 from opd.rollouts.decoding import Decoding
@@ -53,27 +53,21 @@ class TransformersEngine(RolloutEngine):
         """Sample one completion per prompt."""
         model = self._student
         assert model is not None, "start the engine first"
-        training = model.training
-        model.eval()
         size = self.batch_size or max(len(prompts), 1)
         cuts = [slice(i, min(i + size, len(prompts))) for i in range(0, len(prompts), size)]
-        try:
-            # Every token has a shape of its own: layers that are compiled run as they are
-            # Nor does a field of the model's own generation config leak in
-            with (
-                gathered(model),
-                generating_with(model, GenerationConfig()),
-                torch.compiler.set_stance("force_eager"),
-                layers.decoding(model, min(size, len(prompts)), sampler.max_new_tokens),
-            ):
-                parts = [
-                    self._sample(
-                        model, prompts.select(range(cut.start, cut.stop)), sampler, seeds[cut]
-                    )
-                    for cut in cuts
-                ]
-        finally:
-            model.train(training)
+        # Every token has a shape of its own: layers that are compiled run as they are
+        # Nor does a field of the model's own generation config leak in
+        with (
+            in_eval_mode(model),
+            gathered(model),
+            generating_with(model, GenerationConfig()),
+            torch.compiler.set_stance("force_eager"),
+            layers.decoding(model, min(size, len(prompts)), sampler.max_new_tokens),
+        ):
+            parts = [
+                self._sample(model, prompts.select(range(cut.start, cut.stop)), sampler, seeds[cut])
+                for cut in cuts
+            ]
         if len(parts) == 1:
             return parts[0]
         if not parts:
