@@ -1,7 +1,8 @@
 """Checkpoints on disk: one file, or under FSDP a folder with a shard from every rank.
 
 Both hold the student's weights under ``student.NAME`` and, under ``student_files``, its config and
-tokenizer, so that a checkpoint is a model by itself. Nothing here needs a GPU, a process group or
+tokenizer, so that a checkpoint is a model by itself; or those of its adapter, where only that is
+trained. Nothing here needs a GPU, a process group or
 as many processes as the checkpoint was saved with.
 
 A folder is written under another name and then renamed, and a file is written the same way by
@@ -88,6 +89,29 @@ def read_student(path: Path, weights: dict[str, Tensor]) -> None:
         _check_student(path, prefixed, {name: tuple(t.shape) for name, t in state.items()})
         for name, tensor in prefixed.items():
             tensor.copy_(state[name])
+
+
+def read_tensors(path: Path) -> dict[str, Tensor]:
+    """Read all weights of the student that a checkpoint holds, whole, by name.
+
+    Raises:
+        UserError: It cannot be read.
+    """
+    if path.is_dir():
+        found = {
+            key.removeprefix(f"{STATE_DICT}."): torch.empty(size.size, dtype=size.properties.dtype)
+            for key, size in shard_metadata(path).state_dict_metadata.items()
+            if key.startswith(f"{STATE_DICT}.{STUDENT_PREFIX}")
+            and isinstance(size, TensorStorageMetadata)
+        }
+        read_shards(path, {STATE_DICT: found}, no_dist=True)
+    else:
+        found = read(path)[STATE_DICT]
+    return {
+        name.removeprefix(STUDENT_PREFIX): tensor
+        for name, tensor in found.items()
+        if name.startswith(STUDENT_PREFIX)
+    }
 
 
 def read_shards(path: Path, state: dict[str, Any], *, no_dist: bool = False) -> None:

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import functools
 import logging
 from collections.abc import Sequence
 from typing import Any, Literal
@@ -72,6 +71,7 @@ class OPDModule(LightningModule):
         scheduler: Builds the learning-rate scheduler, advanced once per step. None: constant.
         reuse: Take several optimizer steps on each batch of rollouts, and undo those that clearly
             harm. None: one.
+        adapter: Train a low-rank adapter of the student only. None: all of the student.
         max_new_tokens: Longest completion in tokens.
         temperature: Of rollouts; student and teacher logits are divided by it in the objective too.
         top_p: Nucleus sampling of rollouts; 1 keeps all tokens.
@@ -116,6 +116,7 @@ class OPDModule(LightningModule):
         optimizer: OptimizerCallable = _adamw,
         scheduler: LRSchedulerCallable | None = None,
         reuse: Reuse | None = None,
+        adapter: models.LoRA | None = None,
         max_new_tokens: int = 16384,
         temperature: float = 1.0,
         top_p: float = 1.0,
@@ -158,6 +159,8 @@ class OPDModule(LightningModule):
         self.optimizer = optimizer
         self.scheduler = scheduler
         self.reuse = reuse if reuse is not None and reuse.steps > 1 else None
+        self.adapter = adapter
+        self.strict_loading = adapter is None  # its base is in no checkpoint
         self.rollouts_per_prompt = rollouts_per_prompt
         self.engine = engine or TransformersEngine()
         self.verifier = verifier
@@ -253,7 +256,7 @@ class OPDModule(LightningModule):
                 sharding.compile_layers(self.student)
             self.teachers = load_teachers(
                 self.teacher_sources,
-                functools.partial(self._load_model, trained=False),
+                self._load_teacher,
                 self.student,
                 self.tokenizer,
                 temperature=self.sampler.temperature,
@@ -277,12 +280,26 @@ class OPDModule(LightningModule):
             source,
             trained=trained,
             offload=self.teacher_offload and not trained,
-            dtype="float32" if trained else self.teacher_dtype,
+            dtype=self._dtype_of_weights(trained),
             attn_implementation=self.attn_implementation,
             trust_remote_code=self.trust_remote_code,
+            adapter=self.adapter if trained else None,
         )
         model.train(trained)
         return model
+
+    def _load_teacher(self, source: str) -> PreTrainedModel:
+        """Load a teacher; the base of an adapter is there already, unless it is sharded."""
+        is_base = self.adapter is not None and source == self.student_source
+        as_it_is = self._dtype_of_weights(True) == self.teacher_dtype and not self.teacher_offload
+        if is_base and as_it_is and not self.weights.sharded:
+            return self.student
+        return self._load_model(source, trained=False)
+
+    def _dtype_of_weights(self, trained: bool) -> models.Dtype:
+        if not trained:
+            return self.teacher_dtype
+        return "float32" if self.adapter is None else self.adapter.base_dtype
 
     def on_fit_start(self) -> None:
         """Check what only a run can know.
@@ -438,11 +455,25 @@ class OPDModule(LightningModule):
     # --- checkpoints ----------------------------------------------------------------------------
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Add what makes a checkpoint complete: config and tokenizer, random state, cost."""
+        """Add what makes a checkpoint complete: config and tokenizer, random state, cost.
+
+        Of a student with an adapter it holds only that.
+        """
+        if self.adapter is not None:
+            checkpoint[checkpoints.STATE_DICT] = self._trained(checkpoint[checkpoints.STATE_DICT])
         checkpoint[checkpoints.STUDENT_FILES] = self._student_files
         checkpoint["random_state"] = random_state()
         checkpoint["cost"] = dict(self.ledger.totals)
         checkpoint["optimization"] = self._options
+
+    def _trained(self, state: dict[str, Any]) -> dict[str, Any]:
+        """Leave out the frozen parameters of a state dict."""
+        trained = self.weights.parameters()
+        return {
+            name: tensor
+            for name, tensor in state.items()
+            if name in trained or not name.startswith(checkpoints.STUDENT_PREFIX)
+        }
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Restore cost and random state; pass over tensors of a callback that this run lacks.
@@ -453,7 +484,12 @@ class OPDModule(LightningModule):
         state, parts = checkpoint.get(checkpoints.STATE_DICT, {}), dict(self.named_children())
         for name in [name for name in state if name.partition(".")[0] not in parts]:
             del state[name]
-        if state and (misfit := checkpoints.find_misfit(self.state_dict(), state)):
+        wanted = self.state_dict() if state else {}
+        if self.adapter is not None:
+            wanted = self._trained(wanted)
+            files = checkpoint.get(checkpoints.STUDENT_FILES, {})
+            models.check_adapter(self.trainer.ckpt_path, files, self._student_files)
+        if misfit := checkpoints.find_misfit(wanted, state):
             raise UserError(
                 f"--ckpt_path {self.trainer.ckpt_path}: is of another student than "
                 f"{self.student_source}: {misfit}"

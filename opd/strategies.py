@@ -102,9 +102,10 @@ class ShardedStrategy(ParallelStrategy):
     # --- checkpoints ----------------------------------------------------------------------------
 
     def lightning_module_state_dict(self) -> dict[str, Any]:
-        """Return this rank's shards of the module's state, copied to the CPU."""
+        """Return this rank's shards of what is trained, and of callbacks, copied to the CPU."""
         assert self.model is not None
-        return get_model_state_dict(self.model, options=StateDictOptions(cpu_offload=True))
+        options = StateDictOptions(cpu_offload=True, ignore_frozen_params=True)
+        return get_model_state_dict(self.model, options=options)
 
     def optimizer_state(self, optimizer: Optimizer | LightningOptimizer) -> dict[str, Any]:
         """Return this rank's shards of an optimizer's state, copied to the CPU."""

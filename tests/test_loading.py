@@ -161,16 +161,6 @@ def own_names(folder):
     return load_file(f"{folder}/model.safetensors").keys()
 
 
-def test_an_adapter_is_named(tiny, tmp_path):
-    (tmp_path / "adapter_config.json").write_text("{}")
-    with pytest.raises(UserError, match=r"only an adapter \(adapter_config.json\): merge it"):
-        load_model(str(tmp_path))
-    beside = shutil.copytree(tiny / "llama-student", tmp_path / "beside")
-    (beside / "adapter_config.json").write_text("{}")
-    with pytest.raises(UserError, match=r"holds an adapter .* which would be left out; merge it"):
-        load_model(str(beside))
-
-
 def bert():
     sizes = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
     return BertLMHeadModel(BertConfig(vocab_size=40, intermediate_size=32, **sizes))

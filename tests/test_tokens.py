@@ -10,11 +10,12 @@ from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from opd.metrics import TOKEN_METRICS, token_metrics
-from opd.models import load_model
+from opd.models import LoRA, load_model
 from opd.objectives import Distributions, ForwardKL, GeneralizedJSD, PolicyGradient, ReverseKL
 from opd.prompts import Prompt, PromptBatch
 from opd.rollouts import Rollouts
 from opd.teachers import LocalTeacher
+from opd.teachers.local import BaseTeacher
 from opd.tokens import compare
 
 OBJECTIVES = [ReverseKL(), ForwardKL(), GeneralizedJSD(0.25), PolicyGradient()]
@@ -105,6 +106,32 @@ def test_loss_and_gradient_are_those_of_the_definition_at_full_width(tiny, famil
     for ours, slope in zip(gradients(student), slopes, strict=True):
         assert_close(ours, 3.0 * slope)
     assert all(p.grad is None for p in teacher.parameters())
+
+
+@pytest.mark.parametrize("targets", ["all-linear", ["q_proj", "lm_head"]])
+@pytest.mark.parametrize("family", ["llama-student", "gpt2-student"])
+def test_loss_and_gradient_of_an_adapter_with_its_base_as_teacher(tiny, family, targets):
+    """The student is its own teacher, the adapter off; a head's adapter has its gradient too."""
+    if family == "gpt2-student" and isinstance(targets, list):
+        targets = ["c_attn", "lm_head"]
+    source = str(tiny / family)
+    student = load_model(source, adapter=LoRA(rank=2, targets=targets)).eval()
+    torch.manual_seed(0)
+    trained = [p for p in student.parameters() if p.requires_grad]
+    for parameter in trained:
+        torch.nn.init.normal_(parameter, std=0.2)
+    size = student.get_output_embeddings().out_features
+    micro = rollouts(size)
+    expected = written_out(student, load_model(source).eval(), micro, ReverseKL())
+    assert expected.mean() > 0.003
+    slopes = torch.autograd.grad(expected.sum(), trained)
+    base = BaseTeacher(student, vocabulary=size, temperature=TEMPERATURE)
+    options = {"vocabulary": size, "temperature": TEMPERATURE}
+    opinions = {"teacher": base.read(micro)}
+    compared = compare(student, micro, opinions, ReverseKL(), token_metrics, **options)
+    torch.testing.assert_close(compared.values["opd/loss"], expected, rtol=1e-4, atol=1e-5)
+    for ours, slope in zip(torch.autograd.grad(compared.total, trained), slopes, strict=True):
+        assert_close(ours, slope)
 
 
 def test_values_do_not_depend_on_the_tile(tiny):

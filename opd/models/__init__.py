@@ -1,5 +1,6 @@
 """Models: how they are loaded, run, and checked against each other."""
 
+from opd.models.adapters import Dtype, LoRA, check_adapter, without_adapter
 from opd.models.checks import (
     check_context,
     check_master_weights,
@@ -16,7 +17,7 @@ from opd.models.generation import (
     generating_with,
     plain_sampling,
 )
-from opd.models.load import Dtype, load_model, load_tokenizer, student_files
+from opd.models.load import load_model, load_tokenizer, model_folder, student_files
 from opd.models.passes import (
     Buffer,
     Head,
@@ -30,6 +31,8 @@ __all__ = [
     "Buffer",
     "Dtype",
     "Head",
+    "LoRA",
+    "check_adapter",
     "check_context",
     "check_eos_token_ids",
     "check_master_weights",
@@ -45,8 +48,10 @@ __all__ = [
     "in_eval_mode",
     "load_model",
     "load_tokenizer",
+    "model_folder",
     "plain_sampling",
     "product_dtype",
     "student_files",
     "vocabulary_size",
+    "without_adapter",
 ]

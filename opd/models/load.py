@@ -13,7 +13,7 @@ import tempfile
 from collections.abc import Collection, Iterator
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from safetensors import safe_open
@@ -33,7 +33,8 @@ from transformers.utils.logging import disable_progress_bar
 
 from opd import checkpoints
 from opd.errors import UserError
-from opd.models import gguf, hub
+from opd.models import adapters, gguf, hub
+from opd.models.adapters import Dtype, LoRA
 from opd.models.checks import check_passes
 from opd.models.generation import saveable
 from opd.sharding import unwrapped
@@ -42,10 +43,8 @@ disable_progress_bar()  # of loading weights: a model of ours or a shard a secon
 
 log = logging.getLogger(__name__)
 
-Dtype = Literal["float32", "bfloat16", "float16"]
 EMBEDDED = Path(__file__).parent.parent / "embedded"
 EMBEDDED_MODELS = ("base", "teacher", "base-long", "teacher-long")
-ADAPTER = "adapter_config.json"
 LFS_POINTER = b"version https://git-lfs"
 # Constants that old versions of transformers saved, not all of which its classes know any more
 FORMER_BUFFERS = (
@@ -63,12 +62,12 @@ def model_folder(source: str, *, weights: bool = False) -> Iterator[str]:
     """Resolve a model source to a folder that ``from_pretrained`` accepts.
 
     For a checkpoint or a GGUF file it is a temporary folder with the config and tokenizer, without
-    weights.
+    weights; for a checkpoint of an adapter, the folder that peft would write.
 
     Args:
         source: Hub id, perhaps with @REVISION, folder, checkpoint of ours, GGUF file, or
             embedded:NAME.
-        weights: Whether a hub model's weights are needed.
+        weights: Whether those of a hub model or an adapter are needed.
 
     Raises:
         UserError: The source looks like a path and is not there, or is a folder without a model.
@@ -93,6 +92,8 @@ def model_folder(source: str, *, weights: bool = False) -> Iterator[str]:
             folder.mkdir()
             for name, content in checkpoints.read(path)[checkpoints.STUDENT_FILES].items():
                 (folder / Path(name).name).write_bytes(content)
+            if weights and adapters.is_adapter(folder):
+                adapters.write_weights(path, folder)
             yield str(folder)
     elif path.is_dir():
         if not (path / "config.json").is_file() and (path / "checkpoints").is_dir():
@@ -120,6 +121,9 @@ def load_tokenizer(source: str, *, trust_remote_code: bool = False) -> PreTraine
         UserError: There is none at ``source``.
     """
     with model_folder(source) as folder, _explained(source, folder, "tokenizer"):
+        if adapters.is_adapter(folder) and not any(Path(folder).glob("tokenizer*")):
+            base = adapters.base_of(source, folder)
+            return load_tokenizer(base, trust_remote_code=trust_remote_code)
         tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code)
         if len(tokenizer) == len(tokenizer.get_added_vocab()):  # made from a model's config alone
             raise UserError(f"{source}: holds no tokenizer; save that of its family there too")
@@ -133,63 +137,87 @@ def load_model(
     attn_implementation: str | None = None,
     trust_remote_code: bool = False,
     weights: bool = True,
+    adapter: LoRA | None = None,
 ) -> PreTrainedModel:
     """Load a causal language model.
 
     Args:
         source: Hub id, perhaps with @REVISION, folder, checkpoint of ours, GGUF file, or
-            embedded:NAME.
+            embedded:NAME; a folder or checkpoint may hold an adapter, which is merged.
         dtype: Dtype of the weights in memory.
         attn_implementation: sdpa, eager, flash_attention_2, ... None: the one that its config
             names, else sdpa. Models that have no sdpa get eager, with a warning.
         trust_remote_code: Let a model run its own code.
         weights: False builds the model on the meta device, for weights that another rank sends.
+        adapter: Put one beside its layers, to be trained.
 
     Raises:
         UserError: There is no causal language model at ``source``, its weights are not exactly
             those that it needs, or its head cannot be separated from its body (see
             :func:`completion_logits`).
     """
-    path = Path(source).expanduser()
-    options = {"dtype": getattr(torch, dtype), "trust_remote_code": trust_remote_code}
+    how: dict[str, Any] = {
+        "dtype": dtype,
+        "attn_implementation": attn_implementation,
+        "trust_remote_code": trust_remote_code,
+        "weights": weights,
+    }
     with (
         model_folder(source, weights=weights) as folder,
         _explained(source, folder, "causal language model"),
     ):
-        config = AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
-        _check_kind(source, folder, config)
-        _set_switches(config)
-        options |= _attention(source, config, attn_implementation, options)
-        if weights and gguf.is_gguf(path):
-            with gguf.reading(source, path) as how:
-                packed = _read(source, folder, config, options, how)
-            model = gguf.ordinary(packed, config, options)
-        elif weights and not checkpoints.is_checkpoint(path):
-            model = _read(source, folder, config, options, {"use_safetensors": True})
-        else:
-            with no_init_weights(), nullcontext() if weights else torch.device("meta"):
-                model = AutoModelForCausalLM.from_config(config, **options)
-            model.tie_weights()  # which the context above has left out
+        if adapters.is_adapter(folder):
+            model = load_model(adapters.base_of(source, folder), **how)
             if weights:
-                checkpoints.read_student(path, model.state_dict())
-        assert isinstance(model, PreTrainedModel)
+                model = adapters.merged(model, source, folder)
+        else:
+            model = _load(source, folder, **how)
         if (Path(folder) / "generation_config.json").is_file():
             model.generation_config = GenerationConfig.from_pretrained(folder)
         model.generation_config = saveable(model.generation_config)
-    if "attn_implementation" not in options and model.config._attn_implementation == "eager":
-        log.warning("%s: %s has no sdpa attention: it gets eager", source, type(model).__name__)
     if weights:
         check_passes(model, source)
+    if adapter is not None:
+        adapter.attach(model, source)
     return model
 
 
-def _check_kind(source: str, folder: str, config: PretrainedConfig) -> None:
+def _load(
+    source: str,
+    folder: str,
+    *,
+    dtype: Dtype,
+    attn_implementation: str | None,
+    trust_remote_code: bool,
+    weights: bool,
+) -> PreTrainedModel:
+    """Load a model that is no adapter."""
+    path = Path(source).expanduser()
+    options = {"dtype": getattr(torch, dtype), "trust_remote_code": trust_remote_code}
+    config = AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
+    _check_kind(source, config)
+    _set_switches(config)
+    options |= _attention(source, config, attn_implementation, options)
+    if weights and gguf.is_gguf(path):
+        with gguf.reading(source, path) as how:
+            packed = _read(source, folder, config, options, how)
+        model = gguf.ordinary(packed, config, options)
+    elif weights and not checkpoints.is_checkpoint(path):
+        model = _read(source, folder, config, options, {"use_safetensors": True})
+    else:
+        with no_init_weights(), nullcontext() if weights else torch.device("meta"):
+            model = AutoModelForCausalLM.from_config(config, **options)
+        model.tie_weights()  # which the context above has left out
+        if weights:
+            checkpoints.read_student(path, model.state_dict())
+    if "attn_implementation" not in options and model.config._attn_implementation == "eager":
+        log.warning("%s: %s has no sdpa attention: it gets eager", source, type(model).__name__)
+    assert isinstance(model, PreTrainedModel)
+    return model
+
+
+def _check_kind(source: str, config: PretrainedConfig) -> None:
     """Refuse what is not a language model that reads text from left to right."""
-    if (Path(folder) / ADAPTER).is_file():
-        raise UserError(
-            f"{source}: holds an adapter ({ADAPTER}), which would be left out; merge it into its "
-            "base model (peft: merge_and_unload), and save that"
-        )
     own_code = "AutoModelForCausalLM" in (getattr(config, "auto_map", None) or {})
     if config.is_encoder_decoder or not (own_code or type(config) in MODEL_FOR_CAUSAL_LM_MAPPING):
         saved_as = ", ".join(config.architectures or [type(config).__name__])
@@ -347,10 +375,9 @@ def _flaw(folder: Path, what: str) -> str | None:
     names = {path.name for path in files}
     tokenizer_alone = what == "tokenizer" and any(name.startswith("tokenizer") for name in names)
     if "config.json" not in names and not tokenizer_alone:
-        alone = f", only an adapter ({ADAPTER}): merge it into its base model and save that"
         packed = [path for path in files if gguf.is_gguf(path)]
         named = f", only {packed[0].name}: name that file" if packed else ""
-        return "there is no config.json" + (alone if ADAPTER in names else named)
+        return f"there is no config.json{named}"
     for name in (name for name in sorted(names) if name.endswith(".json")):
         try:
             json.loads((folder / name).read_bytes())
@@ -382,16 +409,21 @@ def student_files(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) ->
     """Return what turns weights into a model again, as file name and content.
 
     Config, generation config, tokenizer files, the code of a model that has its own, and in the
-    config the attention implementation, if it is not the usual one.
+    config the attention implementation, if it is not the usual one. Of a model that trains an
+    adapter it is the adapter's config alone: all else is its base model's.
     """
+    adapter = adapters.config_of(model)
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        model.config.save_pretrained(folder)
+        if adapter is None:
+            model.config.save_pretrained(folder)
         model.generation_config.save_pretrained(folder)
         tokenizer.save_pretrained(folder)
-        for path in _own_code(model):
+        for path in _own_code(model) if adapter is None else ():
             (folder / path.name).write_bytes(path.read_bytes())
         files = {path.name: path.read_bytes() for path in folder.iterdir() if path.is_file()}
+    if adapter is not None:
+        return {**files, adapters.CONFIG: adapter}
     attention = model.config._attn_implementation
     if attention not in (None, "sdpa"):
         config = {**json.loads(files["config.json"]), "attn_implementation": attention}

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from opd.models.adapters import effective_weight
 from opd.sharding import forward_pass
 
 PACKED = ("flash_attention_2", "flash_attention_3", "flash_attention_4")
@@ -94,7 +95,7 @@ class Head:
         """
         head = model.get_output_embeddings()
         config = model.config.get_text_config()
-        weight, bias = head.weight, None if head.bias is None else head.bias.float()
+        weight, bias = effective_weight(head), None if head.bias is None else head.bias.float()
         if vocabulary is not None and vocabulary < len(weight):  # or backward makes a copy for it
             weight, bias = weight[:vocabulary], None if bias is None else bias[:vocabulary]
         return cls(

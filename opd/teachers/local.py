@@ -7,16 +7,24 @@ over the vocabulary are made from them a tile at a time, when they are wanted.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 
 import torch
 from accelerate import cpu_offload
 from accelerate.utils import set_module_tensor_to_device
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from opd.models import Buffer, Head, context_length, hidden_states, product_dtype
+from opd.models import (
+    Buffer,
+    Head,
+    context_length,
+    hidden_states,
+    in_eval_mode,
+    product_dtype,
+    without_adapter,
+)
 from opd.rollouts import Rollouts
 from opd.sharding import head_gathered, is_sharded, transformer_layers
 from opd.teachers.teacher import Gives, Opened
@@ -42,11 +50,20 @@ class LocalTeacher:
         temperature: float = 1.0,
         offload: bool = False,
     ) -> None:
-        self.model = model.eval().requires_grad_(False)
+        self.model = self._frozen(model)
         self.vocabulary = vocabulary
         self.temperature = temperature
         self.offload = offload
         self._on_device = is_sharded(model)  # shards are where they belong
+
+    def _frozen(self, model: PreTrainedModel) -> PreTrainedModel:
+        model.requires_grad_(False)
+        model.eval()
+        return model
+
+    def speaking(self) -> AbstractContextManager[None]:
+        """Let the model be the teacher within."""
+        return nullcontext()
 
     @property
     def whole(self) -> PreTrainedModel | None:
@@ -72,12 +89,34 @@ class LocalTeacher:
                     set_module_tensor_to_device(self.model.get_submodule(module), attribute, device)
             self.model.tie_weights()  # a tied head has stayed behind
         else:
-            self.model.to(device)
+            nn.Module.to(self.model, device)
 
     @torch.no_grad()
     def read(self, micro: Rollouts) -> LocalOpinion:
         """Run the model's body over B completions of N tokens together."""
-        return LocalOpinion(self, hidden_states(self.model, *micro.inputs()), micro.lengths)
+        with self.speaking():
+            return LocalOpinion(self, hidden_states(self.model, *micro.inputs()), micro.lengths)
+
+
+class BaseTeacher(LocalTeacher):
+    """The base model of a student that trains an adapter: the student itself, its adapter off."""
+
+    def _frozen(self, model: PreTrainedModel) -> PreTrainedModel:
+        return model  # it is, but for the adapter
+
+    @contextmanager
+    def speaking(self) -> Iterator[None]:
+        """Let the model be its base within."""
+        with in_eval_mode(self.model), without_adapter(self.model):
+            yield
+
+    @property
+    def whole(self) -> None:
+        """Nothing: it is the student that samples."""
+        return None
+
+    def to(self, device: torch.device) -> None:
+        """Do nothing: it is where the student is."""
 
 
 @dataclass(frozen=True)
@@ -99,7 +138,8 @@ class LocalOpinion:
         """Hold the teacher's head; rows of the N tokens become logits, [n, V]."""
         teacher, buffer = self.teacher, Buffer()
         with head_gathered(teacher.model):
-            head = Head.of(teacher.model, teacher.vocabulary, product_dtype(teacher.model))
+            with teacher.speaking():
+                head = Head.of(teacher.model, teacher.vocabulary, product_dtype(teacher.model))
 
             def logits(rows: slice) -> Tensor:
                 hidden = self.hidden[rows]

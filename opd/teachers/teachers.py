@@ -18,7 +18,7 @@ from opd.models import (
 )
 from opd.prompts import Prompt, PromptFormat, Row, encode
 from opd.rollouts import Rollouts
-from opd.teachers.local import LocalTeacher
+from opd.teachers.local import BaseTeacher, LocalTeacher
 from opd.teachers.teacher import Gives, Opinion, Teacher
 
 log = logging.getLogger(__name__)
@@ -159,7 +159,7 @@ def load_teachers(
 
     Args:
         sources: Hub id, folder, checkpoint, GGUF file or embedded:NAME, by name.
-        load_model: Loads one of them.
+        load_model: Loads one of them, or returns the student if it is the student's base.
         student: The student.
         tokenizer: The student's tokenizer.
         temperature: Of the completions that they will read.
@@ -180,7 +180,9 @@ def load_teachers(
     # Beyond the smallest vocabulary there is only padding: check_models has made sure of that
     vocabulary = min(vocabulary_size(model) for model in [student, *loaded.values()])
     teachers = {
-        name: LocalTeacher(model, vocabulary=vocabulary, temperature=temperature, offload=offload)
+        name: (BaseTeacher if model is student else LocalTeacher)(
+            model, vocabulary=vocabulary, temperature=temperature, offload=offload
+        )
         for name, model in loaded.items()
     }
     return Teachers(teachers, vocabulary, ends, tokenizers)
