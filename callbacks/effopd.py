@@ -58,8 +58,8 @@ class EffOPD(Accelerator):
             'doubling LIMIT'; 'two_sided LIMIT', which also goes back toward the anchor; or
             'bracket LIMIT', which multiplies or divides the displacement, the first one at will.
         score: What judges a candidate. None: AnswerAccuracy on 50 training prompts.
-        accept: not_worse (paper), better (published code), 'better M': by more than M standard
-            errors of the difference, or 'better M N': by M away from the anchor, by N back to it.
+        accept: not_worse (paper), better (published code), or 'better M': by more than M standard
+            errors of the difference.
         anchor: Weights at the previous search: raw, as the optimizer left them (the paper's
             W_{2^(n-1)}), or accepted, as the search left them (published code).
         proximal: Scores are compared less so many times KL(mu || candidate) per token, how far it

@@ -30,8 +30,7 @@ coefficients   ``[2, 4, 6, 8, 10]``                   in this order, until one i
                                                       begins with 0: has the step diverged?
 accept         ``not_worse``                          score >= best so far (paper)
                ``better``                             score > best so far (published code)
-               ``better 1.0``                         by more than so many standard errors
-               ``better 2.0 0.5``                     by 2 away from the anchor, by half of one back
+               ``better 0.5``                         by more than so many standard errors
 =============  =====================================  ============================================
 """
 
@@ -237,7 +236,7 @@ class Comparison:
     standard_error: float
 
 
-Accept = Callable[[Comparison, bool], bool]  # the latter: does it lie further from the anchor?
+Accept = Callable[[Comparison], bool]
 
 
 def parse_accept(spec: str) -> Accept:
@@ -246,19 +245,13 @@ def parse_accept(spec: str) -> Accept:
     Raises:
         UserError: The rule is not one of the module's table.
     """
-    name, *rest = spec.split() or [""]
-    margins = [_number(word, spec, "accept") for word in rest]
-    if name == "not_worse" and not margins:
-        return lambda comparison, further: comparison.difference >= 0
-    if name == "better" and len(margins) <= 2 and min(margins, default=0.0) >= 0:
-        on, back = (margins * 2)[:2] if margins else (0.0, 0.0)
-        return lambda comparison, further: (
-            comparison.difference > (on if further else back) * comparison.standard_error
-        )
-    raise UserError(
-        f"EffOPD.accept {spec!r} must be not_worse, better, 'better MARGIN' or 'better MARGIN_ON "
-        "MARGIN_BACK'"
-    )
+    name, margin = _split(spec, "accept")
+    if name == "not_worse" and margin is None:
+        return lambda comparison: comparison.difference >= 0
+    if name == "better" and (margin is None or margin >= 0):
+        errors = margin or 0.0
+        return lambda comparison: comparison.difference > errors * comparison.standard_error
+    raise UserError(f"EffOPD.accept {spec!r} must be not_worse, better or 'better MARGIN'")
 
 
 def _split(spec: str, key: str) -> tuple[str, float | None]:
@@ -395,9 +388,9 @@ def search(
     while coefficient is not None:
         score = score_at(coefficient)
         value = score.mean(reduce_sum)
-        further, weight = coefficient > result.coefficient, proximal(coefficient)
+        weight = proximal(coefficient)
         compared = score.proximal(weight).compare(best.proximal(weight), reduce_sum)
-        accepted = accept(compared, further)
+        accepted = accept(compared)
         result.tried.append(Tried(coefficient, value, accepted))
         if accepted:
             best, result.score_after, result.coefficient = score, value, coefficient

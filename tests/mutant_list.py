@@ -446,10 +446,8 @@ MUTANTS = [
     extrapolation("if found and not accepted:", "if not accepted:"),
     extrapolation("found = found or accepted", "found = accepted"),
     extrapolation("comparison.difference >= 0", "comparison.difference > 0"),
-    extrapolation("difference > (on", "difference >= (on"),
-    extrapolation("(on if further else back)", "(back if further else on)"),
-    extrapolation("(margins * 2)[:2] if margins", "(0.0, 0.0) if margins"),
-    extrapolation("coefficient > result.coefficient, proximal", "coefficient > 0, proximal"),
+    extrapolation("difference > errors", "difference >= errors"),
+    extrapolation("errors = margin or 0.0", "errors = 0.0"),
     extrapolation(
         "-math.inf if broken_here else math.inf", "math.inf if broken_here else -math.inf"
     ),
