@@ -1,12 +1,13 @@
 # make demo           environment, then the main job on the embedded pair; ends with a table
 # make demo-smollm2   the same with a real language model of 135 M parameters, which it fetches
 # make test           environment, then every test that needs neither GPU nor network
+# make test-vllm      an environment with vLLM for CPUs, then the tests that need it
 # make lint           ruff and mypy
 
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo demo-smollm2 test lint clean
+.PHONY: demo demo-smollm2 test test-vllm lint clean
 
 demo: .venv/installed
 	$(BIN)/python -m eval.demo
@@ -20,6 +21,9 @@ test: .venv/installed
 	$(BIN)/mypy
 	$(BIN)/python -m pytest -n 2 --dist worksteal
 
+test-vllm: .venv-vllm/installed
+	.venv-vllm/bin/python -m pytest -m vllm
+
 lint: .venv/installed
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -31,5 +35,10 @@ lint: .venv/installed
 	$(BIN)/pip install --quiet -c constraints.txt -e . --group dev
 	touch $@
 
+.venv-vllm/installed: pyproject.toml constraints.txt tests/vllm_environment.py
+	rm -rf .venv-vllm
+	$(PYTHON) tests/vllm_environment.py .venv-vllm
+	touch $@
+
 clean:
-	rm -rf .venv runs
+	rm -rf .venv .venv-vllm runs

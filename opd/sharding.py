@@ -233,6 +233,47 @@ def _pass_of_one_token(model: PreTrainedModel) -> None:
     model(torch.zeros(1, 1, dtype=torch.long, device=model.device), use_cache=False)
 
 
+def whole_layers(model: nn.Module) -> Iterator[dict[str, Tensor]]:
+    """Gather parameters, one unit of sharding after the other: at most a layer is whole at a time.
+
+    A collective if the model is sharded; all ranks must go through it to the end.
+
+    Yields:
+        Parameters by the names that they have without a wrapper; until the next is asked for.
+    """
+    units: list[tuple[str, nn.Module]] = [
+        (name, part) for name, part in model.named_modules() if _is_unit(part)
+    ]
+    for name, unit in units or [("", model)]:
+        inner = tuple(
+            f"{other}."
+            for other, part in unit.named_modules()
+            if part is not unit and _is_unit(part)
+        )
+        summoned: AbstractContextManager[None] = nullcontext()
+        if isinstance(unit, FullyShardedDataParallel):
+            summoned = FullyShardedDataParallel.summon_full_params(
+                unit, recurse=False, writeback=False
+            )
+        with summoned:
+            own = [item for item in unit.named_parameters() if not item[0].startswith(inner)]
+            yield {
+                plain_name(f"{name}.{key}"): p.full_tensor()
+                if isinstance(p, DTensor)
+                else p.detach()
+                for key, p in own
+            }
+
+
+def _is_unit(module: nn.Module) -> bool:
+    return isinstance(module, FSDPModule | FullyShardedDataParallel)
+
+
+def plain_name(name: str) -> str:
+    """Return a parameter's name without those of wrappers."""
+    return name.removeprefix(".").replace("_fsdp_wrapped_module.", "").replace("_orig_mod.", "")
+
+
 @contextmanager
 def head_gathered(model: nn.Module) -> Iterator[None]:
     """Hold what is outside of a model's layers, the head above all, on every rank.
@@ -306,7 +347,7 @@ def unwrapped(model: nn.Module) -> nn.Module:
 
 def is_sharded(module: nn.Module) -> bool:
     """Whether each rank holds only a share of a module's parameters."""
-    return any(isinstance(p, FSDPModule | FullyShardedDataParallel) for p in module.modules())
+    return any(map(_is_unit, module.modules()))
 
 
 def local_shards(tensors: Sequence[Tensor]) -> list[Tensor]:

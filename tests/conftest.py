@@ -92,7 +92,7 @@ def byte_level_tokenizer(specials: list[str]) -> Tokenizer:
     return tokenizer
 
 
-def save_llama(folder: Path, seed: int) -> None:
+def save_llama(folder: Path, seed: int, **shape: int) -> None:
     """Save a Llama whose tokenizer adds a BOS to plain text and whose template writes its own."""
     tokenizer = byte_level_tokenizer(["<s>", "</s>", "<pad>"])
     tokenizer.post_processor = processors.TemplateProcessing(
@@ -106,13 +106,12 @@ def save_llama(folder: Path, seed: int) -> None:
         chat_template=LLAMA_TEMPLATE,
     )
     torch.manual_seed(seed)
+    sizes = {"hidden_size": 32, "num_attention_heads": 4, "num_key_value_heads": 2, **shape}
     config = LlamaConfig(
         vocab_size=len(wrapped),
-        hidden_size=32,
+        **sizes,
         intermediate_size=64,
         num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
         max_position_embeddings=128,
         tie_word_embeddings=True,
         bos_token_id=0,
@@ -123,7 +122,7 @@ def save_llama(folder: Path, seed: int) -> None:
     wrapped.save_pretrained(folder)
 
 
-def save_gpt2(folder: Path, seed: int) -> None:
+def save_gpt2(folder: Path, seed: int, **shape: int) -> None:
     """Save a GPT-2: learned positions, dropout, padding token = EOS, no chat template."""
     tokenizer = byte_level_tokenizer(["<|endoftext|>"])
     end = "<|endoftext|>"
@@ -133,9 +132,8 @@ def save_gpt2(folder: Path, seed: int) -> None:
     torch.manual_seed(seed)
     config = GPT2Config(
         vocab_size=len(wrapped),
-        n_embd=32,
         n_layer=2,
-        n_head=4,
+        **{"n_embd": 32, "n_head": 4, **shape},
         n_positions=128,
         bos_token_id=0,
         eos_token_id=0,

@@ -1,6 +1,6 @@
 """Models: how they are loaded, run, and checked against each other."""
 
-from opd.models.adapters import Dtype, LoRA, check_adapter, without_adapter
+from opd.models.adapters import Dtype, LoRA, check_adapter, whole_weights, without_adapter
 from opd.models.checks import (
     check_context,
     check_master_weights,
@@ -53,5 +53,6 @@ __all__ = [
     "product_dtype",
     "student_files",
     "vocabulary_size",
+    "whole_weights",
     "without_adapter",
 ]

@@ -29,6 +29,7 @@ from transformers import PreTrainedModel
 
 from opd import checkpoints
 from opd.errors import UserError
+from opd.sharding import plain_name, whole_layers
 
 Dtype = Literal["float32", "bfloat16", "float16"]
 CONFIG = "adapter_config.json"  # names of peft
@@ -153,6 +154,29 @@ def effective_weight(layer: nn.Module) -> Tensor:
     if hasattr(layer, "get_delta_weight") and not adapted.disable_adapters:
         weight = weight + adapted.get_delta_weight(NAME)
     return weight
+
+
+def whole_weights(model: PreTrainedModel) -> Iterator[tuple[str, Tensor]]:
+    """Yield a model's weights, whole, adapters merged, by the names that a plain model has.
+
+    One layer after the other, which does not outlive the next; a collective if it is sharded.
+    """
+    adapted: dict[str, Any] = {
+        plain_name(name): layer for name, layer in model.named_modules() if hasattr(layer, "lora_A")
+    }
+    for layer in whole_layers(model):
+        for name, weight in layer.items():
+            path, _, kind = name.rpartition(".")
+            base = path.removesuffix(".base_layer")
+            if base == path:
+                if not re.search(rf"\.lora_[AB]\.{NAME}\.", name):
+                    yield name, weight
+                continue
+            if kind == "weight":
+                a, b = (layer[f"{base}.lora_{factor}.{NAME}.weight"] for factor in "AB")
+                change = adapted[base].scaling[NAME] * (b @ a)
+                weight = weight + (change.T if adapted[base].fan_in_fan_out else change)
+            yield f"{base}.{kind}", weight
 
 
 @contextmanager

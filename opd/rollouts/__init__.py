@@ -6,8 +6,10 @@ from opd.rollouts.micro_batches import align_micro_batches, cut_into_micro_batch
 from opd.rollouts.records import rollout_records, token_texts, verify
 from opd.rollouts.rollouts import Rollouts, Sampler, Tokens
 from opd.rollouts.transformers import TransformersEngine
+from opd.rollouts.vllm import VLLM
 
 __all__ = [
+    "VLLM",
     "ContinuousBatching",
     "RolloutEngine",
     "Rollouts",

@@ -2,15 +2,17 @@
 
 import dataclasses
 import math
+import sys
 
 import pytest
 import torch
 from transformers import GenerationConfig
 
+from opd.errors import UserError
 from opd.models import completion_logits, eos_token_ids, load_model, load_tokenizer
 from opd.prompts import PromptBatch, PromptFormat, tokenize_rows
 from opd.randomness import derive_seed
-from opd.rollouts import Sampler, TransformersEngine, decoding
+from opd.rollouts import VLLM, Sampler, TransformersEngine, decoding
 from opd.rollouts.decoding import SHARE
 from opd.rollouts.sampling import draw
 from opd.rollouts.transformers import completion_lengths
@@ -264,3 +266,9 @@ def test_long_rollouts_report_their_progress(tiny, caplog):
     with caplog.at_level("INFO"):
         sample(TransformersEngine(progress_seconds=0), model, batch, sampler)
     assert "rollout: token 1 of at most 12, 3 completions" in caplog.text
+
+
+def test_vllm_that_is_not_there_is_a_line(monkeypatch):
+    monkeypatch.setitem(sys.modules, "vllm", None)
+    with pytest.raises(UserError, match=r"needs vLLM: pip install 'opd\[vllm\]'"):
+        VLLM().start(None, None, None)
