@@ -16,7 +16,7 @@ from lightning.pytorch.utilities.exceptions import SIGTERMException
 from torch import Tensor
 
 from opd import checkpoints
-from opd.errors import NonFiniteError, OutOfMemoryError, UserError
+from opd.errors import OutOfMemoryError, StoppedBeforeStep, UserError
 from opd.prompts import PromptLoader
 
 log = logging.getLogger(__name__)
@@ -157,7 +157,7 @@ class RunCheckpoint(ModelCheckpoint):
         loader = trainer.train_dataloader
         if alone and trainer.global_step == self._steps_before and isinstance(loader, PromptLoader):
             loader.put_back()  # a run that has more memory takes the same step
-        if isinstance(exception, NonFiniteError) or alone:  # all ranks have it, W is a step's
+        if isinstance(exception, StoppedBeforeStep) or alone:  # all ranks have it, W is a step's
             self._save_now(trainer)
             log.warning("step %d is saved; go on with --ckpt_path last", self._newest_step)
         if isinstance(exception, SIGTERMException) and self._interrupted:

@@ -8,8 +8,12 @@ class UserError(ValueError):
     """
 
 
-class NonFiniteError(UserError):
-    """A loss, an opinion or a gradient is infinite or NaN; raised on all ranks before the step."""
+class StoppedBeforeStep(UserError):  # noqa: N818 - what it says is not that something is wrong
+    """A step was not taken; raised on all ranks, where the weights are those of the step before."""
+
+
+class NonFiniteError(StoppedBeforeStep):
+    """A loss, an opinion or a gradient is infinite or NaN."""
 
 
 class OutOfMemoryError(UserError):

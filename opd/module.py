@@ -34,6 +34,8 @@ from opd.prompts import PromptBatch, PromptDataModule, pad_token_id
 from opd.randomness import random_state, restore_random_state
 from opd.reuse import Reuse
 from opd.rollouts import (
+    GapAlarm,
+    GapLimits,
     RolloutEngine,
     Sampler,
     TransformersEngine,
@@ -79,6 +81,8 @@ class OPDModule(LightningModule):
         rollouts_per_prompt: Completions sampled per prompt.
         eos_token_ids: Tokens that end a completion. None: those of the student and of all teachers.
         engine: What samples completions. None: TransformersEngine.
+        engine_gap: How far its log-probabilities may be from the student's before a line warns, and
+            before the run stops.
         verifier: Finds and checks the answers of prompts that have one: AnswerVerifier, whose
             options need no class_path, or opd.rewards.ProgramVerifier, for programs with tests.
         micro_batch_tokens: Positions per forward and backward, padding and prompts included. Bounds
@@ -124,6 +128,7 @@ class OPDModule(LightningModule):
         rollouts_per_prompt: int = 1,
         eos_token_ids: list[int] | None = None,
         engine: RolloutEngine | None = None,
+        engine_gap: GapLimits = GapLimits(),  # noqa: B008 - frozen
         verifier: Verifier = AnswerVerifier(),  # noqa: B008 - frozen
         micro_batch_tokens: int = 32768,
         tile_tokens: int | None = None,
@@ -163,6 +168,7 @@ class OPDModule(LightningModule):
         self.strict_loading = adapter is None  # its base is in no checkpoint
         self.rollouts_per_prompt = rollouts_per_prompt
         self.engine = engine or TransformersEngine()
+        self.gap_alarm = GapAlarm(engine_gap)
         self.verifier = verifier
         self.micro_batch_tokens = micro_batch_tokens
         self.tile_tokens = tile_tokens

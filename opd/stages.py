@@ -26,6 +26,7 @@ from opd.prompts import Prompt, PromptBatch
 from opd.randomness import derive_seed
 from opd.reuse import Reuse, importance_weights, sampled_logprobs
 from opd.rollouts import (
+    GapAlarm,
     RolloutEngine,
     Rollouts,
     Sampler,
@@ -48,6 +49,7 @@ class Distillation(Protocol):
     objective: Objective
     reuse: Reuse | None
     engine: RolloutEngine
+    gap_alarm: GapAlarm
     sampler: Sampler
     verifier: Verifier
     rollouts_per_prompt: int

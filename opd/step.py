@@ -20,7 +20,7 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any, Protocol, runtime_checkable
@@ -124,8 +124,8 @@ def take_step(
         scheduler: Of the learning rate; None: it is constant.
 
     Raises:
-        NonFiniteError: A loss, a teacher's opinion or the gradient is infinite or NaN, on whatever
-            rank; the weights are those of the step before.
+        StoppedBeforeStep: A loss, a teacher's opinion or the gradient is infinite or NaN, on
+            whatever rank, or completions were sampled from something else than the student.
     """
     t, world = module.global_step + 1, module.world
     rollouts = sample(module, batch, t)
@@ -141,6 +141,7 @@ def take_step(
     # The teacher first: where it fails, the loss follows
     for name, what in [("teacher_logprob", "teacher's log-probability"), ("loss", "loss")]:
         check_finite(t, micro_batches, [v[f"opd/{name}"] for v in values], what, world)
+    module.gap_alarm.check(t, _mean(values, "rollout/engine_logprob_gap", world), module.sampler)
     weights = module.weights
     apply = functools.partial(
         apply_gradients,
@@ -384,6 +385,14 @@ def check_finite(
         f"step {t}, rank {rank}: the {what} of prompt row {world.broadcast(found, rank)} is "
         f"not finite; the weights are those of step {t - 1}{ADVICE}"
     )
+
+
+def _mean(values: Sequence[Mapping[str, Tensor]], name: str, world: World) -> float:
+    """Return the mean of a metric over all tokens of all ranks, 0 if there are none."""
+    found = [value[name].double() for value in values]
+    sums = torch.tensor([float(sum(f.sum() for f in found)), float(sum(f.numel() for f in found))])
+    total, count = world.sum(sums.double()).tolist()
+    return total / count if count else 0.0
 
 
 def apply_gradients(

@@ -1,5 +1,6 @@
 """Callbacks and objectives that look into runs of other processes, or make them fail."""
 
+import copy
 import json
 import os
 import signal
@@ -53,6 +54,29 @@ class CountingEngine(TransformersEngine):
         with Path(f"{self.path}_{torch.distributed.get_rank()}.txt").open("a") as file:
             file.write(f"{len(prompts)} {mode.count}\n")
         return rollouts
+
+
+class StaleEngine(TransformersEngine):
+    """Never gets new weights, as an engine of its own that nothing is pushed to."""
+
+    def start(self, student, weights, tokenizer):
+        if self._student is None:
+            super().start(copy.deepcopy(student), weights, tokenizer)
+
+
+class OtherEngine(TransformersEngine):
+    """Has a model of its own, as far from the student as ``noise``."""
+
+    def __init__(self, noise: float):
+        super().__init__()
+        self.noise = noise
+
+    def start(self, student, weights, tokenizer):
+        torch.manual_seed(0)
+        self._student = copy.deepcopy(student)
+        with torch.no_grad():
+            for parameter in self._student.parameters():
+                parameter += self.noise * torch.randn_like(parameter)
 
 
 class Unjudged(Benchmarks):

@@ -1,5 +1,6 @@
 """Rollouts: completions that a student samples, and the engines that sample them."""
 
+from opd.rollouts.alarm import GapAlarm, GapLimits
 from opd.rollouts.continuous_batching import ContinuousBatching
 from opd.rollouts.engine import RolloutEngine
 from opd.rollouts.micro_batches import align_micro_batches, cut_into_micro_batches
@@ -11,6 +12,8 @@ from opd.rollouts.vllm import VLLM
 __all__ = [
     "VLLM",
     "ContinuousBatching",
+    "GapAlarm",
+    "GapLimits",
     "RolloutEngine",
     "Rollouts",
     "Sampler",
