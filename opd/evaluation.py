@@ -116,7 +116,8 @@ def _of_teachers(module: Distillation, batch: PromptBatch, max_new_tokens: int) 
         engine.start(model, module.weights, module.tokenizer)
         try:
             seeds = [derive_seed(seed, prompt.row, 0) for prompt in prompts.prompts]
-            parts.append(engine(prompts, sampler, seeds))
+            said = engine(prompts.for_teacher(sampler.pad_token_id), sampler, seeds)
+            parts.append(dataclasses.replace(said, prompts=prompts))
         except (RuntimeError, MemoryError) as error:
             if not memory.is_out_of_memory(error):
                 raise

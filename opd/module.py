@@ -335,12 +335,15 @@ class OPDModule(LightningModule):
         if isinstance(data, PromptDataModule) and self.world.rank == 0 and not self._compared:
             self._compared = True
             self.teachers.check_rendering(data.examples, data.format, self.tokenizer)
+        context = models.context_length(self.student)
         longest = max((len(prompt.token_ids) for prompt in prompts), default=0)
-        contexts = {"student": models.context_length(self.student)}
-        contexts |= {f"teacher {name}": t.context for name, t in self.teachers.items()}
-        for role, context in contexts.items():
-            models.check_context(context, role, longest, self.sampler.max_new_tokens)
-        for teacher in self.teachers.values():
+        models.check_context(context, "student", longest, self.sampler.max_new_tokens)
+        longest = max(
+            (len(prompt.teacher_ids or prompt.token_ids) for prompt in prompts), default=0
+        )
+        for name, teacher in self.teachers.items():
+            role = f"teacher {name}"
+            models.check_context(teacher.context, role, longest, self.sampler.max_new_tokens)
             teacher.to(self.device)
 
     def teardown(self, stage: str) -> None:

@@ -764,3 +764,64 @@ def test_a_chat_that_leaves_nothing_to_ask_is_refused(tiny):
         tokenize_rows([{"messages": [SYSTEM]}], tokenizer, PromptFormat(system_turns="drop"))
     with pytest.raises(UserError, match=r"no turn of the user for data.format.prompt_template"):
         tokenize_rows([{"messages": [SYSTEM]}], tokenizer, PromptFormat(prompt_template=ASKED))
+
+
+# --- what the teacher alone reads -----------------------------------------------------------------
+
+
+def informed(rows, source, **options):
+    tokenizer = load_tokenizer(source)
+    fmt = PromptFormat(context_field="hint", **options)
+    prompts = tokenize_rows(rows, tokenizer, fmt)
+    return [
+        tuple(
+            None if ids is None else tokenizer.decode(ids) for ids in (p.token_ids, p.teacher_ids)
+        )
+        for p in prompts
+    ]
+
+
+def test_a_context_is_put_into_the_teacher_s_prompt_alone(tiny):
+    rows = [
+        {"prompt": "add 7", "hint": "it is 9"},
+        {"prompt": "add 8"},
+        {"prompt": "9", "hint": ""},
+    ]
+    source = str(tiny / "llama-student")
+    assert informed(rows, source) == [
+        ("<s>[user]add 7[assistant]", "<s>[user]it is 9\n\nadd 7[assistant]"),
+        ("<s>[user]add 8[assistant]", None),
+        ("<s>[user]9[assistant]", None),
+    ]
+    after = {"teacher_template": "{prompt} ({context})", "prompt_template": "Q: {prompt}"}
+    assert informed(rows[:1], source, **after) == [
+        ("<s>[user]Q: add 7[assistant]", "<s>[user]Q: add 7 (it is 9)[assistant]")
+    ]
+    plain = informed(rows[:1], source, chat_template=False)
+    assert plain == [("<s>add 7", "<s>it is 9\n\nadd 7")]
+
+
+def test_a_context_goes_to_the_user_s_last_turn_and_may_hold_braces(tiny):
+    chat = [*CHAT, {"role": "assistant", "content": "15"}, {"role": "user", "content": "and 9"}]
+    rows = [{"messages": chat, "hint": "{prompt} {context}"}]
+    ((ours, theirs),) = informed(rows, str(tiny / "llama-student"))
+    assert ours == "<s>[user]add 7 and 8[assistant]15</s>[user]and 9[assistant]"
+    assert theirs.endswith("[user]{prompt} {context}\n\nand 9[assistant]")
+    assert theirs.startswith("<s>[user]add 7 and 8[assistant]15</s>")
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"teacher_template": "{prompt}"}, r"must hold \{prompt\} and \{context\}"),
+        ({"teacher_template": "{context}"}, r"must hold \{prompt\} and \{context\}"),
+    ],
+)
+def test_a_teacher_s_template_has_both(options, message):
+    with pytest.raises(UserError, match=message):
+        PromptFormat(context_field="hint", **options)
+
+
+def test_a_context_must_be_text(tiny):
+    with pytest.raises(UserError, match="rows row 0: 'hint' must be text"):
+        informed([{"prompt": "1", "hint": 5}], str(tiny / "llama-student"))

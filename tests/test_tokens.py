@@ -1,7 +1,7 @@
 """compare() on tiles against full-width arrays, written out and differentiated by autograd."""
 
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import pytest
 import torch
@@ -132,6 +132,34 @@ def test_loss_and_gradient_of_an_adapter_with_its_base_as_teacher(tiny, family, 
     torch.testing.assert_close(compared.values["opd/loss"], expected, rtol=1e-4, atol=1e-5)
     for ours, slope in zip(torch.autograd.grad(compared.total, trained), slopes, strict=True):
         assert_close(ours, slope)
+
+
+def test_a_teacher_that_knows_more_reads_its_own_prompt(tiny):
+    """Against the definition: the same completion after another prompt, in the teacher only."""
+    student, teacher = models(tiny, "llama")
+    micro = rollouts(student.get_output_embeddings().out_features)
+    more = {0: (9, 8, 7, 6, 5), 3: (4,)}  # longer than what the student reads, and shorter
+    theirs = [replace(p, teacher_ids=more.get(i)) for i, p in enumerate(micro.prompts.prompts)]
+    informed = replace(micro, prompts=replace(micro.prompts, prompts=theirs))
+    found = run(student, teacher, informed, ReverseKL()).values["opd/loss"]
+    losses = []
+    for i, prompt in enumerate(theirs):
+        y = micro.completion_ids[i, : LENGTHS[i]]
+        log_p, log_q = (
+            (model(torch.cat([torch.tensor(read), y])[None]).logits[0] / TEMPERATURE).log_softmax(
+                -1
+            )[len(read) - 1 : len(read) - 1 + len(y)]
+            for model, read in (
+                (student, prompt.token_ids),
+                (teacher, prompt.teacher_ids or prompt.token_ids),
+            )
+        )
+        losses.append((log_p.exp() * (log_p - log_q)).sum(-1))
+    torch.testing.assert_close(found, torch.cat(losses), rtol=1e-4, atol=1e-5)
+    plain = run(student, teacher, micro, ReverseKL()).values["opd/loss"]
+    same = [i not in more for i, length in enumerate(LENGTHS) for _ in range(length)]
+    torch.testing.assert_close(plain[torch.tensor(same)], found[torch.tensor(same)])
+    assert not torch.allclose(plain[:5], found[:5])
 
 
 def test_values_do_not_depend_on_the_tile(tiny):

@@ -334,7 +334,8 @@ class PromptDataModule(LightningDataModule):
         asked = (self.format.messages_field, self.format.prompt_field)
         if all(value_of(rows[0], field) is None for field in asked):
             return rows
-        return columns(rows, [*asked, self.format.answer_field, self.format.teacher_field])
+        others = (self.format.answer_field, self.format.teacher_field, self.format.context_field)
+        return columns(rows, [*asked, *(field for field in others if field is not None)])
 
     def _short(self, prompts: Sequence[Prompt], source: str) -> Sequence[Prompt]:
         kept = [p for p in prompts if len(p.token_ids) <= self.max_prompt_tokens]

@@ -24,6 +24,7 @@ SYSTEM = ("system", "developer")
 ROLES = (*SYSTEM, "user", "assistant", "tool")  # others must be named by the template
 PROBE = "PROBE"
 PROMPT = "{prompt}"
+CONTEXT = "{context}"
 SHORTEST_MARKER = 3  # characters; what is shorter than that stands in ordinary text too
 WRITE_LIST = "write it as a JSON list of {role, content}, without quotes around it"
 CHAT = "must be a non-empty list of objects with a 'role' and a 'content'"
@@ -53,6 +54,10 @@ class PromptFormat:
         messages_field: Field with a chat, a list of {role, content}; wins over the prompt field.
         answer_field: Field with the reference answer.
         teacher_field: Field with the teacher's name.
+        context_field: Field with what the teacher alone reads beside the prompt, as a solution or a
+            hint: then it knows more than the student. None: both read the same.
+        teacher_template: What a teacher is asked where a row has such a field: {prompt} stands for
+            what the student is asked, {context} for the field.
         last_assistant: A chat that ends with turns of the assistant, as conversations do. ``drop``:
             they are left out, and the student answers what came before. ``refuse``: it ends the run
             with an error. ``continue``: the student goes on with the last one.
@@ -69,6 +74,8 @@ class PromptFormat:
     messages_field: str = "messages"
     answer_field: str = "answer"
     teacher_field: str = "teacher"
+    context_field: str | None = None
+    teacher_template: str = "{context}\n\n{prompt}"
     last_assistant: Literal["drop", "refuse", "continue"] = "drop"
     system_turns: Literal["keep", "drop"] = "keep"
     system_prompt: str | None = None
@@ -81,6 +88,11 @@ class PromptFormat:
             raise UserError(
                 f"data.format.prompt_template must hold {PROMPT}, which stands for what a row "
                 f"asks; it is {self.prompt_template[:60]!r}"
+            )
+        if PROMPT not in self.teacher_template or CONTEXT not in self.teacher_template:
+            raise UserError(
+                f"data.format.teacher_template must hold {PROMPT} and {CONTEXT}; it is "
+                f"{self.teacher_template[:60]!r}"
             )
 
     def check_fields(self, rows: Iterable[Row], sources: str) -> None:
@@ -106,13 +118,32 @@ class PromptFormat:
                 f"data.format.{key}: no row of {sources} has {name!r}; rows have {sorted(names)}"
             )
 
-    def render(self, row: Row, where: str, tokenizer: PreTrainedTokenizerBase) -> Rendered:
+    def render(
+        self,
+        row: Row,
+        where: str,
+        tokenizer: PreTrainedTokenizerBase,
+        context: str | None = None,
+    ) -> Rendered:
         """Render one row as text.
+
+        Args:
+            row: The row.
+            where: What to call it.
+            tokenizer: The student's.
+            context: What the teacher alone reads; None: render it for the student.
 
         Raises:
             UserError: The row has no usable prompt; ``where`` names it.
         """
-        prompt = self._asked(self._read(row, where), where)
+        prompt = self._asked(self._read(row, where), self.prompt_template, where)
+        if context is not None:
+            # What stands in a context is no place for the prompt
+            before, _, after = self.teacher_template.partition(CONTEXT)
+            if PROMPT in before:
+                prompt = self._asked(prompt, before, where, after=context + after)
+            else:
+                prompt = self._asked(prompt, after, where, before=before + context)
         template = tokenizer.chat_template
         if isinstance(prompt, str) and (template is None or not self.chat_template):
             for name in ("system_prompt", "chat_template_kwargs"):
@@ -168,16 +199,25 @@ class PromptFormat:
                 raise UserError(f"{where}: {name!r} has only system turns, which are dropped")
         return self._ending(turns, f"{where}: {name!r}")
 
-    def _asked(self, prompt: str | list[Turn], where: str) -> str | list[Turn]:
-        """Put what a row asks into the prompt template."""
-        if self.prompt_template == PROMPT:
+    def _asked(
+        self,
+        prompt: str | list[Turn],
+        template: str,
+        where: str,
+        *,
+        before: str = "",
+        after: str = "",
+    ) -> str | list[Turn]:
+        """Put what a row asks into a template, and that between two texts."""
+        if template == PROMPT and not before and not after:
             return prompt
         if isinstance(prompt, str):
-            return self.prompt_template.replace(PROMPT, prompt)
+            return before + template.replace(PROMPT, prompt) + after
         last = max((i for i, turn in enumerate(prompt) if turn["role"] == "user"), default=None)
         if last is None:
-            raise UserError(f"{where}: has no turn of the user for data.format.prompt_template")
-        content = self.prompt_template.replace(PROMPT, prompt[last]["content"])
+            key = "teacher_template" if before or after else "prompt_template"
+            raise UserError(f"{where}: has no turn of the user for data.format.{key}")
+        content = before + template.replace(PROMPT, prompt[last]["content"]) + after
         return [*prompt[:last], {**prompt[last], "content": content}, *prompt[last + 1 :]]
 
     def _ending(self, turns: list[Turn], where: str) -> list[Turn]:
@@ -382,10 +422,24 @@ def tokenize_rows(
         teacher = value_of(row, fmt.teacher_field)
         if not isinstance(teacher, str | None):
             raise UserError(f"{where[i]}: {fmt.teacher_field!r} must be text")
+        context = None if fmt.context_field is None else value_of(row, fmt.context_field)
+        if not isinstance(context, str | None):
+            raise UserError(f"{where[i]}: {fmt.context_field!r} must be text")
         if not ids[i]:
             raise UserError(f"{where[i]}: the prompt is empty after tokenization")
+        theirs = None
+        if context:
+            theirs = tuple(encode([fmt.render(row, where[i], tokenizer, context)], tokenizer)[0])
         prompts.append(
-            Prompt(first_row + numbers[i], tuple(ids[i]), answer, teacher, data_set, where=where[i])
+            Prompt(
+                first_row + numbers[i],
+                tuple(ids[i]),
+                answer,
+                teacher,
+                theirs,
+                data_set,
+                where=where[i],
+            )
         )
     return prompts
 

@@ -6,7 +6,7 @@ Shapes: B prompts, P tokens of the longest, padded on the left.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -23,6 +23,7 @@ class Prompt:
         token_ids: Token ids, special tokens included.
         answer: Reference answer, if the row has one.
         teacher: Name of the teacher that reads its completions, if the row names one.
+        teacher_ids: What its teacher reads instead of ``token_ids``, if that is something else.
         data_set: Name of the data set that the row is from, if it has one.
         where: File and row, for messages.
     """
@@ -31,6 +32,7 @@ class Prompt:
     token_ids: tuple[int, ...]
     answer: str | None = None
     teacher: str | None = None
+    teacher_ids: tuple[int, ...] | None = None
     data_set: str | None = None
     where: str = ""
 
@@ -87,6 +89,16 @@ class PromptBatch:
     def repeat(self, times: int) -> PromptBatch:
         """Repeat each prompt ``times`` times, copies side by side."""
         return self.select([i for i in range(len(self)) for _ in range(times)])
+
+    def for_teacher(self, pad_id: int) -> PromptBatch:
+        """Return the prompts as their teachers read them."""
+        if all(prompt.teacher_ids is None for prompt in self.prompts):
+            return self
+        read = [
+            replace(prompt, token_ids=prompt.teacher_ids or prompt.token_ids)
+            for prompt in self.prompts
+        ]
+        return PromptBatch.collate(read, pad_id).to(self.ids.device)
 
     def unique(self) -> tuple[PromptBatch, Tensor]:
         """Return the U prompts that differ in their tokens, and which of them each is, [B]."""

@@ -7,7 +7,7 @@ of all completions together.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
@@ -103,6 +103,10 @@ class Rollouts:
         predicts = torch.zeros_like(mask)
         predicts[:, self.prompts.ids.shape[1] - 1 : -1] = self.mask
         return ids, mask, predicts
+
+    def for_teacher(self) -> Rollouts:
+        """Return the same completions after the prompts as their teachers read them."""
+        return replace(self, prompts=self.prompts.for_teacher(pad_id=0))
 
     def spread(self, values: Tensor) -> Tensor:
         """Spread values per token, [N], over positions, [B, C], with 0 at padding."""

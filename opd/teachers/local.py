@@ -95,7 +95,8 @@ class LocalTeacher:
     def read(self, micro: Rollouts) -> LocalOpinion:
         """Run the model's body over B completions of N tokens together."""
         with self.speaking():
-            return LocalOpinion(self, hidden_states(self.model, *micro.inputs()), micro.lengths)
+            inputs = micro.for_teacher().inputs()
+            return LocalOpinion(self, hidden_states(self.model, *inputs), micro.lengths)
 
 
 class BaseTeacher(LocalTeacher):
