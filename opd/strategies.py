@@ -65,6 +65,8 @@ def load_under(
     """
     load = functools.partial(load_model, source, **options)
     if isinstance(strategy, ShardedStrategy):
+        if (adapter := options.get("adapter")) is not None and adapter.quantize is not None:
+            raise UserError("model.adapter.quantize cannot be sharded: use --config strategy/ddp")
         return strategy.load_model(load, trained=trained, offload=offload)
     if not isinstance(strategy, DDPStrategy | SingleDeviceStrategy | None):
         raise UserError(

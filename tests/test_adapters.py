@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import re
 import sys
@@ -9,12 +10,14 @@ import sys
 import peft
 import pytest
 import torch
+from bitsandbytes.functional import dequantize_4bit, quantize_4bit
 from conftest import (
     AUTO,
     DDP,
     FSDP1,
     FSDP2,
     assert_same,
+    fail,
     launch,
     load,
     load_any,
@@ -28,7 +31,7 @@ from transformers import AutoModelForCausalLM
 from opd import OPDModule
 from opd.cli import main
 from opd.errors import UserError
-from opd.models import LoRA, completion_logits, load_model, load_tokenizer
+from opd.models import LoRA, completion_logits, load_model, load_tokenizer, whole_weights
 from opd.models.passes import Head
 
 RANK = ["--model.adapter.rank", "4", "--model.optimizer.lr", "3e-3"]
@@ -114,6 +117,61 @@ def test_frozen_weights_may_be_of_less_precision(tiny):
     model = load_model(str(tiny / "llama-student"), dtype="bfloat16", adapter=LoRA())
     dtypes = {p.requires_grad: p.dtype for p in model.parameters()}
     assert dtypes == {True: torch.float32, False: torch.bfloat16}
+
+
+# --- four bits ------------------------------------------------------------------------------------
+
+
+def test_a_base_in_four_bits_is_that_of_its_dequantized_weights(tiny):
+    """Against the definition in a plain model: each weight to 4 bits and back, B A beside it."""
+    source = str(tiny / "llama-student")
+    model, plain = adapted(source, quantize="nf4"), load_model(source).eval()
+    linear = [name for name, m in plain.named_modules() if type(m) is torch.nn.Linear]
+    linear.remove("lm_head")
+    with torch.no_grad():
+        for name in linear:
+            weight = plain.get_submodule(name).weight
+            packed, state = quantize_4bit(weight, quant_type="nf4", compress_statistics=True)
+            back = dequantize_4bit(packed, state)
+            assert 1e-3 < (back - weight).abs().max() / weight.abs().max() < 0.2
+            a, b = _factors(model.get_submodule(name))
+            weight.copy_(back + 32.0 / 4 * b @ a)
+    torch.testing.assert_close(logits(model), logits(plain), atol=1e-4, rtol=1e-3)
+    whole = dict(whole_weights(model))
+    assert set(whole) == {name for name, _ in plain.named_parameters()}
+    for name, parameter in plain.named_parameters():
+        torch.testing.assert_close(whole[name], parameter.data, atol=1e-5, rtol=1e-5)
+
+
+def test_a_run_in_four_bits_keeps_the_adapter_alone_and_resumes(fit):
+    options = [*AUTO, *RANK, "--model.adapter.quantize", "nf4"]
+    straight = fit("straight", *options, steps=3)
+    fit("halves", *options, steps=2)
+    halves = fit("halves", *options, "--ckpt_path", "last", steps=3)
+    assert_same(student_of(load(halves)), student_of(load(straight)))
+    assert all("lora_" in name for name in student_of(load(straight)))
+    load_model(str(straight / "checkpoints" / "last.ckpt"))  # merged into the base as it comes
+
+
+def test_four_bits_are_refused_where_there_are_none(tiny, run, monkeypatch, tmp_path, capsys):
+    nf4 = LoRA(quantize="nf4")
+    with pytest.raises(UserError, match="an adapter's base is merged with it"):
+        load_model(str(run / "checkpoints" / "last.ckpt"), adapter=nf4)
+    with pytest.raises(UserError, match="needs a hub id or a folder"):
+        load_model(whole_checkpoint(tmp_path), adapter=nf4)
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(UserError, match=r"pip install 'opd\[qlora\]'"):
+        load_model(str(tiny / "llama-student"), adapter=nf4)
+
+
+def whole_checkpoint(tmp_path):
+    return str(run_fit(tmp_path / "whole", steps=1) / "checkpoints" / "last.ckpt")
+
+
+def test_four_bits_cannot_be_sharded(tmp_path):
+    options = [*FSDP2, *RANK, "--model.adapter.quantize", "nf4"]
+    _, printed = fail(2, tmp_path / "run", *options, steps=1)
+    assert "model.adapter.quantize cannot be sharded" in printed
 
 
 # --- the head -------------------------------------------------------------------------------------

@@ -11,6 +11,7 @@ Shapes: A [rank, in], B [out, rank], W [out, in].
 from __future__ import annotations
 
 import dataclasses
+import importlib.util
 import json
 import re
 import tempfile
@@ -25,7 +26,7 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
-from transformers import PreTrainedModel
+from transformers import BitsAndBytesConfig, PreTrainedModel
 
 from opd import checkpoints
 from opd.errors import UserError
@@ -56,6 +57,9 @@ class LoRA:
         dropout: Of what A is given, in training.
         seed: Of A as it begins; B begins at 0.
         base_dtype: Dtype of the frozen weights; A and B are float32.
+        quantize: nf4 keeps the frozen linear layers in 4 bits, and multiplies in base_dtype (QLoRA,
+            arXiv 2305.14314); needs bitsandbytes. What the adapter is merged into later is the base
+            as it comes. Not under FSDP.
     """
 
     rank: int = 16
@@ -64,6 +68,7 @@ class LoRA:
     dropout: float = 0.0
     seed: int = 0
     base_dtype: Dtype = "float32"
+    quantize: Literal["nf4"] | None = None
 
     def __post_init__(self) -> None:
         if self.rank < 1 or self.alpha <= 0 or not 0 <= self.dropout < 1:
@@ -71,6 +76,25 @@ class LoRA:
                 f"model.adapter: rank={self.rank} must be at least 1, alpha={self.alpha} above 0, "
                 f"dropout={self.dropout} at least 0 and below 1"
             )
+
+    def loading(self) -> dict[str, Any]:
+        """Return what ``from_pretrained`` is to be told of the base.
+
+        Raises:
+            UserError: It is to be quantized, and bitsandbytes is not installed.
+        """
+        if self.quantize is None:
+            return {}
+        if importlib.util.find_spec("bitsandbytes") is None:
+            raise UserError("model.adapter.quantize needs bitsandbytes: pip install 'opd[qlora]'")
+        return {
+            "quantization_config": BitsAndBytesConfig(
+                load_in_4bit=True,
+                bnb_4bit_quant_type=self.quantize,
+                bnb_4bit_use_double_quant=True,
+                bnb_4bit_compute_dtype=getattr(torch, self.base_dtype),
+            )
+        }
 
     def attach(self, model: PreTrainedModel, base: str) -> None:
         """Put adapters, alike on all ranks, beside a model's layers, and freeze all else.
@@ -164,9 +188,16 @@ def whole_weights(model: PreTrainedModel) -> Iterator[tuple[str, Tensor]]:
     adapted: dict[str, Any] = {
         plain_name(name): layer for name, layer in model.named_modules() if hasattr(layer, "lora_A")
     }
+    quantized = {
+        plain_name(name): parameter
+        for name, parameter in model.named_parameters()
+        if hasattr(parameter, "quant_state")
+    }
     for layer in whole_layers(model):
         for name, weight in layer.items():
             path, _, kind = name.rpartition(".")
+            if name in quantized:
+                weight = _dequantized(quantized[name])
             base = path.removesuffix(".base_layer")
             if base == path:
                 if not re.search(rf"\.lora_[AB]\.{NAME}\.", name):
@@ -177,6 +208,13 @@ def whole_weights(model: PreTrainedModel) -> Iterator[tuple[str, Tensor]]:
                 change = adapted[base].scaling[NAME] * (b @ a)
                 weight = weight + (change.T if adapted[base].fan_in_fan_out else change)
             yield f"{base}.{kind}", weight
+
+
+def _dequantized(parameter: Any) -> Tensor:
+    from bitsandbytes.functional import dequantize_4bit
+
+    weight: Tensor = dequantize_4bit(parameter.data, parameter.quant_state)
+    return weight
 
 
 @contextmanager

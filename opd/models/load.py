@@ -167,11 +167,16 @@ def load_model(
         _explained(source, folder, "causal language model"),
     ):
         if adapters.is_adapter(folder):
+            if adapter is not None and adapter.quantize is not None:
+                raise UserError(
+                    f"{source}: an adapter's base is merged with it, which model.adapter.quantize "
+                    "cannot be; export it, and name the folder"
+                )
             model = load_model(adapters.base_of(source, folder), **how)
             if weights:
                 model = adapters.merged(model, source, folder)
         else:
-            model = _load(source, folder, **how)
+            model = _load(source, folder, **how, more=adapter.loading() if adapter else {})
         if (Path(folder) / "generation_config.json").is_file():
             model.generation_config = GenerationConfig.from_pretrained(folder)
         model.generation_config = saveable(model.generation_config)
@@ -190,20 +195,23 @@ def _load(
     attn_implementation: str | None,
     trust_remote_code: bool,
     weights: bool,
+    more: dict[str, Any],
 ) -> PreTrainedModel:
-    """Load a model that is no adapter."""
+    """Load a model that is no adapter; ``more`` is for ``from_pretrained``, of folders only."""
     path = Path(source).expanduser()
     options = {"dtype": getattr(torch, dtype), "trust_remote_code": trust_remote_code}
     config = AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
     _check_kind(source, config)
     _set_switches(config)
     options |= _attention(source, config, attn_implementation, options)
-    if weights and gguf.is_gguf(path):
+    if weights and gguf.is_gguf(path) and not more:
         with gguf.reading(source, path) as how:
             packed = _read(source, folder, config, options, how)
         model = gguf.ordinary(packed, config, options)
     elif weights and not checkpoints.is_checkpoint(path):
-        model = _read(source, folder, config, options, {"use_safetensors": True})
+        model = _read(source, folder, config, options, {"use_safetensors": True, **more})
+    elif more:
+        raise UserError(f"{source}: model.adapter.quantize needs a hub id or a folder")
     else:
         with no_init_weights(), nullcontext() if weights else torch.device("meta"):
             model = AutoModelForCausalLM.from_config(config, **options)

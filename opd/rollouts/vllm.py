@@ -15,6 +15,7 @@ Shapes: B completions, R of them in a pass, V vocabulary.
 from __future__ import annotations
 
 import gc
+import json
 import logging
 import math
 import os
@@ -216,8 +217,10 @@ class VLLM(RolloutEngine):
         """Config and tokenizer of the student, as of a model without adapter."""
         with tempfile.TemporaryDirectory() as folder:
             student.config.save_pretrained(folder)
-            config = {"config.json": (Path(folder) / "config.json").read_bytes()}
-        return {**student_files(student, self._tokenizer), **config}
+            config = json.loads((Path(folder) / "config.json").read_bytes())
+        config.pop("quantization_config", None)  # what it gets is not
+        files = student_files(student, self._tokenizer)
+        return {**files, "config.json": json.dumps(config).encode()}
 
     def _push(self, student: PreTrainedModel) -> None:
         """Hand the student's weights over, if they are others than those that vLLM has."""

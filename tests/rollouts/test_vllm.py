@@ -178,11 +178,14 @@ def test_an_engine_that_was_stopped_begins_anew_with_another_model(tiny, setting
     assert_same_rollouts(setting.sample(), setting.sample(engine=TransformersEngine()))
 
 
-@pytest.mark.parametrize("source", ["llama-student", "gpt2-student"])
-def test_an_adapter_is_pushed_merged(tiny, setting, source):
+@pytest.mark.parametrize(
+    ("source", "options"),
+    [("llama-student", {}), ("gpt2-student", {}), ("llama-student", {"quantize": "nf4"})],
+)
+def test_an_adapter_is_pushed_merged(tiny, setting, source, options):
     setting.engine.stop()
     engine = VLLM(max_tokens=64)
-    adapted = Setting(tiny / source, engine, adapter=LoRA(rank=2))
+    adapted = Setting(tiny / source, engine, adapter=LoRA(rank=2, **options))
     with adapted.weights.edit() as weights:
         for weight in weights:
             torch.nn.init.normal_(weight, std=0.3)
