@@ -16,7 +16,6 @@ from __future__ import annotations
 
 import gc
 import json
-import logging
 import math
 import os
 import tempfile
@@ -36,9 +35,8 @@ from opd.randomness import own_randomness, uniform
 from opd.rollouts.engine import RolloutEngine
 from opd.rollouts.rollouts import Rollouts, Sampler
 from opd.rollouts.sampling import sample
+from opd.sharding import unwrapped
 from opd.weights import Weights
-
-log = logging.getLogger(__name__)
 
 ROOM = 256  # tokens of a completion, for whose log-probabilities there is room at first
 
@@ -204,12 +202,14 @@ class VLLM(RolloutEngine):
     @contextmanager
     def _explained(self) -> Iterator[None]:
         """Say in a line what vLLM has against a model or a machine."""
+        student = self._student
+        assert student is not None, "start the engine first"
         try:
             yield
         except Exception as error:  # of whatever kind
             reason = " ".join(str(error).split())[:300]
             raise UserError(
-                f"VLLM cannot run {type(self._student).__name__} here ({reason}). Use "
+                f"VLLM cannot run {type(unwrapped(student)).__name__} here ({reason}). Use "
                 "opd.rollouts.TransformersEngine"
             ) from error
 
@@ -227,8 +227,9 @@ class VLLM(RolloutEngine):
         if self._pushed == self._weights.version:
             return
         weights = whole_weights(student)
-        self._llm.collective_rpc("reload_weights", kwargs={"weights_iterator": weights})
-        self._llm.apply_model(_pack_heads)
+        with self._explained():
+            self._llm.collective_rpc("reload_weights", kwargs={"weights_iterator": weights})
+            self._llm.apply_model(_pack_heads)
         self._llm.reset_prefix_cache()
         self._pushed = self._weights.version
         self.pushes += 1

@@ -168,6 +168,14 @@ def test_weights_are_pushed_when_they_have_changed_and_only_then(setting):
     assert_same_rollouts(setting.sample(), before)
 
 
+def test_completions_may_be_longer_than_there_is_room_for_at_first(setting, monkeypatch):
+    monkeypatch.setattr("opd.rollouts.vllm.ROOM", 3)
+    options = {"eos_token_ids": (40,)}
+    ours = setting.sample(**options)
+    assert_same_rollouts(ours, setting.sample(engine=TransformersEngine(), **options))
+    assert not ours.completion_ids.is_inference()
+
+
 def test_an_engine_that_was_stopped_begins_anew_with_another_model(tiny, setting):
     setting.engine.stop()
     engine = VLLM(max_tokens=64)
@@ -222,6 +230,18 @@ def test_after_a_step_with_a_huge_rate_the_samples_change(fit):
     validations = [row for row in rows if row[header.index("val/reverse_kl")]]
     values = [float(row[header.index("val/reverse_kl")]) for row in validations]
     assert abs(values[-1] - values[0]) > 0.1
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="sleeps on a GPU only")
+def test_after_it_has_slept_the_gap_is_what_it_was(fit):
+    """Weights that were thrown away must be pushed again, changed or not."""
+    gpu = ["--trainer.accelerator", "gpu", "--model.engine.compiled", "false"]
+    run = fit("gpu", *AUTO, *ENGINE, *gpu, "--model.engine.dtype", "float32", steps=4)
+    header, *rows = [line.split(",") for line in (run / "metrics.csv").read_text().splitlines()]
+    gap, loss = (header.index(name) for name in ("rollout/engine_logprob_gap", "opd/loss"))
+    gaps = [float(row[gap]) for row in rows if row[loss]]
+    assert len(gaps) == 4
+    assert max(gaps) < GAP
 
 
 def test_two_processes_with_shards_are_one(tmp_path, fit):
