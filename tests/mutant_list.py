@@ -420,7 +420,8 @@ MUTANTS = [
     metrics("torch.maximum(self.highest[i]", "torch.minimum(self.highest[i]"),
     divergences("(log_p.exp() * (log_p - log_q))", "(log_q.exp() * (log_p - log_q))"),
     divergences("return kl(log_p, log_q)", "return kl(log_q, log_p)"),
-    divergences("log_q + math.log(beta)", "log_p + math.log(beta)"),
+    divergences("mixture(log_q, log_p, beta)", "mixture(log_p, log_q, beta)"),
+    divergences("mixture(log_p, log_q, alpha)", "mixture(log_q, log_p, alpha)"),
     divergences(
         "return beta * kl(log_q, log_m) + (1 - beta)", "return (1 - beta) * kl(log_q, log_m) + beta"
     ),
@@ -874,6 +875,10 @@ MUTANTS = [
         "-opd_advantage(logp_y, opinions[TEACHER])",
         "tests/objectives",
     ),
+    objective("one, other = (log_p, log_q)", "one, other = (log_q, log_p)"),
+    objective("slope = ratio - ratio.exp()", "slope = ratio + ratio.exp()"),
+    objective("ratio.exp_().mul_(self.alpha - 1)", "ratio.exp_().mul_(self.alpha)"),
+    objective("slope -= (both.p * slope)", "slope -= (both.q * slope)"),
     gradient("(logq_y - logp_y).detach()", "(logq_y - logp_y)", "tests/objectives"),
     gradient("clamp(-20, 20)", "clamp(-2, 2)", "tests/objectives"),
     gradient("dual_clip * advantage)", "advantage)", "tests/objectives"),

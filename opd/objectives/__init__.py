@@ -1,7 +1,7 @@
 """Objectives: the loss per token, from what student and teacher think of it."""
 
 from opd.objectives.distributions import Distributions
-from opd.objectives.divergences import forward_kl, generalized_jsd, kl, reverse_kl
+from opd.objectives.divergences import forward_kl, generalized_jsd, kl, reverse_kl, skew_kl
 from opd.objectives.objective import (
     FixedNegativeAdvantage,
     ForwardKL,
@@ -9,6 +9,7 @@ from opd.objectives.objective import (
     Objective,
     PolicyGradient,
     ReverseKL,
+    SkewKL,
     as_needed,
     of_sampled,
 )
@@ -21,10 +22,12 @@ __all__ = [
     "Objective",
     "PolicyGradient",
     "ReverseKL",
+    "SkewKL",
     "as_needed",
     "forward_kl",
     "generalized_jsd",
     "kl",
     "of_sampled",
     "reverse_kl",
+    "skew_kl",
 ]
