@@ -170,6 +170,7 @@ class OPDModule(LightningModule):
         self.update_norm = update_norm
         self._logged = (
             *TRAIN_METRICS,
+            *self.objective.metrics,
             *(["optim/update_norm"] if update_norm else []),
             *(REUSE_METRICS if self.reuse is not None else []),
         )
@@ -227,7 +228,10 @@ class OPDModule(LightningModule):
             for sets in (train_sets, validation_sets)
         )
         self.train_metrics = StepMetrics(
-            ["opd/loss", *names], ROLLOUT_SUMS, ROLLOUT_MAXIMA, groups=train
+            ["opd/loss", *self.objective.metrics, *names],
+            ROLLOUT_SUMS,
+            ROLLOUT_MAXIMA,
+            groups=train,
         )
         self.evaluation_metrics = StepMetrics(names, ROLLOUT_SUMS, ROLLOUT_MAXIMA, groups=held_out)
 

@@ -184,7 +184,7 @@ class _Tiles:
         loss, slope = self.objective.with_slope(both, tokens)
         if tokens.weight is not None:
             loss, slope = loss * tokens.weight, slope * tokens.weight[:, None]
-        self._note({"opd/loss": loss})
+        self._note({"opd/loss": loss, **self.objective.measure(both, tokens)})
         return loss.sum(), slope
 
     def _note(self, values: Mapping[str, Tensor]) -> None:

@@ -233,6 +233,7 @@ records = of("opd/rollouts/records.py", SAMPLES)
 engine = of("opd/rollouts/transformers.py", ENGINE)
 sampling = of("opd/rollouts/sampling.py", "tests/rollouts")
 decoding = of("opd/rollouts/decoding.py", "tests/rollouts")
+top_k = of("opd/objectives/top_k.py", "tests/objectives/test_top_k.py")
 distributions = of("opd/objectives/distributions.py", UNIT_METRICS)
 rollouts = of("opd/rollouts/rollouts.py", TOKENS)
 teacher = of("opd/teachers/local.py", TOKENS)
@@ -803,8 +804,8 @@ MUTANTS = [
     ),
     metrics('"teacher_logprob": _teacher', '"teacher_logprob": -_teacher', PREDICTIONS),
     metrics('({"reverse_kl": both.reverse_kl}', '({"reverse_kl": both.forward_kl}', PREDICTIONS),
-    metrics("columns = torch.cat([columns, rest], dim=1)", "pass", UNIT_METRICS),
-    metrics(
+    distributions("columns = torch.cat([columns, rest], dim=1)", "pass", UNIT_METRICS),
+    distributions(
         "+ torch.arange(BLOCK, device",
         "+ torch.zeros(BLOCK, dtype=torch.long, device",
         UNIT_METRICS,
@@ -837,7 +838,7 @@ MUTANTS = [
     tokens("                total += loss\n", "                total = loss\n"),
     tokens("min(start + tile, length)", "min(start + tile, length - 1)"),
     tokens("range(0, max(length, 1), tile)", "range(0, length, tile)"),
-    tokens('self._note({"opd/loss": loss})', 'self._note({"opd/loss": loss.exp()})'),
+    tokens('{"opd/loss": loss, **', '{"opd/loss": loss.exp(), **'),
     tokens(
         "tokens, total = self.tokens[rows]",
         "tokens, total = self.tokens[slice(0, rows.stop - rows.start)]",
@@ -879,6 +880,14 @@ MUTANTS = [
     objective("slope = ratio - ratio.exp()", "slope = ratio + ratio.exp()"),
     objective("ratio.exp_().mul_(self.alpha - 1)", "ratio.exp_().mul_(self.alpha)"),
     objective("slope -= (both.p * slope)", "slope -= (both.q * slope)"),
+    top_k("torch.where(inside, log_p - log_q, tail_p - tail_q)", "(log_p - log_q) * inside"),
+    top_k("lowest = torch.finfo(log_p.dtype).min", "lowest = -torch.inf"),
+    top_k("ratio.sub_(loss[:, None])", "ratio"),
+    top_k("both.p - (both.log_p - ratio).exp_()", "both.p - both.q"),
+    top_k("(mass * inside)", "(mass * ~inside)"),
+    top_k("return (log_p.exp() * ratio)", "return -(log_p.exp() * ratio)"),
+    distributions("ours.logical_or_(theirs)", "ours.logical_xor_(theirs)", "tests/objectives"),
+    tokens("**self.objective.measure(both, tokens)", "", "tests/objectives/test_top_k.py"),
     gradient("(logq_y - logp_y).detach()", "(logq_y - logp_y)", "tests/objectives"),
     gradient("clamp(-20, 20)", "clamp(-2, 2)", "tests/objectives"),
     gradient("dual_clip * advantage)", "advantage)", "tests/objectives"),

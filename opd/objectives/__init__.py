@@ -1,6 +1,6 @@
 """Objectives: the loss per token, from what student and teacher think of it."""
 
-from opd.objectives.distributions import Distributions
+from opd.objectives.distributions import Distributions, largest
 from opd.objectives.divergences import forward_kl, generalized_jsd, kl, reverse_kl, skew_kl
 from opd.objectives.objective import (
     FixedNegativeAdvantage,
@@ -13,6 +13,7 @@ from opd.objectives.objective import (
     as_needed,
     of_sampled,
 )
+from opd.objectives.top_k import TopKKL
 
 __all__ = [
     "Distributions",
@@ -23,10 +24,12 @@ __all__ = [
     "PolicyGradient",
     "ReverseKL",
     "SkewKL",
+    "TopKKL",
     "as_needed",
     "forward_kl",
     "generalized_jsd",
     "kl",
+    "largest",
     "of_sampled",
     "reverse_kl",
     "skew_kl",

@@ -14,7 +14,7 @@ is the step's business. Symbols as in the paper (arXiv 2605.11739): p = student,
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
@@ -37,14 +37,26 @@ Direction = Literal["reverse", "forward"]  # KL(student || teacher), KL(teacher 
 
 
 class Objective(ABC):
-    """Base of all objectives.
+    """Base of all objectives."""
 
-    Attributes:
-        needs: Whose opinions the loss is made of, and how much of each: ``full``, the
-            log-probabilities of all tokens, or ``sampled``, that of the token sampled.
-    """
+    # Properties: an annotation here would be looked up in the modules of all that derive from this,
+    # and where it is not found, jsonargparse takes whatever is given for any option of theirs
+    @property
+    def needs(self) -> Mapping[str, Gives]:
+        """Whose opinions the loss is made of, and how much of each.
 
-    needs: ClassVar[Mapping[str, Gives]] = {TEACHER: "full"}
+        ``full``: the log-probabilities of all tokens; ``sampled``: that of the token sampled.
+        """
+        return {TEACHER: "full"}
+
+    @property
+    def metrics(self) -> Sequence[str]:
+        """Names of what :meth:`measure` adds to the metrics of every step."""
+        return ()
+
+    def measure(self, both: Distributions, tokens: Tokens) -> Mapping[str, Tensor]:
+        """Measure n tokens that are trained on: all of ``metrics``, [n] each, no gradient."""
+        return {}
 
     @property
     def ratio_of(self) -> Literal["previous", "sampled"] | None:
