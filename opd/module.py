@@ -40,7 +40,7 @@ from opd.rollouts import (
 )
 from opd.step import RequestsSteps, StepRequest, SurroundsSteps, take_step
 from opd.strategies import load_under
-from opd.teachers import DEFAULT, Teachers, load_teachers
+from opd.teachers import DEFAULT, REFERENCE, Teachers, load_teachers
 from opd.weights import Weights
 from opd.world import World
 
@@ -67,6 +67,8 @@ class OPDModule(LightningModule):
         teacher: The model that it learns from, named alike; or several, as a mapping from the name
             that a prompt's ``teacher`` field holds to a model.
         objective: Loss per token. None: ReverseKL, the paper's.
+        reference: The frozen model that some objectives, as ExOPD, compare the teacher with, named
+            like a model. None: the student as it comes, loaded once more.
         optimizer: Builds the optimizer from the student's parameters.
         scheduler: Builds the learning-rate scheduler, advanced once per step. None: constant.
         reuse: Take several optimizer steps on each batch of rollouts, and undo those that clearly
@@ -113,6 +115,7 @@ class OPDModule(LightningModule):
         student: str,
         teacher: str | dict[str, str],
         objective: Objective | None = None,
+        reference: str | None = None,
         optimizer: OptimizerCallable = _adamw,
         scheduler: LRSchedulerCallable | None = None,
         reuse: Reuse | None = None,
@@ -156,6 +159,14 @@ class OPDModule(LightningModule):
         self.student_source = student
         self.teacher_sources = {DEFAULT: teacher} if isinstance(teacher, str) else teacher
         self.objective = objective or ReverseKL()
+        self.reference_source = None
+        if REFERENCE in self.objective.needs:
+            self.reference_source = reference or student
+        elif reference is not None:
+            raise UserError(
+                f"model.reference {reference}: objective {type(self.objective).__name__} asks no "
+                "reference; take it out, or use opd.objectives.ExOPD"
+            )
         self.optimizer = optimizer
         self.scheduler = scheduler
         self.reuse = reuse if reuse is not None and reuse.steps > 1 else None
@@ -266,6 +277,7 @@ class OPDModule(LightningModule):
                 temperature=self.sampler.temperature,
                 offload=self.teacher_offload,
                 trust_remote_code=self.trust_remote_code,
+                reference=self.reference_source,
             )
             self.teachers.check_objective(type(self.objective).__name__, self.objective.needs)
             own_ends = models.eos_token_ids(self.student, self.tokenizer)
@@ -335,11 +347,12 @@ class OPDModule(LightningModule):
             self.teachers.check_rendering(data.examples, data.format, self.tokenizer)
         longest = max((len(prompt.token_ids) for prompt in prompts), default=0)
         contexts = {"student": models.context_length(self.student)}
-        contexts |= {f"teacher {name}": t.context for name, t in self.teachers.items()}
+        readers = self.teachers.readers
+        contexts |= {name: reader.context for name, reader in readers.items()}
         for role, context in contexts.items():
             models.check_context(context, role, longest, self.sampler.max_new_tokens)
-        for teacher in self.teachers.values():
-            teacher.to(self.device)
+        for reader in readers.values():
+            reader.to(self.device)
 
     def teardown(self, stage: str) -> None:
         self.engine.stop()

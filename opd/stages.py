@@ -33,7 +33,7 @@ from opd.rollouts import (
     cut_into_micro_batches,
     records,
 )
-from opd.teachers import Opinion, Teachers
+from opd.teachers import TEACHER, Opinion, Teachers
 from opd.tokens import Compared, Measure
 from opd.weights import Weights
 from opd.world import World
@@ -127,21 +127,24 @@ def micro_batches(module: Distillation, rollouts: Rollouts) -> list[Rollouts]:
     return align_micro_batches(by_teacher, rollouts, module.world)
 
 
-def read(module: Distillation, micro: Rollouts) -> Reading:
-    """Let the teacher of a micro-batch read it."""
+def read(module: Distillation, micro: Rollouts, *, reference: bool = False) -> Reading:
+    """Let the teacher of a micro-batch read it, and the reference of the objective, if asked."""
     with memory.needed_for("the teacher's reading"):
-        return Reading(micro, module.teachers.read(micro))
+        return Reading(micro, module.teachers.read(micro, reference=reference))
 
 
 def compare(
     module: Distillation, reading: Reading, objective: Objective | None, measure: Measure
 ) -> Compared:
     """Run the student over what its teachers have read; see :func:`opd.tokens.compare`."""
+    opinions = reading.opinions
+    if objective is None:  # measures look at the teacher alone
+        opinions = {name: of for name, of in opinions.items() if name == TEACHER}
     with memory.needed_for("the comparison of student and teacher"):
         return tokens.compare(
             module.student,
             reading.micro,
-            reading.opinions,
+            opinions,
             objective,
             measure,
             vocabulary=module.teachers.vocabulary,

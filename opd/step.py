@@ -294,8 +294,8 @@ def accumulate_gradients(
     readings: list[Reading] = []
     for i, micro in enumerate(micro_batches):
         with module.ledger.phase("teacher"):
-            reading = stages.read(module, micro)
-            module.ledger.count("teacher_tokens", counts[i])
+            reading = stages.read(module, micro, reference=True)
+            module.ledger.count("teacher_tokens", counts[i] * len(reading.opinions))
         with module.ledger.phase("train"):
             last = i == len(micro_batches) - 1
             compared = add_gradient(module, reading, token_metrics, total, last=last)

@@ -233,6 +233,8 @@ records = of("opd/rollouts/records.py", SAMPLES)
 engine = of("opd/rollouts/transformers.py", ENGINE)
 sampling = of("opd/rollouts/sampling.py", "tests/rollouts")
 decoding = of("opd/rollouts/decoding.py", "tests/rollouts")
+EXOPD = "tests/objectives/test_exopd.py"
+exopd = of("opd/objectives/exopd.py", EXOPD)
 top_k = of("opd/objectives/top_k.py", "tests/objectives/test_top_k.py")
 distributions = of("opd/objectives/distributions.py", UNIT_METRICS)
 rollouts = of("opd/rollouts/rollouts.py", TOKENS)
@@ -880,6 +882,20 @@ MUTANTS = [
     objective("slope = ratio - ratio.exp()", "slope = ratio + ratio.exp()"),
     objective("ratio.exp_().mul_(self.alpha - 1)", "ratio.exp_().mul_(self.alpha)"),
     objective("slope -= (both.p * slope)", "slope -= (both.q * slope)"),
+    exopd("ratio - (self.scale - 1)", "ratio - self.scale"),
+    exopd("(opinions[TEACHER] - opinions[REFERENCE])", "(opinions[TEACHER])"),
+    exopd("(cost - loss[:, None])", "cost"),
+    exopd("loss = (both.p * cost)", "loss = (both.q * cost)"),
+    gradient("scale * (logq_y - logr_y) -", "(logq_y - logr_y) -", EXOPD),
+    gradient("(logp_y - logr_y)).detach()", "logp_y).detach()", EXOPD),
+    module(
+        "self.reference_source = reference or student", "self.reference_source = student", EXOPD
+    ),
+    module("elif reference is not None:", "elif False:", EXOPD),
+    stages("if name == TEACHER}", "}", EXOPD, why="slower, and the same numbers"),
+    teachers("if reference and self.reference is not None", "if self.reference is not None", EXOPD),
+    teachers("None if compared is None else reader(compared)", "reader(student)", EXOPD),
+    step("counts[i] * len(reading.opinions)", "counts[i]", EXOPD),
     top_k("torch.where(inside, log_p - log_q, tail_p - tail_q)", "(log_p - log_q) * inside"),
     top_k("lowest = torch.finfo(log_p.dtype).min", "lowest = -torch.inf"),
     top_k("ratio.sub_(loss[:, None])", "ratio"),

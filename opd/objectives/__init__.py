@@ -2,6 +2,7 @@
 
 from opd.objectives.distributions import Distributions, largest
 from opd.objectives.divergences import forward_kl, generalized_jsd, kl, reverse_kl, skew_kl
+from opd.objectives.exopd import ExOPD, SampledExOPD
 from opd.objectives.objective import (
     FixedNegativeAdvantage,
     ForwardKL,
@@ -17,12 +18,14 @@ from opd.objectives.top_k import TopKKL
 
 __all__ = [
     "Distributions",
+    "ExOPD",
     "FixedNegativeAdvantage",
     "ForwardKL",
     "GeneralizedJSD",
     "Objective",
     "PolicyGradient",
     "ReverseKL",
+    "SampledExOPD",
     "SkewKL",
     "TopKKL",
     "as_needed",

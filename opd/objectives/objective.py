@@ -245,13 +245,17 @@ class PolicyGradient(Objective):
 
     def __call__(self, log_p: Tensor, opinions: Mapping[str, Tensor], tokens: Tokens) -> Tensor:
         logp_y = of_sampled(log_p, tokens.y)
-        advantage = opd_advantage(logp_y, opinions[TEACHER])
+        advantage = self.advantage(logp_y, opinions)
         loss = policy_gradient_loss(
             logp_y, logp_y.detach(), advantage, clip=self.clip, dual_clip=self.dual_clip
         )
         if self.importance_cap is None:
             return loss
         return importance_weight(logp_y, tokens.logmu_y, self.importance_cap) * loss
+
+    def advantage(self, logp_y: Tensor, opinions: Mapping[str, Tensor]) -> Tensor:
+        """A_t of every token, [n], no gradient."""
+        return opd_advantage(logp_y, opinions[TEACHER])
 
 
 @dataclass(frozen=True)
