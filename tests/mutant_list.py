@@ -235,6 +235,8 @@ sampling = of("opd/rollouts/sampling.py", "tests/rollouts")
 decoding = of("opd/rollouts/decoding.py", "tests/rollouts")
 EXOPD = "tests/objectives/test_exopd.py"
 exopd = of("opd/objectives/exopd.py", EXOPD)
+WEIGHTED = "tests/objectives/test_weighted.py"
+weighted = of("opd/objectives/weighted.py", WEIGHTED)
 top_k = of("opd/objectives/top_k.py", "tests/objectives/test_top_k.py")
 distributions = of("opd/objectives/distributions.py", UNIT_METRICS)
 rollouts = of("opd/rollouts/rollouts.py", TOKENS)
@@ -896,6 +898,18 @@ MUTANTS = [
     teachers("if reference and self.reference is not None", "if self.reference is not None", EXOPD),
     teachers("None if compared is None else reader(compared)", "reader(student)", EXOPD),
     step("counts[i] * len(reading.opinions)", "counts[i]", EXOPD),
+    weighted(
+        "return weight * loss, slope * weight[:, None]", "return loss, slope * weight[:, None]"
+    ),
+    weighted("return weight * loss, slope * weight[:, None]", "return weight * loss, slope"),
+    weighted("return weight * self.objective(", "return self.objective("),
+    weighted('dict.fromkeys(full, "full")', "{}"),
+    weighted("return self.objective.ratio_of", "return super().ratio_of"),
+    weighted("(-entropy).exp()", "entropy.exp()"),
+    weighted("torch.exp2(-position / self.half_life)", "(-position / self.half_life).exp()"),
+    weighted("(position < self.first)", "(position <= self.first)"),
+    weighted("* found.get(WEIGHT, 1.0)", "", WEIGHTED),
+    rollouts("self.position[rows]", "self.position[: rows.stop - rows.start]", WEIGHTED),
     top_k("torch.where(inside, log_p - log_q, tail_p - tail_q)", "(log_p - log_q) * inside"),
     top_k("lowest = torch.finfo(log_p.dtype).min", "lowest = -torch.inf"),
     top_k("ratio.sub_(loss[:, None])", "ratio"),

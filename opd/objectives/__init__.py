@@ -15,8 +15,11 @@ from opd.objectives.objective import (
     of_sampled,
 )
 from opd.objectives.top_k import TopKKL
+from opd.objectives.weighted import ByEntropy, ByPosition, TokenWeight, Weighted
 
 __all__ = [
+    "ByEntropy",
+    "ByPosition",
     "Distributions",
     "ExOPD",
     "FixedNegativeAdvantage",
@@ -27,7 +30,9 @@ __all__ = [
     "ReverseKL",
     "SampledExOPD",
     "SkewKL",
+    "TokenWeight",
     "TopKKL",
+    "Weighted",
     "as_needed",
     "forward_kl",
     "generalized_jsd",
