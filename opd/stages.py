@@ -100,6 +100,7 @@ def generate(
     *,
     copies: int = 1,
     temperature: float | None = None,
+    max_new_tokens: int | None = None,
 ) -> Rollouts:
     """Sample completions with the student.
 
@@ -109,10 +110,13 @@ def generate(
         seed: What is drawn depends on it, the prompt's row and the number of the copy alone.
         copies: Completions per prompt, side by side.
         temperature: None: that of the rollouts; 0 is greedy.
+        max_new_tokens: None, or more than that of the rollouts: that of the rollouts.
     """
     sampler = module.sampler
     if temperature is not None:
         sampler = dataclasses.replace(sampler, temperature=temperature)
+    if max_new_tokens is not None and max_new_tokens < sampler.max_new_tokens:
+        sampler = dataclasses.replace(sampler, max_new_tokens=max_new_tokens)
     seeds = [derive_seed(seed, p.row, i) for p in prompts.prompts for i in range(copies)]
     with memory.needed_for("rollouts"):
         return module.engine(prompts.repeat(copies), sampler, seeds)

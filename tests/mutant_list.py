@@ -237,6 +237,8 @@ EXOPD = "tests/objectives/test_exopd.py"
 exopd = of("opd/objectives/exopd.py", EXOPD)
 WEIGHTED = "tests/objectives/test_weighted.py"
 weighted = of("opd/objectives/weighted.py", WEIGHTED)
+HORIZON = "tests/callbacks/test_horizon.py"
+horizon = of("callbacks/horizon.py", HORIZON)
 top_k = of("opd/objectives/top_k.py", "tests/objectives/test_top_k.py")
 distributions = of("opd/objectives/distributions.py", UNIT_METRICS)
 rollouts = of("opd/rollouts/rollouts.py", TOKENS)
@@ -910,6 +912,13 @@ MUTANTS = [
     weighted("(position < self.first)", "(position <= self.first)"),
     weighted("* found.get(WEIGHT, 1.0)", "", WEIGHTED),
     rollouts("self.position[rows]", "self.position[: rows.stop - rows.start]", WEIGHTED),
+    horizon("done = min(t - 1, steps)", "done = min(t, steps)"),
+    horizon("done = min(t - 1, steps)", "done = t - 1"),
+    horizon("math.ceil(math.log2", "math.floor(math.log2"),
+    horizon("self.end = self.end or longest", "self.end = longest"),
+    step("max_new_tokens=min(limits, default=None)", "max_new_tokens=max(limits, default=None)"),
+    step("t, request.max_new_tokens)", "t)", HORIZON),
+    stages("None and max_new_tokens < sampler.max_new_tokens:", "None:", HORIZON),
     top_k("torch.where(inside, log_p - log_q, tail_p - tail_q)", "(log_p - log_q) * inside"),
     top_k("lowest = torch.finfo(log_p.dtype).min", "lowest = -torch.inf"),
     top_k("ratio.sub_(loss[:, None])", "ratio"),
@@ -938,7 +947,7 @@ MUTANTS = [
         "stages.",
         COUNTS,
     ),
-    step('module.ledger.count("teacher_tokens", counts[i])', "pass", COUNTS),
+    step('module.ledger.count("teacher_tokens", counts[i] * len(', "len((", COUNTS),
     scores('module.ledger.count("teacher_tokens", micro.num_tokens)', "pass", SCORES),
     step(
         'own_randomness(module.device, module.seed, t, world.rank, "dropout")',
@@ -1144,8 +1153,8 @@ MUTANTS = [
     of("opd/module.py", PAIR)("if ends != own_ends:", "if False:"),
     of("opd/module.py", PAIR)(", vocabulary=self.teachers.vocabulary\n", "\n"),
     of("opd/teachers/teachers.py", PAIR)(
-        "(teachers, vocabulary, ends, tokenizers)",
-        "(teachers, vocabulary, None, tokenizers)",
+        "        vocabulary,\n        ends,\n",
+        "        vocabulary,\n        None,\n",
     ),
     sampling("logits[:, : sampler.vocabulary]", "logits"),
     of("opd/models/passes.py", "tests/test_loading.py")("if inner is model:", "if False:"),
