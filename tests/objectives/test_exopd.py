@@ -171,7 +171,16 @@ def test_with_an_adapter_the_reference_is_the_base_that_is_there():
     assert apart.teachers.reference.model is not apart.student
 
 
-@pytest.mark.parametrize("more", [[], AUTO, [*AUTO, "--model.reuse.steps", "2"]])
+RUNS = {
+    "plain": [],
+    "auto": AUTO,
+    "reuse": [*AUTO, "--model.reuse.steps", "2"],
+    "offload": ["--model.teacher_offload", "true"],
+    "adapter": ["--model.adapter.rank", "4", "--model.optimizer.lr", "0.01"],
+}
+
+
+@pytest.mark.parametrize("more", RUNS.values(), ids=RUNS)
 def test_a_run_with_a_reference(fit, more):
     """Of the first step, student and reference are one: its loss is scale times the KL."""
     folder = fit("run", *EXOPD, "--model.objective.scale", "1.5", *more)

@@ -59,9 +59,10 @@ def test_value_and_slope_are_those_of_the_buckets(k, support, direction):
 
 @pytest.mark.parametrize("direction", DIRECTIONS)
 @pytest.mark.parametrize("support", SUPPORTS)
-def test_closed_form_is_value_and_gradient(support, direction):
+@pytest.mark.parametrize("k", [2, V])
+def test_closed_form_is_value_and_gradient(k, support, direction):
     student, teacher = logits(2).requires_grad_(), logits(3)
-    objective = TopKKL(2, support, direction)
+    objective = TopKKL(k, support, direction)
     loss = of_logits(objective, student, teacher)
     (slope,) = torch.autograd.grad(loss.sum(), student)
     found = objective.with_slope(both_of(student.detach(), teacher), TOKENS)
