@@ -920,7 +920,7 @@ MUTANTS = [
     step("t, request.max_new_tokens)", "t)", HORIZON),
     stages("None and max_new_tokens < sampler.max_new_tokens:", "None:", HORIZON),
     top_k("torch.where(inside, log_p - log_q, tail_p - tail_q)", "(log_p - log_q) * inside"),
-    top_k("lowest = torch.finfo(log_p.dtype).min", "lowest = -torch.inf"),
+    top_k("lowest = torch.finfo(log_p.dtype).min", "lowest = 0.0"),
     top_k("ratio.sub_(loss[:, None])", "ratio"),
     top_k("both.p - (both.log_p - ratio).exp_()", "both.p - both.q"),
     top_k("(mass * inside)", "(mass * ~inside)"),

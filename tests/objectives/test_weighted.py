@@ -1,6 +1,7 @@
 """Weights of tokens: what they are, written out, and that they multiply loss and gradient."""
 
 import math
+from typing import ClassVar
 
 import pytest
 import torch
@@ -87,6 +88,15 @@ def test_loss_and_gradient_are_multiplied_and_no_gradient_flows_through_the_weig
     torch.testing.assert_close((loss.detach(), slope), expected)
 
 
+class OfSampled(ByPosition):
+    """A weight that the teacher's opinion of the sampled token is enough for."""
+
+    needs: ClassVar = {"teacher": "sampled"}
+
+    def __init__(self):
+        super().__init__(first=1)
+
+
 def test_it_needs_what_either_needs_and_is_weighed_as_its_objective():
     sampled = PolicyGradient(importance_cap=None)
     by_teacher = Weighted(sampled, ByEntropy("teacher"))
@@ -98,6 +108,7 @@ def test_it_needs_what_either_needs_and_is_weighed_as_its_objective():
     beyond = Weighted(SampledExOPD(), ByEntropy("teacher"))
     assert beyond.needs == {"teacher": "full", "reference": "sampled"}
     assert Weighted(FixedNegativeAdvantage(), ByPosition(3)).needs == {}
+    assert Weighted(ReverseKL(), OfSampled()).needs == {"teacher": "full"}
 
 
 def test_two_weights_multiply_and_are_measured_as_one():
