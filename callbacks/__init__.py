@@ -5,6 +5,7 @@ from callbacks.averaging import AveragedWeights
 from callbacks.benchmarks import Benchmarks
 from callbacks.checkpoint import RunCheckpoint
 from callbacks.effopd import EffOPD
+from callbacks.horizon import Horizon
 from callbacks.lookahead import Lookahead
 from callbacks.samples import SampleWriter
 from callbacks.summary import RunSummary
@@ -14,6 +15,7 @@ __all__ = [
     "AveragedWeights",
     "Benchmarks",
     "EffOPD",
+    "Horizon",
     "Lookahead",
     "RunCheckpoint",
     "RunSummary",

@@ -11,14 +11,13 @@ import torch
 from torch import Tensor
 from torchmetrics import Metric
 
-from opd.objectives import Distributions, as_needed, of_sampled
+from opd.objectives import Distributions, as_needed, largest, of_sampled
 from opd.rollouts import Rollouts, Tokens
 from opd.teachers import TEACHER
 from opd.tokens import Measure
 
 OVERLAP_K = 16
 FAR = 5.0  # nats
-BLOCK = 256  # tokens among which the likeliest is looked for first
 TOKEN_METRICS = (
     "opd/reverse_kl",
     "opd/forward_kl",
@@ -129,24 +128,6 @@ def overlap_at_k(log_p: Tensor, log_q: Tensor, k: int) -> tuple[Tensor, Tensor]:
     teacher = log_q.gather(1, ids_p).masked_fill(~shared, lowest).log_softmax(dim=1)
     advantage = (student.exp() * (teacher - student)).masked_fill(~shared, 0.0).sum(dim=1)
     return shared.float().mean(dim=1), advantage
-
-
-def largest(values: Tensor, k: int) -> tuple[Tensor, Tensor]:
-    """Find the k largest values of each row and their columns, [n, V] -> [n, k] twice.
-
-    The largest are in the k blocks whose own largest are: only these are sorted.
-    """
-    size = values.shape[1]
-    whole = size // BLOCK
-    if whole <= k:
-        values, columns = values.topk(k, dim=1)
-        return values, columns
-    blocks = values[:, : whole * BLOCK].unflatten(1, (whole, BLOCK)).amax(dim=2).topk(k).indices
-    columns = (blocks[:, :, None] * BLOCK + torch.arange(BLOCK, device=values.device)).flatten(1)
-    rest = torch.arange(whole * BLOCK, size, device=values.device).expand(len(values), -1)
-    columns = torch.cat([columns, rest], dim=1)
-    found, at = values.gather(1, columns).topk(k, dim=1)
-    return found, columns.gather(1, at)
 
 
 def rollout_metrics(rollouts: Rollouts) -> dict[str, Tensor]:

@@ -42,7 +42,7 @@ from opd.rollouts import (
 )
 from opd.step import RequestsSteps, StepRequest, SurroundsSteps, take_step
 from opd.strategies import load_under
-from opd.teachers import DEFAULT, Teachers, load_teachers
+from opd.teachers import DEFAULT, REFERENCE, Teachers, load_teachers
 from opd.weights import Weights
 from opd.world import World
 
@@ -69,6 +69,8 @@ class OPDModule(LightningModule):
         teacher: The model that it learns from, named alike; or several, as a mapping from the name
             that a prompt's ``teacher`` field holds to a model.
         objective: Loss per token. None: ReverseKL, the paper's.
+        reference: The frozen model that some objectives, as ExOPD, compare the teacher with, named
+            like a model. None: the student as it comes, loaded once more.
         optimizer: Builds the optimizer from the student's parameters.
         scheduler: Builds the learning-rate scheduler, advanced once per step. None: constant.
         reuse: Take several optimizer steps on each batch of rollouts, and undo those that clearly
@@ -117,6 +119,7 @@ class OPDModule(LightningModule):
         student: str,
         teacher: str | dict[str, str],
         objective: Objective | None = None,
+        reference: str | None = None,
         optimizer: OptimizerCallable = _adamw,
         scheduler: LRSchedulerCallable | None = None,
         reuse: Reuse | None = None,
@@ -161,6 +164,14 @@ class OPDModule(LightningModule):
         self.student_source = student
         self.teacher_sources = {DEFAULT: teacher} if isinstance(teacher, str) else teacher
         self.objective = objective or ReverseKL()
+        self.reference_source = None
+        if REFERENCE in self.objective.needs:
+            self.reference_source = reference or student
+        elif reference is not None:
+            raise UserError(
+                f"model.reference {reference}: objective {type(self.objective).__name__} asks no "
+                "reference; take it out, or use opd.objectives.ExOPD"
+            )
         self.optimizer = optimizer
         self.scheduler = scheduler
         self.reuse = reuse if reuse is not None and reuse.steps > 1 else None
@@ -176,6 +187,7 @@ class OPDModule(LightningModule):
         self.update_norm = update_norm
         self._logged = (
             *TRAIN_METRICS,
+            *self.objective.metrics,
             *(["optim/update_norm"] if update_norm else []),
             *(REUSE_METRICS if self.reuse is not None else []),
         )
@@ -233,7 +245,10 @@ class OPDModule(LightningModule):
             for sets in (train_sets, validation_sets)
         )
         self.train_metrics = StepMetrics(
-            ["opd/loss", *names], ROLLOUT_SUMS, ROLLOUT_MAXIMA, groups=train
+            ["opd/loss", *self.objective.metrics, *names],
+            ROLLOUT_SUMS,
+            ROLLOUT_MAXIMA,
+            groups=train,
         )
         self.evaluation_metrics = StepMetrics(names, ROLLOUT_SUMS, ROLLOUT_MAXIMA, groups=held_out)
 
@@ -268,6 +283,7 @@ class OPDModule(LightningModule):
                 temperature=self.sampler.temperature,
                 offload=self.teacher_offload,
                 trust_remote_code=self.trust_remote_code,
+                reference=self.reference_source,
             )
             self.teachers.check_objective(type(self.objective).__name__, self.objective.needs)
             own_ends = models.eos_token_ids(self.student, self.tokenizer)
@@ -338,13 +354,10 @@ class OPDModule(LightningModule):
         context = models.context_length(self.student)
         longest = max((len(prompt.token_ids) for prompt in prompts), default=0)
         models.check_context(context, "student", longest, self.sampler.max_new_tokens)
-        longest = max(
-            (len(prompt.teacher_ids or prompt.token_ids) for prompt in prompts), default=0
-        )
-        for name, teacher in self.teachers.items():
-            role = f"teacher {name}"
-            models.check_context(teacher.context, role, longest, self.sampler.max_new_tokens)
-            teacher.to(self.device)
+        longest = max((len(p.teacher_ids or p.token_ids) for p in prompts), default=0)
+        for name, reader in self.teachers.readers.items():
+            models.check_context(reader.context, name, longest, self.sampler.max_new_tokens)
+            reader.to(self.device)
 
     def teardown(self, stage: str) -> None:
         self.engine.stop()

@@ -34,7 +34,7 @@ from opd.rollouts import (
     cut_into_micro_batches,
     records,
 )
-from opd.teachers import Opinion, Teachers
+from opd.teachers import TEACHER, Opinion, Teachers
 from opd.tokens import Compared, Measure
 from opd.weights import Weights
 from opd.world import World
@@ -102,6 +102,7 @@ def generate(
     *,
     copies: int = 1,
     temperature: float | None = None,
+    max_new_tokens: int | None = None,
 ) -> Rollouts:
     """Sample completions with the student.
 
@@ -111,10 +112,13 @@ def generate(
         seed: What is drawn depends on it, the prompt's row and the number of the copy alone.
         copies: Completions per prompt, side by side.
         temperature: None: that of the rollouts; 0 is greedy.
+        max_new_tokens: None, or more than that of the rollouts: that of the rollouts.
     """
     sampler = module.sampler
     if temperature is not None:
         sampler = dataclasses.replace(sampler, temperature=temperature)
+    if max_new_tokens is not None and max_new_tokens < sampler.max_new_tokens:
+        sampler = dataclasses.replace(sampler, max_new_tokens=max_new_tokens)
     seeds = [derive_seed(seed, p.row, i) for p in prompts.prompts for i in range(copies)]
     with memory.needed_for("rollouts"):
         return module.engine(prompts.repeat(copies), sampler, seeds)
@@ -129,21 +133,24 @@ def micro_batches(module: Distillation, rollouts: Rollouts) -> list[Rollouts]:
     return align_micro_batches(by_teacher, rollouts, module.world)
 
 
-def read(module: Distillation, micro: Rollouts) -> Reading:
-    """Let the teacher of a micro-batch read it."""
+def read(module: Distillation, micro: Rollouts, *, reference: bool = False) -> Reading:
+    """Let the teacher of a micro-batch read it, and the reference of the objective, if asked."""
     with memory.needed_for("the teacher's reading"):
-        return Reading(micro, module.teachers.read(micro))
+        return Reading(micro, module.teachers.read(micro, reference=reference))
 
 
 def compare(
     module: Distillation, reading: Reading, objective: Objective | None, measure: Measure
 ) -> Compared:
     """Run the student over what its teachers have read; see :func:`opd.tokens.compare`."""
+    opinions = reading.opinions
+    if objective is None:  # measures look at the teacher alone
+        opinions = {name: of for name, of in opinions.items() if name == TEACHER}
     with memory.needed_for("the comparison of student and teacher"):
         return tokens.compare(
             module.student,
             reading.micro,
-            reading.opinions,
+            opinions,
             objective,
             measure,
             vocabulary=module.teachers.vocabulary,

@@ -1,7 +1,7 @@
 """One step of on-policy distillation, t = ``trainer.global_step`` after it (paper: 2605.11739).
 
 1. prompts, for the whole step on this rank
-2. rollouts: the engine samples completions with the student as it is
+2. rollouts: the engine samples completions with the student as it is, as long as is asked for
 3. micro-batches: completions sorted by length, cut by a budget of positions
 4. teachers read each micro-batch
 5. the objective's loss per token is summed and divided by the token count of the *global* batch:
@@ -53,20 +53,25 @@ class StepRequest:
         keep_opinions: Keep the micro-batches with what their teachers think of them.
         held_out: Share of the step's completions to keep out of the gradient.
         learning_rate_factor: What the step's learning rate is multiplied by, whatever the schedule.
+        max_new_tokens: Longest completion of the step; None: as long as the module's sampler says,
+            and never longer.
     """
 
     keep_opinions: bool = False
     held_out: float = 0.0
     learning_rate_factor: float = 1.0
+    max_new_tokens: int | None = None
 
     @staticmethod
     def merged(requests: Iterable[StepRequest]) -> StepRequest:
-        """Ask for all that somebody asks for."""
+        """Ask for all that somebody asks for, and for the shortest completions."""
         asked = list(requests)
+        limits = [r.max_new_tokens for r in asked if r.max_new_tokens is not None]
         return StepRequest(
             keep_opinions=any(request.keep_opinions for request in asked),
             held_out=max((request.held_out for request in asked), default=0.0),
             learning_rate_factor=math.prod(request.learning_rate_factor for request in asked),
+            max_new_tokens=min(limits, default=None),
         )
 
 
@@ -128,7 +133,7 @@ def take_step(
             whatever rank, or completions were sampled from something else than the student.
     """
     t, world = module.global_step + 1, module.world
-    rollouts = sample(module, batch, t)
+    rollouts = sample(module, batch, t, request.max_new_tokens)
     reuse, share = module.reuse, request.held_out
     if reuse is not None:
         share = max(share, reuse.held_out)
@@ -236,11 +241,15 @@ def reuse_rollouts(
     return metrics | ({"reuse/ratio": ratio / count} if count else {})
 
 
-def sample(module: Distillation, batch: PromptBatch, t: int) -> Rollouts:
-    """Sample the step's completions, and give each its lot."""
+def sample(
+    module: Distillation, batch: PromptBatch, t: int, max_new_tokens: int | None = None
+) -> Rollouts:
+    """Sample the step's completions, perhaps shorter than usual, and give each its lot."""
     copies, seed = module.rollouts_per_prompt, derive_seed(module.seed, t, "rollout")
     with module.ledger.phase("rollout"):
-        rollouts = stages.generate(module, batch, seed, copies=copies)
+        rollouts = stages.generate(
+            module, batch, seed, copies=copies, max_new_tokens=max_new_tokens
+        )
         module.ledger.count("rollout_tokens", rollouts.num_tokens)
     drawn = lots(len(rollouts), copies, module.world, module.seed, t, LOT)
     rollouts.columns[LOT] = drawn.to(rollouts.lengths.device)
@@ -295,8 +304,8 @@ def accumulate_gradients(
     readings: list[Reading] = []
     for i, micro in enumerate(micro_batches):
         with module.ledger.phase("teacher"):
-            reading = stages.read(module, micro)
-            module.ledger.count("teacher_tokens", counts[i])
+            reading = stages.read(module, micro, reference=True)
+            module.ledger.count("teacher_tokens", counts[i] * len(reading.opinions))
         with module.ledger.phase("train"):
             last = i == len(micro_batches) - 1
             compared = add_gradient(module, reading, token_metrics, total, last=last)

@@ -7,10 +7,10 @@ gradients of hidden states and head. Backward only passes those on. This makes f
 heads: the teacher's, the student's, and two for its gradient; logits that were thrown away and made
 once more in backward would need six.
 
-A tile has two arrays, the student's and the teacher's logits, in memory that all tiles share; the
-gradient takes the place of the student's. All else is done for a few rows at a time, whose numbers
-a processor keeps at hand: on a CPU that is much faster than whole tiles, one operation after the
-other.
+A tile has two arrays, the student's and the teacher's logits (and the reference's, where the loss
+has one), in memory that all tiles share; the gradient takes the place of the student's. All else is
+done for a few rows at a time, whose numbers a processor keeps at hand: on a CPU that is much faster
+than whole tiles, one operation after the other.
 
 Shapes: N tokens of a micro-batch, n of a tile, H hidden size, V vocabulary. Symbols as in the paper
 (arXiv 2605.11739): p = student, q = teacher, mu = rollout engine, y = the token sampled.
@@ -184,7 +184,7 @@ class _Tiles:
         loss, slope = self.objective.with_slope(both, tokens)
         if tokens.weight is not None:
             loss, slope = loss * tokens.weight, slope * tokens.weight[:, None]
-        self._note({"opd/loss": loss})
+        self._note({"opd/loss": loss, **self.objective.measure(both, tokens)})
         return loss.sum(), slope
 
     def _note(self, values: Mapping[str, Tensor]) -> None:

@@ -233,6 +233,13 @@ records = of("opd/rollouts/records.py", SAMPLES)
 engine = of("opd/rollouts/transformers.py", ENGINE)
 sampling = of("opd/rollouts/sampling.py", "tests/rollouts")
 decoding = of("opd/rollouts/decoding.py", "tests/rollouts")
+EXOPD = "tests/objectives/test_exopd.py"
+exopd = of("opd/objectives/exopd.py", EXOPD)
+WEIGHTED = "tests/objectives/test_weighted.py"
+weighted = of("opd/objectives/weighted.py", WEIGHTED)
+HORIZON = "tests/callbacks/test_horizon.py"
+horizon = of("callbacks/horizon.py", HORIZON)
+top_k = of("opd/objectives/top_k.py", "tests/objectives/test_top_k.py")
 distributions = of("opd/objectives/distributions.py", UNIT_METRICS)
 rollouts = of("opd/rollouts/rollouts.py", TOKENS)
 teacher = of("opd/teachers/local.py", TOKENS)
@@ -420,7 +427,8 @@ MUTANTS = [
     metrics("torch.maximum(self.highest[i]", "torch.minimum(self.highest[i]"),
     divergences("(log_p.exp() * (log_p - log_q))", "(log_q.exp() * (log_p - log_q))"),
     divergences("return kl(log_p, log_q)", "return kl(log_q, log_p)"),
-    divergences("log_q + math.log(beta)", "log_p + math.log(beta)"),
+    divergences("mixture(log_q, log_p, beta)", "mixture(log_p, log_q, beta)"),
+    divergences("mixture(log_p, log_q, alpha)", "mixture(log_q, log_p, alpha)"),
     divergences(
         "return beta * kl(log_q, log_m) + (1 - beta)", "return (1 - beta) * kl(log_q, log_m) + beta"
     ),
@@ -802,8 +810,8 @@ MUTANTS = [
     ),
     metrics('"teacher_logprob": _teacher', '"teacher_logprob": -_teacher', PREDICTIONS),
     metrics('({"reverse_kl": both.reverse_kl}', '({"reverse_kl": both.forward_kl}', PREDICTIONS),
-    metrics("columns = torch.cat([columns, rest], dim=1)", "pass", UNIT_METRICS),
-    metrics(
+    distributions("columns = torch.cat([columns, rest], dim=1)", "pass", UNIT_METRICS),
+    distributions(
         "+ torch.arange(BLOCK, device",
         "+ torch.zeros(BLOCK, dtype=torch.long, device",
         UNIT_METRICS,
@@ -836,7 +844,7 @@ MUTANTS = [
     tokens("                total += loss\n", "                total = loss\n"),
     tokens("min(start + tile, length)", "min(start + tile, length - 1)"),
     tokens("range(0, max(length, 1), tile)", "range(0, length, tile)"),
-    tokens('self._note({"opd/loss": loss})', 'self._note({"opd/loss": loss.exp()})'),
+    tokens('{"opd/loss": loss, **', '{"opd/loss": loss.exp(), **'),
     tokens(
         "tokens, total = self.tokens[rows]",
         "tokens, total = self.tokens[slice(0, rows.stop - rows.start)]",
@@ -874,6 +882,51 @@ MUTANTS = [
         "-opd_advantage(logp_y, opinions[TEACHER])",
         "tests/objectives",
     ),
+    objective("one, other = (log_p, log_q)", "one, other = (log_q, log_p)"),
+    objective("slope = ratio - ratio.exp()", "slope = ratio + ratio.exp()"),
+    objective("ratio.exp_().mul_(self.alpha - 1)", "ratio.exp_().mul_(self.alpha)"),
+    objective("slope -= (both.p * slope)", "slope -= (both.q * slope)"),
+    exopd("ratio - (self.scale - 1)", "ratio - self.scale"),
+    exopd("(opinions[TEACHER] - opinions[REFERENCE])", "(opinions[TEACHER])"),
+    exopd("(cost - loss[:, None])", "cost"),
+    exopd("loss = (both.p * cost)", "loss = (both.q * cost)"),
+    gradient("scale * (logq_y - logr_y) -", "(logq_y - logr_y) -", EXOPD),
+    gradient("(logp_y - logr_y)).detach()", "logp_y).detach()", EXOPD),
+    module(
+        "self.reference_source = reference or student", "self.reference_source = student", EXOPD
+    ),
+    module("elif reference is not None:", "elif False:", EXOPD),
+    stages("if name == TEACHER}", "}", EXOPD, why="slower, and the same numbers"),
+    teachers("if reference and self.reference is not None", "if self.reference is not None", EXOPD),
+    teachers("None if compared is None else reader(compared)", "reader(student)", EXOPD),
+    step("counts[i] * len(reading.opinions)", "counts[i]", EXOPD),
+    weighted(
+        "return weight * loss, slope * weight[:, None]", "return loss, slope * weight[:, None]"
+    ),
+    weighted("return weight * loss, slope * weight[:, None]", "return weight * loss, slope"),
+    weighted("return weight * self.objective(", "return self.objective("),
+    weighted('dict.fromkeys(full, "full")', "{}"),
+    weighted("return self.objective.ratio_of", "return super().ratio_of"),
+    weighted("(-entropy).exp()", "entropy.exp()"),
+    weighted("torch.exp2(-position / self.half_life)", "(-position / self.half_life).exp()"),
+    weighted("(position < self.first)", "(position <= self.first)"),
+    weighted("* found.get(WEIGHT, 1.0)", "", WEIGHTED),
+    rollouts("self.position[rows]", "self.position[: rows.stop - rows.start]", WEIGHTED),
+    horizon("done = min(t - 1, steps)", "done = min(t, steps)"),
+    horizon("done = min(t - 1, steps)", "done = t - 1"),
+    horizon("math.ceil(math.log2", "math.floor(math.log2"),
+    horizon("self.end = self.end or longest", "self.end = longest"),
+    step("max_new_tokens=min(limits, default=None)", "max_new_tokens=max(limits, default=None)"),
+    step("t, request.max_new_tokens)", "t)", HORIZON),
+    stages("None and max_new_tokens < sampler.max_new_tokens:", "None:", HORIZON),
+    top_k("torch.where(inside, log_p - log_q, tail_p - tail_q)", "(log_p - log_q) * inside"),
+    top_k("lowest = torch.finfo(log_p.dtype).min", "lowest = 0.0"),
+    top_k("ratio.sub_(loss[:, None])", "ratio"),
+    top_k("both.p - (both.log_p - ratio).exp_()", "both.p - both.q"),
+    top_k("(mass * inside)", "(mass * ~inside)"),
+    top_k("return (log_p.exp() * ratio)", "return -(log_p.exp() * ratio)"),
+    distributions("ours.logical_or_(theirs)", "ours.logical_xor_(theirs)", "tests/objectives"),
+    tokens("**self.objective.measure(both, tokens)", "", "tests/objectives/test_top_k.py"),
     gradient("(logq_y - logp_y).detach()", "(logq_y - logp_y)", "tests/objectives"),
     gradient("clamp(-20, 20)", "clamp(-2, 2)", "tests/objectives"),
     gradient("dual_clip * advantage)", "advantage)", "tests/objectives"),
@@ -894,7 +947,7 @@ MUTANTS = [
         "stages.",
         COUNTS,
     ),
-    step('module.ledger.count("teacher_tokens", counts[i])', "pass", COUNTS),
+    step('module.ledger.count("teacher_tokens", counts[i] * len(', "len((", COUNTS),
     scores('module.ledger.count("teacher_tokens", micro.num_tokens)', "pass", SCORES),
     step(
         'own_randomness(module.device, module.seed, t, world.rank, "dropout")',
@@ -1100,8 +1153,8 @@ MUTANTS = [
     of("opd/module.py", PAIR)("if ends != own_ends:", "if False:"),
     of("opd/module.py", PAIR)(", vocabulary=self.teachers.vocabulary\n", "\n"),
     of("opd/teachers/teachers.py", PAIR)(
-        "(teachers, vocabulary, ends, tokenizers)",
-        "(teachers, vocabulary, None, tokenizers)",
+        "        vocabulary,\n        ends,\n",
+        "        vocabulary,\n        None,\n",
     ),
     sampling("logits[:, : sampler.vocabulary]", "logits"),
     of("opd/models/passes.py", "tests/test_loading.py")("if inner is model:", "if False:"),

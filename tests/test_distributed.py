@@ -140,6 +140,8 @@ def test_two_processes_draw_the_same_rollouts_and_end_at_the_same_weights(
         ["opd.objectives.ForwardKL"],
         ["opd.objectives.GeneralizedJSD", "--model.objective.beta", "0.25"],
         ["opd.objectives.PolicyGradient"],
+        ["opd.objectives.ExOPD"],
+        ["opd.objectives.TopKKL", "--model.objective.k", "3"],
     ],
     ids=lambda options: options[0].rpartition(".")[2],
 )

@@ -307,6 +307,9 @@ def test_requests_are_merged_whatever_their_order():
     for requests in ([keep, hold, StepRequest()], [StepRequest(), hold, keep]):
         assert StepRequest.merged(requests) == StepRequest(True, 0.25)
     assert StepRequest.merged([]) == StepRequest(False, 0.0)
+    short, shorter = StepRequest(max_new_tokens=9), StepRequest(max_new_tokens=4)
+    for requests in ([short, shorter, keep], [StepRequest(), shorter, short]):
+        assert StepRequest.merged(requests).max_new_tokens == 4
 
 
 def test_a_step_keeps_what_was_asked_for_and_nothing_else(tiny):

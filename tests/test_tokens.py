@@ -11,14 +11,23 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from opd.metrics import TOKEN_METRICS, token_metrics
 from opd.models import LoRA, load_model
-from opd.objectives import Distributions, ForwardKL, GeneralizedJSD, PolicyGradient, ReverseKL
+from opd.objectives import (
+    Distributions,
+    ForwardKL,
+    GeneralizedJSD,
+    PolicyGradient,
+    ReverseKL,
+    SkewKL,
+    TopKKL,
+)
 from opd.prompts import Prompt, PromptBatch
 from opd.rollouts import Rollouts
-from opd.teachers import LocalTeacher
+from opd.teachers import LocalTeacher, Teachers
 from opd.teachers.local import BaseTeacher
 from opd.tokens import compare
 
 OBJECTIVES = [ReverseKL(), ForwardKL(), GeneralizedJSD(0.25), PolicyGradient()]
+OBJECTIVES += [SkewKL(0.25), TopKKL(3, "union", "forward")]
 LENGTHS, PROMPTS, TEMPERATURE = [5, 2, 7, 0], [3, 1, 4, 2], 1.7
 
 
@@ -63,6 +72,12 @@ def assert_close(ours, expected):
     torch.testing.assert_close(ours, expected, rtol=0, atol=1e-4 * scale + 1e-7)
 
 
+def binned_kl(p, q, ids):
+    tail = [v for v in range(len(p)) if v not in ids]
+    p, q = (torch.cat([x[ids], x[tail].sum()[None]]) for x in (p, q))
+    return (p * (p / q).log()).sum()
+
+
 def written_out(student, teacher, micro, objective):
     """Loss of each token, one completion at a time, without padding or tiles; definitions."""
     losses = []
@@ -83,6 +98,13 @@ def written_out(student, teacher, micro, objective):
         elif isinstance(objective, GeneralizedJSD):
             m = 0.25 * q + 0.75 * p
             loss = 0.25 * (q * (log_q - m.log())).sum(-1) + 0.75 * (p * (log_p - m.log())).sum(-1)
+        elif isinstance(objective, SkewKL):
+            loss = (p * (log_p - (0.25 * p + 0.75 * q).log())).sum(-1)
+        elif isinstance(objective, TopKKL):
+            tops = torch.cat([p.topk(3).indices, q.topk(3).indices], dim=1).tolist()
+            sets = [sorted(set(top)) for top in tops]
+            rows = [binned_kl(q[n], p[n], ids) for n, ids in enumerate(sets)]
+            loss = torch.stack(rows) if rows else p.sum(-1)
         else:
             ratio = (logp_y - micro.engine_logprobs[i, : len(y)]).exp().clamp(max=5).detach()
             loss = -ratio * (logq_y - logp_y).detach() * (logp_y - logp_y.detach()).exp()
@@ -141,7 +163,15 @@ def test_a_teacher_that_knows_more_reads_its_own_prompt(tiny):
     more = {0: (9, 8, 7, 6, 5), 3: (4,)}  # longer than what the student reads, and shorter
     theirs = [replace(p, teacher_ids=more.get(i)) for i, p in enumerate(micro.prompts.prompts)]
     informed = replace(micro, prompts=replace(micro.prompts, prompts=theirs))
-    found = run(student, teacher, informed, ReverseKL()).values["opd/loss"]
+    size = student.get_output_embeddings().out_features
+    reader = LocalTeacher(teacher, vocabulary=size, temperature=TEMPERATURE)
+    teachers = Teachers({"default": reader}, size, reference=reader)
+    opinions = teachers.read(informed, reference=True)
+    options = {"vocabulary": size, "temperature": TEMPERATURE}
+    found = compare(student, informed, opinions, ReverseKL(), token_metrics, **options)
+    found = found.values["opd/loss"]
+    plainly = {"teacher": opinions["reference"]}
+    by_reference = compare(student, informed, plainly, ReverseKL(), token_metrics, **options)
     losses = []
     for i, prompt in enumerate(theirs):
         y = micro.completion_ids[i, : LENGTHS[i]]
@@ -159,6 +189,7 @@ def test_a_teacher_that_knows_more_reads_its_own_prompt(tiny):
     plain = run(student, teacher, micro, ReverseKL()).values["opd/loss"]
     same = [i not in more for i, length in enumerate(LENGTHS) for _ in range(length)]
     torch.testing.assert_close(plain[torch.tensor(same)], found[torch.tensor(same)])
+    torch.testing.assert_close(by_reference.values["opd/loss"], plain)
     assert not torch.allclose(plain[:5], found[:5])
 
 

@@ -27,6 +27,16 @@ def forward_kl(log_p: Tensor, log_q: Tensor) -> Tensor:
     return kl(log_q, log_p)
 
 
+def skew_kl(log_p: Tensor, log_q: Tensor, alpha: float) -> Tensor:
+    """Skew KL(p || alpha p + (1 - alpha) q), at most -log alpha (DistiLLM, arXiv 2402.03898)."""
+    return kl(log_p, mixture(log_p, log_q, alpha))
+
+
+def mixture(log_p: Tensor, log_q: Tensor, weight: float) -> Tensor:
+    """Log of weight p + (1 - weight) q, for 0 < weight < 1, [N, V]."""
+    return torch.logaddexp(log_p + math.log(weight), log_q + math.log1p(-weight))
+
+
 def generalized_jsd(log_p: Tensor, log_q: Tensor, beta: float) -> Tensor:
     """Generalised Jensen-Shannon divergence of GKD (arXiv 2306.13649, equation 1).
 
@@ -34,5 +44,5 @@ def generalized_jsd(log_p: Tensor, log_q: Tensor, beta: float) -> Tensor:
     0 < beta < 1. Its gradient tends to beta times the forward KL's for beta -> 0, and to
     (1 - beta) times the reverse KL's for beta -> 1.
     """
-    log_m = torch.logaddexp(log_q + math.log(beta), log_p + math.log1p(-beta))
+    log_m = mixture(log_q, log_p, beta)
     return beta * kl(log_q, log_m) + (1 - beta) * kl(log_p, log_m)

@@ -13,9 +13,8 @@ is the step's business. Symbols as in the paper (arXiv 2605.11739): p = student,
 
 from __future__ import annotations
 
-import math
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
@@ -24,7 +23,7 @@ from torch import Tensor
 
 from opd.errors import UserError
 from opd.objectives.distributions import Distributions
-from opd.objectives.divergences import forward_kl, generalized_jsd, reverse_kl
+from opd.objectives.divergences import forward_kl, generalized_jsd, mixture, reverse_kl, skew_kl
 from opd.objectives.policy_gradient import (
     fixed_negative_advantage,
     importance_weight,
@@ -34,16 +33,30 @@ from opd.objectives.policy_gradient import (
 from opd.rollouts import Tokens
 from opd.teachers import TEACHER, Gives
 
+Direction = Literal["reverse", "forward"]  # KL(student || teacher), KL(teacher || student)
+
 
 class Objective(ABC):
-    """Base of all objectives.
+    """Base of all objectives."""
 
-    Attributes:
-        needs: Whose opinions the loss is made of, and how much of each: ``full``, the
-            log-probabilities of all tokens, or ``sampled``, that of the token sampled.
-    """
+    # Properties: an annotation here would be looked up in the modules of all that derive from this,
+    # and where it is not found, jsonargparse takes whatever is given for any option of theirs
+    @property
+    def needs(self) -> Mapping[str, Gives]:
+        """Whose opinions the loss is made of, and how much of each.
 
-    needs: ClassVar[Mapping[str, Gives]] = {TEACHER: "full"}
+        ``full``: the log-probabilities of all tokens; ``sampled``: that of the token sampled.
+        """
+        return {TEACHER: "full"}
+
+    @property
+    def metrics(self) -> Sequence[str]:
+        """Names of what :meth:`measure` adds to the metrics of every step."""
+        return ()
+
+    def measure(self, both: Distributions, tokens: Tokens) -> Mapping[str, Tensor]:
+        """Measure n tokens that are trained on: all of ``metrics``, [n] each, no gradient."""
+        return {}
 
     @property
     def ratio_of(self) -> Literal["previous", "sampled"] | None:
@@ -159,14 +172,52 @@ class GeneralizedJSD(Objective):
 
     def with_slope(self, both: Distributions, tokens: Tokens) -> tuple[Tensor, Tensor]:
         """By the logits: (1 - beta) p (log p - log m - KL(p || m))."""
-        log_m = torch.logaddexp(
-            both.log_q + math.log(self.beta), both.log_p + math.log1p(-self.beta)
-        )
+        log_m = mixture(both.log_q, both.log_p, self.beta)
         of_teacher = (both.q * (both.log_q - log_m)).sum(dim=-1)
         ratio = both.log_p - log_m
         of_student = (both.p * ratio).sum(dim=-1)
         slope = (ratio - of_student[:, None]).mul_(both.p).mul_(1 - self.beta)
         return self.beta * of_teacher + (1 - self.beta) * of_student, slope
+
+
+@dataclass(frozen=True)
+class SkewKL(Objective):
+    """KL to a mixture with the teacher, which stays finite (DistiLLM, arXiv 2402.03898).
+
+    Args:
+        alpha: Share in the mixture of the one that is compared with it, between 0 and 1, both
+            excluded; towards 0 it is the plain KL.
+        direction: ``reverse``: KL(p || alpha p + (1 - alpha) q); ``forward``:
+            KL(q || alpha q + (1 - alpha) p).
+    """
+
+    alpha: float = 0.1
+    direction: Direction = "reverse"
+
+    def __post_init__(self) -> None:
+        if not 0 < self.alpha < 1:
+            raise UserError(
+                f"SkewKL.alpha={self.alpha} must lie between 0 and 1; for alpha 0 use ReverseKL or "
+                "ForwardKL"
+            )
+
+    def __call__(self, log_p: Tensor, opinions: Mapping[str, Tensor], tokens: Tokens) -> Tensor:
+        log_q = opinions[TEACHER]
+        one, other = (log_p, log_q) if self.direction == "reverse" else (log_q, log_p)
+        return skew_kl(one, other, self.alpha)
+
+    def with_slope(self, both: Distributions, tokens: Tokens) -> tuple[Tensor, Tensor]:
+        """By the logits: p (h - sum_v p h), h = log p/m - alpha p/m, or -(1 - alpha) q/m."""
+        if self.direction == "reverse":
+            ratio = both.log_p - mixture(both.log_p, both.log_q, self.alpha)  # log p/m
+            loss = (both.p * ratio).sum(dim=-1)
+            slope = ratio - ratio.exp().mul_(self.alpha)
+        else:
+            ratio = both.log_q - mixture(both.log_q, both.log_p, self.alpha)  # log q/m
+            loss = (both.q * ratio).sum(dim=-1)
+            slope = ratio.exp_().mul_(self.alpha - 1)
+        slope -= (both.p * slope).sum(dim=-1, keepdim=True)
+        return loss, slope.mul_(both.p)
 
 
 @dataclass(frozen=True)
@@ -194,13 +245,17 @@ class PolicyGradient(Objective):
 
     def __call__(self, log_p: Tensor, opinions: Mapping[str, Tensor], tokens: Tokens) -> Tensor:
         logp_y = of_sampled(log_p, tokens.y)
-        advantage = opd_advantage(logp_y, opinions[TEACHER])
+        advantage = self.advantage(logp_y, opinions)
         loss = policy_gradient_loss(
             logp_y, logp_y.detach(), advantage, clip=self.clip, dual_clip=self.dual_clip
         )
         if self.importance_cap is None:
             return loss
         return importance_weight(logp_y, tokens.logmu_y, self.importance_cap) * loss
+
+    def advantage(self, logp_y: Tensor, opinions: Mapping[str, Tensor]) -> Tensor:
+        """A_t of every token, [n], no gradient."""
+        return opd_advantage(logp_y, opinions[TEACHER])
 
 
 @dataclass(frozen=True)

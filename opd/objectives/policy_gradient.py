@@ -15,6 +15,11 @@ def opd_advantage(logp_y: Tensor, logq_y: Tensor) -> Tensor:
     return (logq_y - logp_y).detach()
 
 
+def exopd_advantage(logp_y: Tensor, logq_y: Tensor, logr_y: Tensor, scale: float) -> Tensor:
+    """A_t = scale (log q - log r) - (log p - log r) at y_t (G-OPD, 2602.12125), detached."""
+    return (scale * (logq_y - logr_y) - (logp_y - logr_y)).detach()
+
+
 def fixed_negative_advantage(logp_y: Tensor, advantage: float, below: float) -> Tensor:
     """A_t = ``advantage`` where p(y_t) < ``below``, else 0 (after 2608.31046), detached."""
     return advantage * (logp_y.detach().exp() < below).to(logp_y.dtype)

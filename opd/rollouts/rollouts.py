@@ -188,12 +188,14 @@ class Tokens:
         advantage: Of their completions' rewards, [n]; None if there are no rewards.
         weight: Factor of their losses, [n]; None: 1. What the sum of losses is divided by stays the
             number of tokens.
+        position: How many tokens of its completion stand before each, [n]; None if nobody knows.
     """
 
     y: Tensor
     logmu_y: Tensor
     advantage: Tensor | None = None
     weight: Tensor | None = None
+    position: Tensor | None = None
 
     @classmethod
     def of(cls, rollouts: Rollouts) -> Tokens:
@@ -211,6 +213,7 @@ class Tokens:
             rollouts.engine_logprobs[mask],
             per_token("advantage"),
             per_token("weight"),
+            torch.arange(mask.shape[1], device=mask.device).expand_as(mask)[mask],
         )
 
     def __getitem__(self, rows: slice) -> Tokens:
@@ -220,4 +223,5 @@ class Tokens:
             self.logmu_y[rows],
             None if self.advantage is None else self.advantage[rows],
             None if self.weight is None else self.weight[rows],
+            None if self.position is None else self.position[rows],
         )

@@ -2,10 +2,11 @@
 
 from opd.teachers.local import LocalOpinion, LocalTeacher
 from opd.teachers.teacher import Gives, Opened, Opinion, Teacher
-from opd.teachers.teachers import DEFAULT, TEACHER, Teachers, load_teachers
+from opd.teachers.teachers import DEFAULT, REFERENCE, TEACHER, Teachers, load_teachers
 
 __all__ = [
     "DEFAULT",
+    "REFERENCE",
     "TEACHER",
     "Gives",
     "LocalOpinion",

@@ -95,8 +95,7 @@ class LocalTeacher:
     def read(self, micro: Rollouts) -> LocalOpinion:
         """Run the model's body over B completions of N tokens together."""
         with self.speaking():
-            inputs = micro.for_teacher().inputs()
-            return LocalOpinion(self, hidden_states(self.model, *inputs), micro.lengths)
+            return LocalOpinion(self, hidden_states(self.model, *micro.inputs()), micro.lengths)
 
 
 class BaseTeacher(LocalTeacher):

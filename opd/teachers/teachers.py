@@ -25,6 +25,7 @@ log = logging.getLogger(__name__)
 
 DEFAULT = "default"  # name of the only teacher, or of the one of prompts that name none
 TEACHER = "teacher"  # what an objective calls the one that has read its prompt
+REFERENCE = "reference"  # and a frozen model that reads all, whatever their teachers
 
 
 class Teachers(Mapping[str, Teacher]):
@@ -37,6 +38,7 @@ class Teachers(Mapping[str, Teacher]):
             find it as unlikely as its teachers do is due to the comparison.)
         ends: Tokens that end a completion for a teacher, by name of the teacher.
         tokenizers: Where a teacher comes from and its own tokenizer, by name, as far as known.
+        reference: What the objective compares the teacher with; None: with nothing.
     """
 
     def __init__(
@@ -45,11 +47,13 @@ class Teachers(Mapping[str, Teacher]):
         vocabulary: int,
         ends: Mapping[str, Sequence[int]] | None = None,
         tokenizers: Mapping[str, tuple[str, PreTrainedTokenizerBase]] | None = None,
+        reference: Teacher | None = None,
     ) -> None:
         self._teachers = dict(teachers)
         self.vocabulary = vocabulary
         self.ends = dict(ends or {})
         self._tokenizers = dict(tokenizers or {})
+        self.reference = reference
 
     def __getitem__(self, name: str) -> Teacher:
         return self._teachers[name]
@@ -59,6 +63,12 @@ class Teachers(Mapping[str, Teacher]):
 
     def __len__(self) -> int:
         return len(self._teachers)
+
+    @property
+    def readers(self) -> dict[str, Teacher]:
+        """All that read, by what to call them in a message."""
+        readers = {f"teacher {name}": teacher for name, teacher in self.items()}
+        return readers | ({} if self.reference is None else {REFERENCE: self.reference})
 
     def name_of(self, prompt: Prompt) -> str:
         """Return which teacher reads a prompt.
@@ -129,20 +139,30 @@ class Teachers(Mapping[str, Teacher]):
         Raises:
             UserError: Nobody gives a part of it, or a teacher gives less of it.
         """
+        readers = {TEACHER: {f"teacher {name!r}": teacher for name, teacher in self.items()}}
+        if self.reference is not None:
+            readers[REFERENCE] = {"the reference": self.reference}
         for name, much in needs.items():
-            if name != TEACHER:
+            if name not in readers:
                 raise UserError(f"objective {objective} needs a {name!r}, which this run has not")
-            for teacher, gives in ((teacher, self[teacher].gives) for teacher in self):
-                if much == "full" and gives == "sampled":
+            for who, reader in readers[name].items():
+                if much == "full" and reader.gives == "sampled":
                     raise UserError(
                         f"objective {objective} needs the log-probabilities of all tokens, and "
-                        f"teacher {teacher!r} gives those of sampled tokens only; use "
+                        f"{who} gives those of sampled tokens only; use "
                         "opd.objectives.PolicyGradient"
                     )
 
-    def read(self, micro: Rollouts) -> dict[str, Opinion]:
-        """Let the teacher of a micro-batch, which has one, read it."""
-        return {TEACHER: self[self.name_of(micro.prompts.prompts[0])].read(micro)}
+    def read(self, micro: Rollouts, *, reference: bool = False) -> dict[str, Opinion]:
+        """Let the teacher of a micro-batch, which has one, read it; and the reference, if asked.
+
+        A teacher reads what it alone is told; the reference reads what the student does.
+        """
+        teacher = self[self.name_of(micro.prompts.prompts[0])]
+        opinions = {TEACHER: teacher.read(micro.for_teacher())}
+        if reference and self.reference is not None:
+            opinions[REFERENCE] = self.reference.read(micro)
+        return opinions
 
 
 def load_teachers(
@@ -154,6 +174,7 @@ def load_teachers(
     temperature: float,
     offload: bool,
     trust_remote_code: bool,
+    reference: str | None = None,
 ) -> Teachers:
     """Load the teachers of a student, which run in this process.
 
@@ -165,27 +186,40 @@ def load_teachers(
         temperature: Of the completions that they will read.
         offload: See :class:`LocalTeacher`.
         trust_remote_code: Let a hub tokenizer run its own code.
+        reference: Where the reference comes from, which is loaded alike; None: there is none.
 
     Raises:
         UserError: One cannot be loaded, or does not fit the student.
     """
     loaded, ends, tokenizers = {}, {}, {}
-    for name, source in sources.items():
+
+    def load(source: str) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
         theirs = load_tokenizer(source, trust_remote_code=trust_remote_code)
         check_tokenizers(tokenizer, theirs, source)
+        model = load_model(source)
+        check_models(student, model, tokenizer, source)
+        return model, theirs
+
+    for name, source in sources.items():
+        loaded[name], theirs = load(source)
         tokenizers[name] = (source, theirs)
-        loaded[name] = load_model(source)
-        check_models(student, loaded[name], tokenizer, source)
         ends[name] = eos_token_ids(loaded[name], theirs)
+    compared = None if reference is None else load(reference)[0]
+    models = [student, *loaded.values(), *([] if compared is None else [compared])]
     # Beyond the smallest vocabulary there is only padding: check_models has made sure of that
-    vocabulary = min(vocabulary_size(model) for model in [student, *loaded.values()])
-    teachers = {
-        name: (BaseTeacher if model is student else LocalTeacher)(
-            model, vocabulary=vocabulary, temperature=temperature, offload=offload
-        )
-        for name, model in loaded.items()
-    }
-    return Teachers(teachers, vocabulary, ends, tokenizers)
+    vocabulary = min(vocabulary_size(model) for model in models)
+
+    def reader(model: PreTrainedModel) -> LocalTeacher:
+        kind = BaseTeacher if model is student else LocalTeacher
+        return kind(model, vocabulary=vocabulary, temperature=temperature, offload=offload)
+
+    return Teachers(
+        {name: reader(model) for name, model in loaded.items()},
+        vocabulary,
+        ends,
+        tokenizers,
+        None if compared is None else reader(compared),
+    )
 
 
 def _around(text: str, other: str, width: int = 60) -> str:

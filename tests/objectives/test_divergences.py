@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from opd.objectives import Distributions, ForwardKL, GeneralizedJSD, ReverseKL
+from opd.objectives import Distributions, ForwardKL, GeneralizedJSD, ReverseKL, SkewKL
 from opd.rollouts import Tokens
 
 N, V = 5, 7
@@ -34,11 +34,17 @@ def jsd(p: list[float], q: list[float], beta: float) -> float:
     return beta * kl(q, m) + (1 - beta) * kl(p, m)
 
 
+def skew(p: list[float], q: list[float], alpha: float) -> float:
+    return kl(p, [alpha * a + (1 - alpha) * b for a, b in zip(p, q, strict=True)])
+
+
 DEFINITIONS = [
     (ReverseKL(), lambda p, q: kl(p, q)),
     (ForwardKL(), lambda p, q: kl(q, p)),
     (GeneralizedJSD(0.25), lambda p, q: jsd(p, q, 0.25)),
     (GeneralizedJSD(0.9), lambda p, q: jsd(p, q, 0.9)),
+    (SkewKL(), lambda p, q: skew(p, q, 0.1)),
+    (SkewKL(0.7, "forward"), lambda p, q: skew(q, p, 0.7)),
 ]
 
 
@@ -100,6 +106,37 @@ def test_jsd_tends_to_the_two_kls(beta, limit, scale):
     )
 
 
+@pytest.mark.parametrize(("objective", "definition"), DEFINITIONS)
+def test_closed_form_is_value_and_gradient(objective, definition):
+    student, teacher = logits(6).requires_grad_(), logits(7)
+    loss = of_logits(objective, student, teacher)
+    (slope,) = torch.autograd.grad(loss.sum(), student)
+    both = Distributions(student.detach().log_softmax(-1), {"teacher": teacher.log_softmax(-1)})
+    found = objective.with_slope(both, TOKENS)
+    torch.testing.assert_close(found, (loss.detach(), slope), rtol=1e-12, atol=1e-14)
+
+
+@pytest.mark.parametrize(
+    ("direction", "limit"), [("reverse", ReverseKL()), ("forward", ForwardKL())]
+)
+def test_skew_kl_tends_to_the_two_kls(direction, limit):
+    student, teacher = logits(4), logits(5)
+    both = Distributions(student.log_softmax(-1), {"teacher": teacher.log_softmax(-1)})
+    near, far = (SkewKL(alpha, direction).with_slope(both, TOKENS) for alpha in (1e-8, 0.3))
+    expected = limit.with_slope(both, TOKENS)
+    torch.testing.assert_close(near, expected, rtol=1e-4, atol=1e-6)
+    assert (far[0] < expected[0]).all()
+
+
+def test_skew_kl_is_finite_where_the_teacher_excludes_what_the_student_says():
+    student, teacher = torch.zeros(1, 2), torch.tensor([[0.0, -1e9]])
+    both = Distributions(student.log_softmax(-1), {"teacher": teacher.log_softmax(-1)})
+    for direction in ("reverse", "forward"):
+        loss, slope = SkewKL(0.1, direction).with_slope(both, TOKENS[:1])
+        assert 0 < loss.item() < -math.log(0.1)
+        assert slope.isfinite().all()
+
+
 def test_entropy_of_a_uniform_distribution_is_log_v():
     uniform = Distributions(torch.zeros(1, V).log_softmax(-1), {})
     assert uniform.student_entropy.item() == pytest.approx(math.log(V))
@@ -109,3 +146,5 @@ def test_entropy_of_a_uniform_distribution_is_log_v():
 def test_jsd_refuses_its_limits(beta):
     with pytest.raises(ValueError, match="between 0 and 1"):
         GeneralizedJSD(beta)
+    with pytest.raises(ValueError, match="between 0 and 1"):
+        SkewKL(beta)
