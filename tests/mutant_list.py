@@ -278,6 +278,12 @@ lookahead = of("callbacks/lookahead.py", ON_A_LINE)
 averaging = of("callbacks/averaging.py", AVERAGES)
 directions = of("opd/directions.py", f"{CONTROLS} -k a_random_direction")
 
+ADAPTERS = "tests/test_adapters.py -k 'not processes and not shards and not sharded'"
+adapters = of("opd/models/adapters.py", ADAPTERS)
+alarm = of("opd/rollouts/alarm.py", "tests/rollouts/test_alarm.py")
+KNOWS_MORE = "tests/test_tokens.py::test_a_teacher_that_knows_more_reads_its_own_prompt"
+BASE_TEACHER = "tests/test_adapters.py -k base_as_teacher"
+
 MUTANTS = [
     # prompts
     sources('encoding="utf-8-sig"', 'encoding="utf-8"'),
@@ -1003,9 +1009,7 @@ MUTANTS = [
     verifiers("if not allow_code_execution:", "if False:"),
     apps("if all(isinstance(part, str) for pair in pairs for part in pair):", "if False:"),
     apps("with contextlib.suppress(ValueError):", "if True:"),
-    teachers(
-        "self[self.name_of(micro.prompts.prompts[0])].read", "next(iter(self.values())).read", STEP
-    ),
+    teachers("self[self.name_of(micro.prompts.prompts[0])]", "next(iter(self.values()))", STEP),
     teacher("/ teacher.temperature", "/ 1.0", TILES),
     teacher("[parts[i] for i in completions]", "parts[: len(completions)]", TILES),
     module("        model.train(trained)\n", "", DROPOUT),
@@ -1138,11 +1142,10 @@ MUTANTS = [
     loading("if _has_one_matrix(as_configured):", "if False:"),
     loading("    if mismatched:", "    if False:"),
     loading(" if not key.endswith(FORMER_BUFFERS)", ""),
-    loading("(Path(folder) / ADAPTER).is_file()", "False"),
     loading("config.is_encoder_decoder or not", "not"),
     loading('("output_router_logits", False)', '("output_router_logits", True)'),
     loading("chosen = wanted or stored", "chosen = wanted"),
-    loading("for path in _own_code(model):", "for path in []:"),
+    loading("for path in _own_code(model) if adapter is None else ():", "for path in []:"),
     loading('if attention not in (None, "sdpa"):', "if False:"),
     loading("model.generation_config = saveable(", "_ = (", "tests/test_models.py"),
     generation("own.union(*teachers.values()) if given is None", "own if given is None"),
@@ -1178,7 +1181,7 @@ MUTANTS = [
     optimization("while scheduler is not None and taken < steps:", "while False:"),
     module("            optimization.apply(\n", "            (lambda *_: None)(\n", OPTIONS),
     module('checkpoint["optimization"] = self._options', "pass", OPTIONS),
-    module("checkpoints.find_misfit(self.state_dict(), state)", "None", OPTIONS),
+    module("checkpoints.find_misfit(wanted, state)", "None", OPTIONS),
     module("compatibility.check_trainer(self.trainer)", "pass", BAD_INPUT),
     module("check_monitors(self.trainer, [*results, *self._logged])", "LOGGED", BAD_INPUT),
     module("check_monitors(self.trainer, self._logged)", "LOGGED", BAD_INPUT),
@@ -1190,7 +1193,7 @@ MUTANTS = [
     recipes("if key.value in lines:", "if False:"),
     recipes("if not isinstance(node, yaml.MappingNode):", "if False:"),
     recipes("if node is None:", "if False:"),
-    loading("            model.tie_weights()  # which", "            pass  # which"),
+    loading("        model.tie_weights()  # which", "        pass  # which"),
     loading("if len(tokenizer) == len(tokenizer.get_added_vocab()):", "if False:", BAD_INPUT),
     checks("if not own.isfinite().all():", "if False:"),
     effopd(
@@ -1349,4 +1352,39 @@ MUTANTS = [
         f"{REUSE}::test_one_step_is_ordinary_opd",
     ),
     scores("read or [_read", "[_read", REUSE_SHARED),
+    # adapters, the alarm, and what the teacher alone reads
+    adapters("torch.manual_seed(self.seed)", "pass"),
+    adapters("with torch.random.fork_rng(devices=[]), ", "with "),
+    adapters("parameter.data = parameter.data.float()", "pass"),
+    adapters("inference_mode=True", "inference_mode=False", why="peft's own reading overrides it"),
+    adapters("if theirs != wanted:", "if False:"),
+    adapters("if CONFIG not in saved:", "if False:"),
+    adapters("weight = weight + adapted.get_delta_weight(NAME)", "pass", "tests/test_tokens.py"),
+    adapters(" and not adapted.disable_adapters", "", "tests/test_tokens.py"),
+    adapters("weight = _dequantized(quantized[name])", "pass"),
+    adapters("if different := sorted(wanted ^ held):", "if different := sorted(wanted - held):"),
+    adapters("safe_merge=True", "safe_merge=False"),
+    adapters("model.enable_adapters()", "pass", BASE_TEACHER),
+    loading(
+        "if weights:\n                model = adapters.merged",
+        "if False:\n                model = adapters.merged",
+        ADAPTERS,
+    ),
+    loading("adapter.attach(model, source)", "pass", ADAPTERS),
+    loading('not any(Path(folder).glob("tokenizer*"))', "False", ADAPTERS),
+    loading("elif more:", "elif False:", ADAPTERS),
+    module("checkpoint[checkpoints.STATE_DICT] = self._trained(", "_ = (", ADAPTERS),
+    module("is_base and as_it_is", "as_it_is", ADAPTERS),
+    alarm("gap > 10 * self._first", "gap > 0.1 * self._first"),
+    alarm("if gap > ROUNDING:", "if False:"),
+    alarm("self._warned = True", "pass"),
+    alarm("or self._warned)", ")"),
+    alarm("stop is not None and gap > stop:", "False:"),
+    alarm("sampler.top_p < 1 or sampler.top_k > 0", "False"),
+    alarm("if self._first is None:", "if True:"),
+    teachers("teacher.read(micro.for_teacher())", "teacher.read(micro)", KNOWS_MORE),
+    teachers("self.reference.read(micro)", "self.reference.read(micro.for_teacher())", KNOWS_MORE),
+    prompt_format("if PROMPT in before:", "if False:"),
+    prompt_format("before=before + context", "before=before"),
+    prompt_format("        if context:\n", "        if context is not None:\n"),
 ]
