@@ -278,11 +278,12 @@ lookahead = of("callbacks/lookahead.py", ON_A_LINE)
 averaging = of("callbacks/averaging.py", AVERAGES)
 directions = of("opd/directions.py", f"{CONTROLS} -k a_random_direction")
 
-ADAPTERS = "tests/test_adapters.py -k 'not processes and not shards and not sharded'"
+ADAPTED = "tests/test_adapters.py"
+ADAPTERS = f"{ADAPTED} --deselect {ADAPTED}::test_two_processes_train_the_adapter_of_one"
 adapters = of("opd/models/adapters.py", ADAPTERS)
 alarm = of("opd/rollouts/alarm.py", "tests/rollouts/test_alarm.py")
 KNOWS_MORE = "tests/test_tokens.py::test_a_teacher_that_knows_more_reads_its_own_prompt"
-BASE_TEACHER = "tests/test_adapters.py -k base_as_teacher"
+BASE_TEACHER = f"{ADAPTED} -k base_as_teacher"
 
 MUTANTS = [
     # prompts
