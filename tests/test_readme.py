@@ -12,7 +12,7 @@ from conftest import ROOT, launch_environment
 
 from eval.memory import table
 from opd.cli import COMMANDS, main
-from opd.models import load_model
+from opd.models import LoRA, load_model
 
 README = (ROOT / "README.md").read_text()
 BLOCKS = dict(enumerate(re.findall(r"```(?:bash|yaml)\n(.*?)```", README, re.DOTALL)))
@@ -32,6 +32,13 @@ def test_every_command_runs_in_order(tmp_path, monkeypatch):
         assert main([*command, *extra]) == 0, command
     assert (tmp_path / "runs" / "report.html").stat().st_size < 1_000_000
     assert (tmp_path / "runs" / "exported" / "model.safetensors").is_file()
+
+
+def test_the_adapter_of_the_example_is_one(tmp_path):
+    (example,) = [block for block in BLOCKS.values() if "adapter:" in block]
+    adapter = yaml.safe_load(example)["model"]["adapter"]
+    model = load_model("embedded:base", dtype=adapter["base_dtype"], adapter=LoRA(**adapter))
+    assert any("lora_A" in name for name, _ in model.named_parameters())
 
 
 def test_the_example_configuration_is_accepted(tmp_path, capsys):
