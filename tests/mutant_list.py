@@ -1364,7 +1364,6 @@ MUTANTS = [
     adapters(" and not adapted.disable_adapters", "", "tests/test_tokens.py"),
     adapters("weight = _dequantized(quantized[name])", "pass"),
     adapters("if different := sorted(wanted ^ held):", "if different := sorted(wanted - held):"),
-    adapters("safe_merge=True", "safe_merge=False"),
     adapters("model.enable_adapters()", "pass", BASE_TEACHER),
     loading(
         "if weights:\n                model = adapters.merged",

@@ -279,7 +279,7 @@ def merged(model: PreTrainedModel, source: str, folder: str | Path) -> PreTraine
         with _quiet():
             adapted = peft.PeftModel.from_pretrained(model, folder)
             wanted = set(peft.get_peft_model_state_dict(adapted))
-            result: Any = adapted.merge_and_unload(safe_merge=True)
+            result: Any = adapted.merge_and_unload()
     except Exception as error:  # of peft, of safetensors, and of torch where shapes differ
         reason = " ".join(str(error).split())[:300]
         raise UserError(
