@@ -289,3 +289,12 @@ def assert_same(left: object, right: object, where: str = "") -> None:
             assert_same(a, b, f"{where}/{i}")
     else:
         assert left == right, where
+
+
+def assert_same_rollouts(ours, expected, gap=1e-4):
+    assert ours.prompts.ids.tolist() == expected.prompts.ids.tolist()
+    assert ours.lengths.tolist() == expected.lengths.tolist()
+    assert ours.finished.tolist() == expected.finished.tolist()
+    assert ours.completion_ids.tolist() == expected.completion_ids.tolist()
+    assert ours.engine_logprobs.dtype == torch.float32
+    torch.testing.assert_close(ours.engine_logprobs, expected.engine_logprobs, rtol=0, atol=gap)

@@ -6,7 +6,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from conftest import CPU, DDP, FSDP1, FSDP2, launch
+from conftest import CPU, DDP, FSDP1, FSDP2, assert_same_rollouts, launch
 from transformers import AutoModelForCausalLM, AutoTokenizer, Lfm2Config, MistralConfig
 
 from opd.cli import main
@@ -44,15 +44,6 @@ def setting(source, texts, **options):
 def sample(engine, model, batch, sampler):
     engine.start(model, Weights(model), tokenizer=None)
     return engine(batch, sampler, [derive_seed("completion", i) for i in range(len(batch))])
-
-
-def assert_same_rollouts(ours, expected, gap=1e-4):
-    assert ours.prompts.ids.tolist() == expected.prompts.ids.tolist()
-    assert ours.lengths.tolist() == expected.lengths.tolist()
-    assert ours.finished.tolist() == expected.finished.tolist()
-    assert ours.completion_ids.tolist() == expected.completion_ids.tolist()
-    assert ours.engine_logprobs.dtype == torch.float32
-    torch.testing.assert_close(ours.engine_logprobs, expected.engine_logprobs, rtol=0, atol=gap)
 
 
 @pytest.fixture

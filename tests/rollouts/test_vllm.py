@@ -9,6 +9,7 @@ import torch
 from conftest import (
     AUTO,
     FSDP2,
+    assert_same_rollouts,
     launch,
     load,
     load_any,
@@ -73,14 +74,6 @@ def setting(tiny):
     engine = VLLM(max_tokens=128)
     yield Setting(tiny / "llama-student", engine)
     engine.stop()
-
-
-def assert_same_rollouts(ours, expected):
-    assert ours.lengths.tolist() == expected.lengths.tolist()
-    assert ours.finished.tolist() == expected.finished.tolist()
-    assert ours.completion_ids.tolist() == expected.completion_ids.tolist()
-    assert ours.engine_logprobs.dtype == torch.float32
-    torch.testing.assert_close(ours.engine_logprobs, expected.engine_logprobs, rtol=0, atol=GAP)
 
 
 @pytest.mark.parametrize(
