@@ -32,6 +32,7 @@ from opd import OPDModule
 from opd.cli import main
 from opd.errors import UserError
 from opd.models import LoRA, completion_logits, load_model, load_tokenizer, whole_weights
+from opd.models.adapters import base_of, config_of
 from opd.models.passes import Head
 
 RANK = ["--model.adapter.rank", "4", "--model.optimizer.lr", "3e-3"]
@@ -117,6 +118,24 @@ def test_frozen_weights_may_be_of_less_precision(tiny):
     model = load_model(str(tiny / "llama-student"), dtype="bfloat16", adapter=LoRA())
     dtypes = {p.requires_grad: p.dtype for p in model.parameters()}
     assert dtypes == {True: torch.float32, False: torch.bfloat16}
+
+
+@pytest.mark.parametrize("name", ["llama-student", "gpt2-student"])
+def test_whole_weights_are_those_of_a_plain_model_with_the_adapter_in_them(tiny, name):
+    model, plain = adapted(str(tiny / name)), load_model(str(tiny / name)).eval()
+    whole = dict(whole_weights(model))
+    assert set(whole) == {name for name, _ in plain.named_parameters()}
+    plain.load_state_dict(whole, strict=False)
+    torch.testing.assert_close(logits(plain), logits(model), atol=1e-4, rtol=1e-4)
+
+
+def test_the_base_s_revision_is_told_as_peft_tells_it(tiny, tmp_path):
+    model = load_model(str(tiny / "llama-student"))
+    LoRA().attach(model, "some/model@v2")
+    (tmp_path / "adapter_config.json").write_bytes(config_of(model))
+    told = peft.PeftConfig.from_pretrained(tmp_path)
+    assert (told.base_model_name_or_path, told.revision) == ("some/model", "v2")
+    assert base_of("it", tmp_path) == "some/model@v2"
 
 
 # --- four bits ------------------------------------------------------------------------------------

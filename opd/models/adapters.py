@@ -129,9 +129,9 @@ class LoRA:
         for parameter in model.parameters():
             if parameter.requires_grad:
                 parameter.data = parameter.data.float()
-        path = Path(base).expanduser()
-        config.base_model_name_or_path = str(path.resolve()) if path.exists() else base
-        config.revision = None  # part of the name, where there is one
+        path, (name, _, revision) = Path(base).expanduser(), base.partition("@")
+        config.base_model_name_or_path = str(path.resolve()) if path.exists() else name
+        config.revision = None if path.exists() else revision or None
 
 
 def config_of(model: PreTrainedModel) -> bytes | None:
