@@ -23,7 +23,6 @@ import torch
 import transformers
 from packaging.version import Version
 from torch import Tensor
-from torch.nn.utils.rnn import pad_sequence
 from transformers import (
     ContinuousBatchingConfig,
     GenerationConfig,
@@ -180,8 +179,7 @@ def _decode(
     progress_seconds: float,
 ) -> Rollouts:
     """Run requests until all have ended; leaves the model in eval mode."""
-    device = prompts.ids.device
-    with own_randomness(device, "continuous batching"):  # transformers sets a seed
+    with own_randomness(prompts.ids.device, "continuous batching"):  # transformers sets a seed
         manager: Any = ContinuousBatchingManager(cast(Any, model), GenerationConfig(), config)
         try:
             processor = manager._create_batch_processor()
@@ -209,14 +207,11 @@ def _decode(
             next_report = time.monotonic() + progress_seconds
             rank_zero_info(f"rollout: {ended.qsize()} of {len(prompts)} completions have ended")
     outputs = sorted((ended.get() for _ in prompts.prompts), key=lambda out: int(out.request_id))
-    ids = [torch.tensor(output.generated_tokens) for output in outputs]
-    logprobs = [torch.tensor(output.logprobs) for output in outputs]
-    return Rollouts(
+    return Rollouts.of_lists(
         prompts,
-        pad_sequence(ids, batch_first=True, padding_value=sampler.pad_token_id).to(device),
-        torch.tensor([len(some) for some in ids], device=device),
-        torch.tensor([int(some[-1]) in sampler.eos_token_ids for some in ids], device=device),
-        pad_sequence(logprobs, batch_first=True).to(device),
+        [output.generated_tokens for output in outputs],
+        [output.logprobs for output in outputs],
+        sampler,
     )
 
 

@@ -11,6 +11,7 @@ from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 
 from opd.errors import UserError
 from opd.prompts import Prompt, PromptBatch
@@ -138,6 +139,33 @@ class Rollouts:
         ids = torch.zeros(0, 0, dtype=torch.long, device=device)
         lengths = torch.zeros(0, dtype=torch.long, device=device)
         return cls(prompts, ids, lengths, lengths.bool(), ids.float())
+
+    @classmethod
+    def of_lists(
+        cls,
+        prompts: PromptBatch,
+        token_ids: Sequence[Sequence[int]],
+        logprobs: Sequence[Sequence[float]],
+        sampler: Sampler,
+    ) -> Rollouts:
+        """Make rollouts of what was sampled.
+
+        Args:
+            prompts: B prompts.
+            token_ids: The tokens of each completion, its EOS included; at least one.
+            logprobs: Their log-probabilities under what they were drawn from.
+            sampler: What they were sampled with.
+        """
+        device = prompts.ids.device
+        ids = [torch.tensor(row, dtype=torch.long) for row in token_ids]
+        values = [torch.tensor(row, dtype=torch.float32) for row in logprobs]
+        return cls(
+            prompts,
+            pad_sequence(ids, batch_first=True, padding_value=sampler.pad_token_id).to(device),
+            torch.tensor([len(row) for row in token_ids], device=device),
+            torch.tensor([row[-1] in sampler.eos_token_ids for row in token_ids], device=device),
+            pad_sequence(values, batch_first=True).to(device),
+        )
 
     def placeholder(self, teacher: str | None) -> Rollouts:
         """Return one completion without tokens, for passes that a rank makes for others' sake.

@@ -21,24 +21,23 @@ import os
 import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from opd.errors import UserError
 from opd.models import student_files, whole_weights
 from opd.prompts import PromptBatch
-from opd.randomness import own_randomness, uniform
+from opd.randomness import own_randomness
 from opd.rollouts.engine import RolloutEngine
 from opd.rollouts.rollouts import Rollouts, Sampler
-from opd.rollouts.sampling import sample
 from opd.sharding import unwrapped
 from opd.weights import Weights
 
-ROOM = 256  # tokens of a completion, for whose log-probabilities there is room at first
+LOGPROBS = "processed_logits"  # what vLLM is to say of a token: what Drawing leaves of its logits
 
 
 class VLLM(RolloutEngine):
@@ -82,7 +81,6 @@ class VLLM(RolloutEngine):
         self.sleep = sleep
         self.pushes = 0
         self._student: PreTrainedModel | None = None
-        self._draws = _Draws()
         self._llm: Any = None
         self._pushed: int | None = None  # version of the weights that it has
 
@@ -138,44 +136,28 @@ class VLLM(RolloutEngine):
                 f"VLLM.max_tokens={limit} is less than a prompt of {longest} tokens and a "
                 f"completion of {sampler.max_new_tokens}"
             )
-        self._draws.begin(sampler, seeds, prompts.ids.device)
         params = [
-            _import_vllm().SamplingParams(
-                max_tokens=sampler.max_new_tokens,
-                temperature=0.0,  # what is drawn is the only token left
-                stop_token_ids=list(sampler.eos_token_ids),
-                ignore_eos=True,  # the model's own: those that count are named
-                detokenize=False,
-                extra_args={"row": row},
-            )
-            for row in range(len(prompts))
+            _import_vllm().SamplingParams(**sampling_params(sampler, seed), flat_logprobs=True)
+            for seed in seeds
         ]
         inputs = [{"prompt_token_ids": list(prompt.token_ids)} for prompt in prompts.prompts]
         with self._explained():
             answers = self._llm.generate(inputs, params, use_tqdm=False)
         outputs = [answer.outputs[0] for answer in answers]
-        device = prompts.ids.device
-        lengths = torch.tensor([len(output.token_ids) for output in outputs], device=device)
-        ids, logprobs = self._draws.drawn(int(lengths.max()))
-        rollouts = Rollouts(
+        return Rollouts.of_lists(
             prompts,
-            ids,
-            lengths,
-            torch.tensor([output.finish_reason == "stop" for output in outputs], device=device),
-            logprobs,
+            [output.token_ids for output in outputs],
+            [output.logprobs.logprobs for output in outputs],
+            sampler,
         )
-        theirs = torch.tensor([token for output in outputs for token in output.token_ids])
-        if not torch.equal(rollouts.tokens.cpu(), theirs):
-            raise UserError("VLLM: this release of vLLM does not take the tokens that are drawn")
-        rollouts.completion_ids = ids.masked_fill(~rollouts.mask, sampler.pad_token_id)
-        rollouts.engine_logprobs = logprobs.masked_fill(~rollouts.mask, 0.0)
-        return rollouts
 
     # --- vLLM itself ------------------------------------------------------------------------------
 
     def _begin(self, student: PreTrainedModel, device: torch.device) -> Any:
         """Start vLLM with weights that are not yet the student's."""
         vllm = _import_vllm()
+        from opd.rollouts.vllm_worker import Drawing
+
         on_gpu = device.type == "cuda"
         dtype = self.dtype if self.dtype != "auto" else ("bfloat16" if on_gpu else "float32")
         with tempfile.TemporaryDirectory() as folder, _settings(device, self.cpu_cache):
@@ -193,7 +175,8 @@ class VLLM(RolloutEngine):
                     enforce_eager=not (self.compiled and on_gpu),
                     enable_sleep_mode=self.sleep and on_gpu,
                     generation_config="vllm",  # none
-                    logits_processors=[_processor(self._draws)],
+                    logits_processors=[Drawing],
+                    logprobs_mode=LOGPROBS,
                     async_scheduling=False,  # what is drawn last is known when the next is drawn
                     disable_log_stats=True,
                     seed=0,  # of nothing: all that is random is drawn by us
@@ -226,10 +209,12 @@ class VLLM(RolloutEngine):
         """Hand the student's weights over, if they are others than those that vLLM has."""
         if self._pushed == self._weights.version:
             return
+        from opd.rollouts.vllm_worker import pack_heads
+
         weights = whole_weights(student)
         with self._explained():
             self._llm.collective_rpc("reload_weights", kwargs={"weights_iterator": weights})
-            self._llm.apply_model(_pack_heads)
+            self._llm.apply_model(pack_heads)
         self._llm.reset_prefix_cache()
         self._pushed = self._weights.version
         self.pushes += 1
@@ -248,86 +233,22 @@ class VLLM(RolloutEngine):
         return self.sleep and torch.cuda.is_available()
 
 
-class _Draws:
-    """Draws the next tokens of a pass, in place of vLLM, and keeps them."""
+def sampling_params(sampler: Sampler, seed: int) -> dict[str, Any]:
+    """Return what vLLM is asked for, so that our worker samples a completion.
 
-    def begin(self, sampler: Sampler, seeds: Sequence[int], device: torch.device) -> None:
-        """Get ready for B completions.
-
-        Args:
-            sampler: How to sample.
-            seeds: Of each completion, [B].
-            device: Where to keep what is drawn.
-        """
-        self.sampler = sampler
-        self.seeds = torch.tensor(seeds, device=device)
-        room = min(sampler.max_new_tokens, ROOM)
-        self.ids = torch.zeros(len(seeds), room, dtype=torch.long, device=device)
-        self.logprobs = torch.zeros(len(seeds), room, device=device)
-
-    def draw(self, logits: Tensor, rows: Sequence[int], lengths: Sequence[int]) -> None:
-        """Draw R tokens.
-
-        Args:
-            logits: [R, V]; overwritten: what is not drawn is impossible.
-            rows: Which completions they continue, [R].
-            lengths: Tokens that those have so far, [R].
-        """
-        device = logits.device
-        row, position = torch.tensor([rows, lengths], device=device)
-        tokens, logprobs = sample(logits, self.sampler, uniform(self.seeds[row], position))
-        while max(lengths) >= self.ids.shape[1]:
-            self.ids, self.logprobs = (
-                torch.cat([kept, torch.zeros_like(kept)], dim=1)
-                for kept in (self.ids, self.logprobs)
-            )
-        self.ids[row, position], self.logprobs[row, position] = tokens, logprobs
-        logits.fill_(-torch.inf).scatter_(1, tokens[:, None], 0.0)
-
-    def drawn(self, length: int) -> tuple[Tensor, Tensor]:
-        """Return the first tokens of each completion and their log-probabilities, [B, length]."""
-        return self.ids[:, :length], self.logprobs[:, :length]
-
-
-def _processor(draws: _Draws) -> type:
-    """Make a logits processor of vLLM that draws."""
-    from vllm.v1.sample.logits_processor import LogitsProcessor
-    from vllm.v1.sample.logits_processor.builtin import process_dict_updates
-
-    class Drawing(LogitsProcessor):
-        """Leaves one token possible in each row."""
-
-        def __init__(self, *args: Any) -> None:
-            self.requests: dict[int, tuple[int, list[int]]] = {}  # row and tokens, by place
-
-        def is_argmax_invariant(self) -> bool:
-            return False
-
-        def update_state(self, batch_update: Any) -> None:
-            process_dict_updates(
-                self.requests,
-                batch_update,
-                lambda params, _, tokens: (params.extra_args["row"], tokens),
-            )
-
-        def apply(self, logits: Tensor) -> Tensor:
-            now = [self.requests[place] for place in range(len(logits))]
-            draws.draw(logits, [row for row, _ in now], [len(tokens) for _, tokens in now])
-            return logits
-
-    return Drawing
-
-
-def _pack_heads(model: nn.Module) -> None:
-    """Let heads on a CPU multiply with the weights that they have now.
-
-    vLLM multiplies with a packed copy there, and of a head that is the embedding too it does not
-    make another when weights are reloaded: it would go on with those that it began with.
+    Args:
+        sampler: How to sample.
+        seed: Of the completion.
     """
-    layers: list[Any] = [layer for layer in model.modules() if hasattr(layer, "cpu_linear")]
-    for layer in layers:
-        if layer.weight.numel():  # of those that are not packed only
-            layer.quant_method.process_weights_after_loading(layer)
+    return {
+        "max_tokens": sampler.max_new_tokens,
+        "temperature": 0.0,  # what is drawn is the only token left
+        "stop_token_ids": list(sampler.eos_token_ids),
+        "ignore_eos": True,  # the model's own: those that count are named
+        "detokenize": False,
+        "logprobs": 0,  # of the sampled token only
+        "extra_args": {"seed": seed, "sampler": asdict(sampler)},
+    }
 
 
 @contextmanager

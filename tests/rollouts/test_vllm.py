@@ -161,14 +161,6 @@ def test_weights_are_pushed_when_they_have_changed_and_only_then(setting):
     assert_same_rollouts(setting.sample(), before)
 
 
-def test_completions_may_be_longer_than_there_is_room_for_at_first(setting, monkeypatch):
-    monkeypatch.setattr("opd.rollouts.vllm.ROOM", 3)
-    options = {"eos_token_ids": (40,)}
-    ours = setting.sample(**options)
-    assert_same_rollouts(ours, setting.sample(engine=TransformersEngine(), **options))
-    assert not ours.completion_ids.is_inference()
-
-
 def test_an_engine_that_was_stopped_begins_anew_with_another_model(tiny, setting):
     setting.engine.stop()
     engine = VLLM(max_tokens=64)
