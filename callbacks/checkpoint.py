@@ -16,7 +16,7 @@ from lightning.pytorch.utilities.exceptions import SIGTERMException
 from torch import Tensor
 
 from opd import checkpoints
-from opd.errors import OutOfMemoryError, StoppedBeforeStep, UserError
+from opd.errors import LostServer, OutOfMemoryError, StoppedBeforeStep, UserError
 from opd.prompts import PromptLoader
 
 log = logging.getLogger(__name__)
@@ -154,10 +154,12 @@ class RunCheckpoint(ModelCheckpoint):
         self, trainer: Trainer, pl_module: LightningModule, exception: BaseException
     ) -> None:
         alone = isinstance(exception, OutOfMemoryError) and trainer.world_size == 1
-        loader = trainer.train_dataloader
-        if alone and trainer.global_step == self._steps_before and isinstance(loader, PromptLoader):
-            loader.put_back()  # a run that has more memory takes the same step
-        if isinstance(exception, StoppedBeforeStep) or alone:  # all ranks have it, W is a step's
+        loader, in_step = trainer.train_dataloader, trainer.global_step == self._steps_before
+        curable = alone or isinstance(exception, LostServer)  # with more memory, or a server
+        if curable and in_step and isinstance(loader, PromptLoader):
+            loader.put_back()  # the run that goes on takes the same step
+        stopped = isinstance(exception, StoppedBeforeStep) and trainer.state.fn == "fit"
+        if stopped or alone:  # all ranks have it, W is a step's
             self._save_now(trainer)
             log.warning("step %d is saved; go on with --ckpt_path last", self._newest_step)
         if isinstance(exception, SIGTERMException) and self._interrupted:

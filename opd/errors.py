@@ -16,5 +16,9 @@ class NonFiniteError(StoppedBeforeStep):
     """A loss, an opinion or a gradient is infinite or NaN."""
 
 
+class LostServer(StoppedBeforeStep):
+    """A server that the run depends on has failed it; raised on all ranks, between two steps."""
+
+
 class OutOfMemoryError(UserError):
     """The memory does not suffice; raised on one rank, where the weights are those of a step."""

@@ -419,6 +419,8 @@ class OPDModule(LightningModule):
             )
         callbacks = compatibility.callbacks_of(self.trainer)
         t = self.global_step + 1
+        if t == self.trainer.max_steps:
+            batch = dataclasses.replace(batch, upcoming=())
         asked = StepRequest.merged(
             c.step_request(t) for c in callbacks if isinstance(c, RequestsSteps)
         )

@@ -114,14 +114,39 @@ def generate(
         temperature: None: that of the rollouts; 0 is greedy.
         max_new_tokens: None, or more than that of the rollouts: that of the rollouts.
     """
+    asked = _asked(module, prompts, seed, copies, temperature, max_new_tokens)
+    with memory.needed_for("rollouts"):
+        return module.engine(*asked)
+
+
+def generate_ahead(
+    module: Distillation,
+    prompts: PromptBatch,
+    seed: int,
+    *,
+    copies: int = 1,
+    max_new_tokens: int | None = None,
+) -> None:
+    """Let an engine that can begin with what :func:`generate` will be asked for likewise."""
+    if module.engine.staleness:
+        module.engine.ahead(*_asked(module, prompts, seed, copies, None, max_new_tokens))
+
+
+def _asked(
+    module: Distillation,
+    prompts: PromptBatch,
+    seed: int,
+    copies: int,
+    temperature: float | None,
+    max_new_tokens: int | None,
+) -> tuple[PromptBatch, Sampler, list[int]]:
     sampler = module.sampler
     if temperature is not None:
         sampler = dataclasses.replace(sampler, temperature=temperature)
     if max_new_tokens is not None and max_new_tokens < sampler.max_new_tokens:
         sampler = dataclasses.replace(sampler, max_new_tokens=max_new_tokens)
     seeds = [derive_seed(seed, p.row, i) for p in prompts.prompts for i in range(copies)]
-    with memory.needed_for("rollouts"):
-        return module.engine(prompts.repeat(copies), sampler, seeds)
+    return prompts.repeat(copies), sampler, seeds
 
 
 def micro_batches(module: Distillation, rollouts: Rollouts) -> list[Rollouts]:

@@ -146,7 +146,9 @@ def take_step(
     # The teacher first: where it fails, the loss follows
     for name, what in [("teacher_logprob", "teacher's log-probability"), ("loss", "loss")]:
         check_finite(t, micro_batches, [v[f"opd/{name}"] for v in values], what, world)
-    module.gap_alarm.check(t, _mean(values, "rollout/engine_logprob_gap", world), module.sampler)
+    if not module.engine.staleness:  # other weights have sampled, as they should
+        gap = _mean(values, "rollout/engine_logprob_gap", world)
+        module.gap_alarm.check(t, gap, module.sampler)
     weights = module.weights
     apply = functools.partial(
         apply_gradients,
@@ -251,6 +253,15 @@ def sample(
             module, batch, seed, copies=copies, max_new_tokens=max_new_tokens
         )
         module.ledger.count("rollout_tokens", rollouts.num_tokens)
+        if batch.upcoming:
+            coming = PromptBatch.collate(batch.upcoming, module.sampler.pad_token_id)
+            stages.generate_ahead(
+                module,
+                coming.to(module.device),
+                derive_seed(module.seed, t + 1, "rollout"),
+                copies=copies,
+                max_new_tokens=max_new_tokens,
+            )
     drawn = lots(len(rollouts), copies, module.world, module.seed, t, LOT)
     rollouts.columns[LOT] = drawn.to(rollouts.lengths.device)
     stages.count_rollouts(module, module.train_metrics, rollouts)
@@ -308,7 +319,8 @@ def accumulate_gradients(
             module.ledger.count("teacher_tokens", counts[i] * len(reading.opinions))
         with module.ledger.phase("train"):
             last = i == len(micro_batches) - 1
-            compared = add_gradient(module, reading, token_metrics, total, last=last)
+            weighed = stages.weighed(module, reading) if module.engine.staleness else reading
+            compared = add_gradient(module, weighed, token_metrics, total, last=last)
             module.ledger.count("train_tokens", counts[i])
             stages.count_tokens(module, module.train_metrics, micro, compared.values)
         values.append(compared.values)

@@ -19,6 +19,40 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 
 
+def rank() -> int:
+    """Number of this process among those of the run."""
+    return torch.distributed.get_rank() if torch.distributed.is_initialized() else 0
+
+
+def gather(value: T) -> list[T]:
+    """Give all processes of the run what each of them has, in the order of their ranks."""
+    if not torch.distributed.is_initialized():
+        return [value]
+    values: list[T | None] = [None] * torch.distributed.get_world_size()
+    torch.distributed.all_gather_object(values, value)
+    return cast(list[T], values)
+
+
+def together(function: Callable[[], T]) -> T:
+    """Do something on every rank; if one fails, all fail, and none waits for it.
+
+    Raises:
+        UserError: Another rank has failed. This one's own failure is raised as it is.
+    """
+    result, failure = None, None
+    try:
+        result = function()
+    except Exception as error:
+        failure = error
+    reasons = gather(None if failure is None else str(failure))
+    if failure is not None:
+        raise failure
+    for number, reason in enumerate(reasons):
+        if reason is not None:
+            raise UserError(f"rank {number} has failed: {reason}")
+    return cast(T, result)
+
+
 class World:
     """Sums, maxima and messages over ranks; every method is a collective.
 
@@ -53,30 +87,11 @@ class World:
 
     def gather(self, value: T) -> list[T]:
         """Give all ranks what each of them has, in the order of the ranks."""
-        if self.size == 1:
-            return [value]
-        values: list[T | None] = [None] * self.size
-        torch.distributed.all_gather_object(values, value)
-        return cast(list[T], values)
+        return gather(value)
 
     def together(self, function: Callable[[], T]) -> T:
-        """Do something on every rank; if one fails, all fail, and none waits for it.
-
-        Raises:
-            UserError: Another rank has failed. This one's own failure is raised as it is.
-        """
-        result, failure = None, None
-        try:
-            result = function()
-        except Exception as error:
-            failure = error
-        reasons = self.gather(None if failure is None else str(failure))
-        if failure is not None:
-            raise failure
-        for rank, reason in enumerate(reasons):
-            if reason is not None:
-                raise UserError(f"rank {rank} has failed: {reason}")
-        return cast(T, result)
+        """See :func:`together`."""
+        return together(function)
 
     def step(self, optimizer: Any) -> None:
         """Take an optimizer's step that Lightning does not count as one of ``global_step``."""

@@ -30,6 +30,7 @@ from opd.metrics_rows import read_metrics
 from opd.objectives import FixedNegativeAdvantage, ForwardKL, PolicyGradient, ReverseKL, reverse_kl
 from opd.randomness import derive_seed
 from opd.reuse import Reuse, Reused, further_steps, importance_weights
+from opd.rollouts import TransformersEngine
 from opd.scores import TeacherKL
 from opd.step import StepRequest, take_step
 from opd.weights import Weights
@@ -157,6 +158,35 @@ def test_steps_are_those_of_a_plain_loop_on_the_same_tokens(loud, objective):
     assert output.update["optim/grad_norm"] == pytest.approx(norms[0], rel=1e-4)
     assert output.update["optim/lr"] == pytest.approx(2.0)
     assert optimizer.param_groups[0]["lr"] == pytest.approx(0.4)
+
+
+class Behind(TransformersEngine):
+    """Says that weights of a step before have sampled, and so how likely they found each token."""
+
+    staleness = 1
+
+    def __call__(self, prompts, sampler, seeds):
+        rollouts = super().__call__(prompts, sampler, seeds)
+        noise = torch.randn(rollouts.mask.shape, generator=torch.Generator().manual_seed(3))
+        rollouts.engine_logprobs += noise * rollouts.mask
+        return rollouts
+
+
+@pytest.mark.parametrize("objective", [ReverseKL(), PolicyGradient()])
+def test_completions_of_a_step_before_are_weighed_too(loud, objective):
+    module = module_with(loud, None, objective=objective, engine=Behind(), max_grad_norm=1e9)
+    plain, teacher = copy.deepcopy(module.student), module.teachers["default"].model
+    optimizer = torch.optim.SGD(module.student.parameters(), lr=1.0)
+    output = step_with(module, optimizer)
+    loss, ratio = loss_of(plain, teacher, output.micro_batches, objective)
+    loss.backward()
+    assert ratio.min() < 0.5
+    assert ratio.max() == 5
+    for found, before in zip(module.student.parameters(), plain.parameters(), strict=True):
+        torch.testing.assert_close(found, before - before.grad, rtol=1e-4, atol=2e-6)
+    if isinstance(objective, ReverseKL):  # of the other, the gradient is the definition
+        ours = torch.cat([values["opd/loss"] for values in output.values]).mean()
+        assert float(ours) == pytest.approx(float(loss), rel=1e-4)
 
 
 def test_steps_without_a_guard_are_trained_on_everything(tiny):

@@ -41,6 +41,7 @@ class Command:
         positional: Name of the argument that is given without an option, if any.
         runs_others: Whether it runs further commands, as a YAML file says.
         pairs: Options that take two values.
+        passes_on: Argument of the function that takes what stands after ``--``.
     """
 
     help: str
@@ -48,6 +49,7 @@ class Command:
     positional: str | None = None
     runs_others: bool = False
     pairs: tuple[str, ...] = ()
+    passes_on: str | None = None
 
 
 COMMANDS = {
@@ -61,6 +63,11 @@ COMMANDS = {
         "evaluate a model on lm-eval tasks", "eval.evaluate:evaluate", pairs=("compare",)
     ),
     "export": Command("turn a checkpoint into a Hugging Face folder", "opd.cli.export:export"),
+    "serve": Command(
+        "a vLLM server for rollouts (opd.rollouts.VLLMServer)",
+        "opd.cli.serve:serve",
+        passes_on="others",
+    ),
     "report": Command(
         "one HTML page with curves, tables and rollouts", "eval.report:report", "runs"
     ),
@@ -210,6 +217,11 @@ def run_command(name: str, args: list[str]) -> Any:
     if command.positional:
         parser.add_argument(command.positional, nargs="+", type=str)
     skip: set[str | int] = {command.positional} if command.positional else set()
+    passed_on: dict[str, Any] = {}
+    if command.passes_on:
+        skip.add(command.passes_on)
+        own = args.index("--") if "--" in args else len(args)
+        args, passed_on[command.passes_on] = args[:own], args[own + 1 :]
     if command.runs_others:
         names = ", ".join(recipes.names("study"))
         help_ = f"YAML file with these options, or one of {names}"
@@ -222,7 +234,9 @@ def run_command(name: str, args: list[str]) -> Any:
     options = parser.instantiate(parser.parse_args(_as_named(args, function))).as_dict()
     options.pop("config", None)
     _check_null(options, function)
-    return function(**options, **({"opd": main} if command.runs_others else {}))
+    if command.runs_others:
+        passed_on["opd"] = main
+    return function(**options, **passed_on)
 
 
 def _check_null(options: Mapping[str, Any], function: Callable[..., Any]) -> None:

@@ -78,21 +78,30 @@ class PromptLoader:
     def __iter__(self) -> Iterator[PromptBatch]:
         if self.position >= len(self.prompts):
             self.epoch, self.position = self.epoch + 1, 0
-        order = self._order()
+        order = self._order(self.epoch)
         while self.position < len(order):
-            batch = order[self.position : self.position + self.batch_size]
-            self.batch_start, self.position = self.position, self.position + len(batch)
-            chosen = batch[self.rank :: self.world_size]
-            yield PromptBatch.collate([self.prompts[i] for i in chosen], self.pad_id)
+            self.batch_start = self.position
+            self.position = min(self.position + self.batch_size, len(order))
+            batch = PromptBatch.collate(self._chosen(order, self.batch_start), self.pad_id)
+            if self.position < len(order):
+                batch.upcoming = self._chosen(order, self.position)
+            else:
+                batch.upcoming = self._chosen(self._order(self.epoch + 1), 0)
+            yield batch
+
+    def _chosen(self, order: Sequence[int], start: int) -> list[Prompt]:
+        """Return this rank's prompts of the batch that begins at a position."""
+        batch = order[start : start + self.batch_size]
+        return [self.prompts[i] for i in batch[self.rank :: self.world_size]]
 
     def put_back(self) -> None:
         """Count the last batch as not handed out: the step that was to take it has failed."""
         self.position = self.batch_start
 
-    def _order(self) -> list[int]:
+    def _order(self, epoch: int) -> list[int]:
         if self.seed is None:
             return list(range(len(self.prompts)))
-        shuffler = torch.Generator().manual_seed(derive_seed(self.seed, self.epoch, "order"))
+        shuffler = torch.Generator().manual_seed(derive_seed(self.seed, epoch, "order"))
         return torch.randperm(len(self.prompts), generator=shuffler).tolist()
 
     @functools.cached_property

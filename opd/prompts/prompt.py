@@ -50,11 +50,13 @@ class PromptBatch:
         prompts: The B prompts.
         ids: Token ids, [B, P].
         mask: True at tokens, False at padding, [B, P].
+        upcoming: The prompts of the batch that follows, as far as known.
     """
 
     prompts: list[Prompt]
     ids: Tensor
     mask: Tensor
+    upcoming: Sequence[Prompt] = ()
 
     @classmethod
     def collate(cls, prompts: Sequence[Prompt], pad_id: int) -> PromptBatch:
@@ -73,9 +75,7 @@ class PromptBatch:
 
     def to(self, device: torch.device | str, **kwargs: Any) -> PromptBatch:
         """Copy the tensors to a device; Lightning calls this for every batch."""
-        return PromptBatch(
-            self.prompts, self.ids.to(device, **kwargs), self.mask.to(device, **kwargs)
-        )
+        return replace(self, ids=self.ids.to(device, **kwargs), mask=self.mask.to(device, **kwargs))
 
     def select(self, rows: Sequence[int]) -> PromptBatch:
         """Take some prompts, in the order given, without the padding they no longer need."""

@@ -6,6 +6,7 @@ from opd.rollouts.engine import RolloutEngine
 from opd.rollouts.micro_batches import align_micro_batches, cut_into_micro_batches
 from opd.rollouts.records import rollout_records, token_texts, verify
 from opd.rollouts.rollouts import Rollouts, Sampler, Tokens
+from opd.rollouts.server import VLLMServer
 from opd.rollouts.transformers import TransformersEngine
 from opd.rollouts.vllm import VLLM
 
@@ -19,6 +20,7 @@ __all__ = [
     "Sampler",
     "Tokens",
     "TransformersEngine",
+    "VLLMServer",
     "align_micro_batches",
     "cut_into_micro_batches",
     "rollout_records",

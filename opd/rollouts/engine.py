@@ -18,7 +18,13 @@ class RolloutEngine(ABC):
     All ranks call an engine together, each with its own prompts, possibly none. It samples in eval
     mode and without gradient, and leaves the model's mode and the global random state as it found
     them.
+
+    Attributes:
+        staleness: How many steps the weights that have sampled may be behind those that are
+            trained.
     """
+
+    staleness: int = 0
 
     def start(  # noqa: B027 - some need nothing
         self, student: PreTrainedModel, weights: Weights, tokenizer: PreTrainedTokenizerBase
@@ -34,6 +40,17 @@ class RolloutEngine(ABC):
 
     def stop(self) -> None:  # noqa: B027
         """Let go of all that :meth:`start` has taken."""
+
+    def ahead(  # noqa: B027 - few can
+        self, prompts: PromptBatch, sampler: Sampler, seeds: Sequence[int]
+    ) -> None:
+        """Begin to sample, if ``staleness`` allows it, what the next step will ask for.
+
+        Args:
+            prompts: B prompts.
+            sampler: How to sample.
+            seeds: One per completion, [B].
+        """
 
     @abstractmethod
     def __call__(self, prompts: PromptBatch, sampler: Sampler, seeds: Sequence[int]) -> Rollouts:

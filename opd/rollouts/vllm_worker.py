@@ -19,6 +19,7 @@ from vllm.v1.sample.logits_processor.builtin import process_dict_updates
 from opd.randomness import uniform
 from opd.rollouts.rollouts import Sampler
 from opd.rollouts.sampling import sample
+from opd.rollouts.weight_stream import receive
 
 
 class Drawing(LogitsProcessor):
@@ -79,3 +80,23 @@ def pack_heads(model: nn.Module) -> None:
     for layer in layers:
         if layer.weight.numel():  # of those that are not packed only
             layer.quant_method.process_weights_after_loading(layer)
+
+
+class Receiver:
+    """What vLLM mixes into the workers of a server, so that they take a student's weights over."""
+
+    model_runner: Any
+
+    def opd_describe(self, *sizes: str) -> dict[str, Any]:
+        """Say what model it is: its dtype, and some values of its config."""
+        model_config = self.model_runner.model_config
+        return {
+            "dtype": str(model_config.dtype).removeprefix("torch."),
+            **{size: getattr(model_config.hf_config, size, None) for size in sizes},
+        }
+
+    def opd_receive(self, host: str, port: str, key: str, seconds: str) -> None:
+        """Take over the weights that somebody sends."""
+        weights = receive(host, int(port), key, float(seconds))
+        self.model_runner.reload_weights(weights_iterator=weights)
+        pack_heads(self.model_runner.get_model())

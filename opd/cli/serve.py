@@ -1,0 +1,89 @@
+"""``opd serve``: a vLLM server whose rollouts are ours, for ``opd.rollouts.VLLMServer``.
+
+It is ``vllm serve`` with what lets a training run draw its tokens there and send it weights.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from contextlib import AbstractContextManager, ExitStack
+from typing import Literal
+
+from opd.errors import UserError
+from opd.models import adapters, model_folder
+
+
+def serve(
+    model: str,
+    host: str = "127.0.0.1",
+    port: int = 8000,
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto",
+    max_tokens: int | None = None,
+    tensor_parallel: int = 1,
+    trust_remote_code: bool = False,
+    others: Sequence[str] = (),
+) -> None:
+    """Serve rollouts of a student to a training run, until stopped.
+
+    Weights are not loaded: they are the student's, which opd fit sends. Whoever reaches the port
+    can use the server and change its weights: leave it on an address that only the training can
+    reach.
+
+    Args:
+        model: The student, named as in opd fit: hub id, perhaps with @REVISION, folder, checkpoint,
+            GGUF file, or embedded:NAME. Of an adapter its base.
+        host: Address to listen on.
+        port: Port to listen on.
+        dtype: Of the weights. auto: as the model's config says.
+        max_tokens: Longest prompt and completion together. None: the model's context.
+        tensor_parallel: GPUs that share the model.
+        trust_remote_code: Let a hub model run its own code.
+        others: Further options of vllm serve, after --.
+
+    Raises:
+        UserError: vLLM is not installed, or there is no such model.
+    """
+    os.environ["VLLM_SERVER_DEV_MODE"] = "1"  # it has the routes by which weights come
+    os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
+    try:
+        from vllm.entrypoints.cli.serve import ServeSubcommand
+        from vllm.utils.argparse_utils import FlexibleArgumentParser
+    except ImportError as error:
+        raise UserError(
+            "opd serve needs vLLM: pip install 'opd[vllm]' (on a machine without a GPU see `make "
+            "test-vllm`)"
+        ) from error
+    from opd.rollouts.vllm import LOGPROBS
+
+    with ExitStack() as stack:
+        folder = stack.enter_context(model_folder(model))
+        if adapters.is_adapter(folder):
+            folder = stack.enter_context(_base(model, folder))
+        options = {
+            "served-model-name": model,
+            "host": host,
+            "port": port,
+            "dtype": dtype,
+            "max-model-len": max_tokens,
+            "tensor-parallel-size": tensor_parallel,
+            "load-format": "dummy",
+            "generation-config": "vllm",  # none
+            "logits-processors": "opd.rollouts.vllm_worker:Drawing",
+            "worker-extension-cls": "opd.rollouts.vllm_worker.Receiver",
+            "logprobs-mode": LOGPROBS,
+        }
+        named = [f"--{name}={value}" for name, value in options.items() if value is not None]
+        flags = ["--no-async-scheduling"]  # what is drawn last is known when the next is drawn
+        flags += ["--trust-remote-code"] if trust_remote_code else []
+        command, parser = ServeSubcommand(), FlexibleArgumentParser(prog="opd serve ... --")
+        command.subparser_init(parser.add_subparsers())
+        parsed = parser.parse_args(["serve", folder, *named, *flags, *others])
+        if hasattr(parsed, "enable_scale_out"):  # token ids in and out; older ones always do it
+            parsed.enable_scale_out = True
+        command.validate(parsed)
+        command.cmd(parsed)
+
+
+def _base(source: str, folder: str) -> AbstractContextManager[str]:
+    return model_folder(adapters.base_of(source, folder))
