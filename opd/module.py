@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 import logging
 from collections.abc import Sequence
 from typing import Any, Literal
@@ -66,7 +67,8 @@ class OPDModule(LightningModule):
     Args:
         student: The model to train: hub id, perhaps with @REVISION (branch, tag or commit), folder,
             checkpoint, GGUF file, or one of the built-in: embedded:base, embedded:base-long.
-        teacher: The model that it learns from, named alike; or several, as a mapping from the name
+        teacher: The model that it learns from, named alike, or http://HOST:PORT of a server of it
+            that ``opd serve --role teacher`` has started; or several, as a mapping from the name
             that a prompt's ``teacher`` field holds to a model.
         objective: Loss per token. None: ReverseKL, the paper's.
         reference: The frozen model that some objectives, as ExOPD, compare the teacher with, named
@@ -278,6 +280,11 @@ class OPDModule(LightningModule):
             self.teachers = load_teachers(
                 self.teacher_sources,
                 self._load_teacher,
+                functools.partial(
+                    models.load_head,
+                    dtype=self.teacher_dtype,
+                    trust_remote_code=self.trust_remote_code,
+                ),
                 self.student,
                 self.tokenizer,
                 temperature=self.sampler.temperature,

@@ -6,15 +6,18 @@ import json
 import logging
 import re
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
 from http import HTTPStatus
-from typing import Any
+from typing import Any, TypeVar
 
 import urllib3
 from urllib3.exceptions import HTTPError, ReadTimeoutError
 
-from opd.errors import UserError
+from opd.errors import LostServer, UserError
+from opd.world import together
+
+T = TypeVar("T")
 
 log = logging.getLogger(__name__)
 
@@ -64,6 +67,14 @@ class Server:
             UserError: There is no answer, or another than hoped for.
         """
         return self._ask("POST", path, body, ATTEMPTS if again else 1)
+
+    def post_for_bytes(self, path: str, body: Mapping[str, Any]) -> urllib3.BaseHTTPResponse:
+        """Send JSON, again where nobody answers, and return what comes as it is.
+
+        Raises:
+            UserError: There is no answer, or another than hoped for.
+        """
+        return self._answer("POST", path, body, ATTEMPTS)
 
     def post_many(
         self, path: str, bodies: Sequence[Mapping[str, Any]], *, at_once: int
@@ -117,6 +128,12 @@ class Server:
         return None if answer.status == HTTPStatus.OK else f"HTTP {answer.status}"
 
     def _ask(self, method: str, path: str, body: Mapping[str, Any] | None, attempts: int) -> Any:
+        answer = self._answer(method, path, body, attempts)
+        return answer.json() if answer.data else None
+
+    def _answer(
+        self, method: str, path: str, body: Mapping[str, Any] | None, attempts: int
+    ) -> urllib3.BaseHTTPResponse:
         for attempt in range(attempts):
             last = attempt == attempts - 1
             try:
@@ -134,7 +151,7 @@ class Server:
                     ) from error
             else:
                 if answer.status == HTTPStatus.OK:
-                    return answer.json() if answer.data else None
+                    return answer
                 if last or answer.status not in BUSY:
                     raise UserError(
                         f"{self.what}: {self.url}{path} answers with HTTP {answer.status}: "
@@ -149,6 +166,18 @@ class Server:
         timeout = urllib3.Timeout(connect=min(CONNECT_SECONDS, seconds), read=seconds)
         content: dict[str, Any] = {} if body is None else {"json": body}
         return self._pool.request(method, self.url + path, timeout=timeout, **content)
+
+
+def or_lost(function: Callable[[], T]) -> T:
+    """Do what needs a server, on every rank; if it fails on one, it fails on all.
+
+    Raises:
+        LostServer: It has failed, somewhere.
+    """
+    try:
+        return together(function)
+    except UserError as error:
+        raise LostServer(str(error)) from error
 
 
 def _plainly(error: Exception) -> str:

@@ -20,7 +20,8 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any, Protocol, runtime_checkable
@@ -313,10 +314,9 @@ def accumulate_gradients(
     total = global_tokens(module.world, counts)
     values: list[dict[str, Tensor]] = []
     readings: list[Reading] = []
-    for i, micro in enumerate(micro_batches):
-        with module.ledger.phase("teacher"):
-            reading = stages.read(module, micro, reference=True)
-            module.ledger.count("teacher_tokens", counts[i] * len(reading.opinions))
+    for i, (micro, reading) in enumerate(
+        zip(micro_batches, _read(module, micro_batches), strict=True)
+    ):
         with module.ledger.phase("train"):
             last = i == len(micro_batches) - 1
             weighed = stages.weighed(module, reading) if module.engine.staleness else reading
@@ -326,6 +326,19 @@ def accumulate_gradients(
         values.append(compared.values)
         readings += [reading] if keep_opinions else []
     return values, readings
+
+
+def _read(module: Distillation, micro_batches: Sequence[Rollouts]) -> Iterator[Reading]:
+    """Let teachers read micro-batches, one after the other; servers, one ahead of the student."""
+    waiting: deque[Reading] = deque()
+    for micro in micro_batches:
+        with module.ledger.phase("teacher"):
+            reading = stages.read(module, micro, reference=True)
+            module.ledger.count("teacher_tokens", micro.num_tokens * len(reading.opinions))
+        waiting.append(reading)
+        if len(waiting) > module.teachers.ahead:
+            yield waiting.popleft()
+    yield from waiting
 
 
 def accumulate_again(module: Distillation, readings: Sequence[Reading]) -> list[dict[str, Tensor]]:

@@ -1,6 +1,8 @@
-"""``opd serve``: a vLLM server whose rollouts are ours, for ``opd.rollouts.VLLMServer``.
+"""``opd serve``: a vLLM server that samples for a student, or reads as a teacher.
 
-It is ``vllm serve`` with what lets a training run draw its tokens there and send it weights.
+It is ``vllm serve`` with options that make it one of two things: ``rollouts``, for
+``opd.rollouts.VLLMServer``, draws with our code and takes weights over; ``teacher``, for
+``--model.teacher http://HOST:PORT``, answers with the last hidden states of all tokens.
 """
 
 from __future__ import annotations
@@ -8,14 +10,36 @@ from __future__ import annotations
 import os
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, ExitStack
+from pathlib import Path
 from typing import Literal
 
 from opd.errors import UserError
 from opd.models import adapters, model_folder
+from opd.rollouts.vllm import LOGPROBS
+
+ROLES = {
+    "rollouts": {
+        "load-format": "dummy",
+        "generation-config": "vllm",  # none
+        "logits-processors": "opd.rollouts.vllm_worker:Drawing",
+        "worker-extension-cls": "opd.rollouts.vllm_worker.Receiver",
+        "logprobs-mode": LOGPROBS,
+    },
+    "teacher": {
+        "runner": "pooling",
+        "convert": "embed",
+        "pooler-config": '{"task": "token_embed", "use_activation": false}',  # of all, as they are
+    },
+}
+FLAGS = {
+    "rollouts": ["--no-async-scheduling"],  # what is drawn last is known when the next is drawn
+    "teacher": [],
+}
 
 
 def serve(
     model: str,
+    role: Literal["rollouts", "teacher"] = "rollouts",
     host: str = "127.0.0.1",
     port: int = 8000,
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto",
@@ -24,15 +48,16 @@ def serve(
     trust_remote_code: bool = False,
     others: Sequence[str] = (),
 ) -> None:
-    """Serve rollouts of a student to a training run, until stopped.
+    """Serve a training run, until stopped.
 
-    Weights are not loaded: they are the student's, which opd fit sends. Whoever reaches the port
-    can use the server and change its weights: leave it on an address that only the training can
-    reach.
+    For rollouts, no weights are loaded: they are the student's, which opd fit sends. Whoever
+    reaches the port can use the server, and change its weights: leave it on an address that only
+    the training can reach.
 
     Args:
-        model: The student, named as in opd fit: hub id, perhaps with @REVISION, folder, checkpoint,
-            GGUF file, or embedded:NAME. Of an adapter its base.
+        model: The student or teacher, named as in opd fit: hub id, perhaps with @REVISION, folder,
+            or embedded:NAME; a student also checkpoint or GGUF file, and for an adapter its base.
+        role: What for: to sample completions of the student, or to read them as its teacher.
         host: Address to listen on.
         port: Port to listen on.
         dtype: Of the weights. auto: as the model's config says.
@@ -54,31 +79,26 @@ def serve(
             "opd serve needs vLLM: pip install 'opd[vllm]' (on a machine without a GPU see `make "
             "test-vllm`)"
         ) from error
-    from opd.rollouts.vllm import LOGPROBS
-
     with ExitStack() as stack:
-        folder = stack.enter_context(model_folder(model))
+        folder = stack.enter_context(model_folder(model, weights=role == "teacher"))
         if adapters.is_adapter(folder):
             folder = stack.enter_context(_base(model, folder))
+        if role == "teacher" and not any(Path(folder).glob("*.safetensors")):
+            raise UserError(f"{model}: has no safetensors files to serve; export it first")
         options = {
-            "served-model-name": model,
+            "served-model-name": str(Path(model).resolve()) if Path(model).exists() else model,
             "host": host,
             "port": port,
             "dtype": dtype,
             "max-model-len": max_tokens,
             "tensor-parallel-size": tensor_parallel,
-            "load-format": "dummy",
-            "generation-config": "vllm",  # none
-            "logits-processors": "opd.rollouts.vllm_worker:Drawing",
-            "worker-extension-cls": "opd.rollouts.vllm_worker.Receiver",
-            "logprobs-mode": LOGPROBS,
+            **ROLES[role],
         }
         named = [f"--{name}={value}" for name, value in options.items() if value is not None]
-        flags = ["--no-async-scheduling"]  # what is drawn last is known when the next is drawn
-        flags += ["--trust-remote-code"] if trust_remote_code else []
+        named += FLAGS[role] + (["--trust-remote-code"] if trust_remote_code else [])
         command, parser = ServeSubcommand(), FlexibleArgumentParser(prog="opd serve ... --")
         command.subparser_init(parser.add_subparsers())
-        parsed = parser.parse_args(["serve", folder, *named, *flags, *others])
+        parsed = parser.parse_args(["serve", folder, *named, *others])
         if hasattr(parsed, "enable_scale_out"):  # token ids in and out; older ones always do it
             parsed.enable_scale_out = True
         command.validate(parsed)

@@ -17,7 +17,7 @@ from opd.models.generation import (
     generating_with,
     plain_sampling,
 )
-from opd.models.load import load_model, load_tokenizer, model_folder, student_files
+from opd.models.load import load_head, load_model, load_tokenizer, model_folder, student_files
 from opd.models.passes import (
     Buffer,
     Head,
@@ -46,6 +46,7 @@ __all__ = [
     "generating_with",
     "hidden_states",
     "in_eval_mode",
+    "load_head",
     "load_model",
     "load_tokenizer",
     "model_folder",

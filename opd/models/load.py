@@ -10,13 +10,14 @@ import json
 import logging
 import sys
 import tempfile
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors import safe_open
+from torch import Tensor, nn
 from transformers import (
     MODEL_FOR_CAUSAL_LM_MAPPING,
     AutoConfig,
@@ -185,6 +186,45 @@ def load_model(
     if adapter is not None:
         adapter.attach(model, source)
     return model
+
+
+def load_head(
+    source: str, *, dtype: Dtype = "float32", trust_remote_code: bool = False
+) -> PreTrainedModel:
+    """Load a model of which only the head has weights; the others are on the meta device.
+
+    Args:
+        source: Hub id, perhaps with @REVISION, folder, or embedded:NAME.
+        dtype: Dtype of the weights in memory.
+        trust_remote_code: Let a model run its own code.
+
+    Raises:
+        UserError: There is no causal language model at ``source``, or it has no such weights in
+            safetensors files.
+    """
+    model = load_model(source, dtype=dtype, trust_remote_code=trust_remote_code, weights=False)
+    head = model.get_output_embeddings()
+    with model_folder(source, weights=True) as folder:
+        for kind, parameter in list(head.named_parameters()):
+            everything = model.named_parameters(remove_duplicate=False)
+            names = [name for name, other in everything if other is parameter]
+            weight = _one_of(names, folder)
+            if weight is None or weight.shape != parameter.shape:
+                raise UserError(f"{source}: has no {names[0]} in safetensors files; export it")
+            own = nn.Parameter(weight.to(getattr(torch, dtype)), requires_grad=False)
+            setattr(head, kind, own)
+    return model
+
+
+def _one_of(names: Sequence[str], folder: str) -> Tensor | None:
+    """Read the tensor that has one of these names, perhaps without its first parts."""
+    for path in sorted(Path(folder).glob("*.safetensors")):
+        with safe_open(path, framework="pt") as file:
+            for key in file.keys():  # noqa: SIM118 - it is no mapping
+                if any(name == key or name.endswith(f".{key}") for name in names):
+                    tensor: Tensor = file.get_tensor(key)
+                    return tensor
+    return None
 
 
 def _load(

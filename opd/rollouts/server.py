@@ -17,31 +17,30 @@ from __future__ import annotations
 import logging
 import secrets
 import socket
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from contextlib import ExitStack
 from dataclasses import dataclass
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal
 from urllib.parse import urlsplit
 
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from opd.errors import LostServer, UserError
+from opd.errors import UserError
 from opd.models import whole_weights
 from opd.prompts import PromptBatch
 from opd.rollouts import weight_stream
 from opd.rollouts.engine import RolloutEngine
 from opd.rollouts.rollouts import Rollouts, Sampler
 from opd.rollouts.vllm import sampling_params
-from opd.servers import Server
+from opd.servers import Server, or_lost
 from opd.sharding import unwrapped
 from opd.weights import Weights
 from opd.world import gather, rank, together
 
 log = logging.getLogger(__name__)
 
-T = TypeVar("T")
 Answers = list[dict[str, Any]]
 SIZES = ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads")
 
@@ -122,11 +121,11 @@ class VLLMServer(RolloutEngine):
         begun, self._ahead = self._ahead, None
         expected = begun is not None and (begun.sampler, begun.seeds) == (sampler, tuple(seeds))
         if all(gather(expected)) and begun is not None:
-            answers = _or_lost(begun.answers.result)
+            answers = or_lost(begun.answers.result)
         else:
             self._ahead = begun  # of a step that is still to come, while something else is judged
             self._push()
-            answers = _or_lost(lambda: self._ask(prompts, sampler, seeds))
+            answers = or_lost(lambda: self._ask(prompts, sampler, seeds))
         if not len(prompts):
             return Rollouts.empty(prompts)
         choices = [answer["choices"][0] for answer in answers]
@@ -182,8 +181,8 @@ class VLLMServer(RolloutEngine):
         student = self._student
         assert student is not None, "start the engine first"
         with ExitStack() as stack:
-            stream = _or_lost(lambda: self._stream(stack) if rank() == 0 else None)
-            _or_lost(lambda: self._send(student, stream))
+            stream = or_lost(lambda: self._stream(stack) if rank() == 0 else None)
+            or_lost(lambda: self._send(student, stream))
         self._pushed = self._weights.version
         self.pushes += 1
 
@@ -283,14 +282,6 @@ class _Ahead:
     sampler: Sampler
     seeds: tuple[int, ...]
     answers: Future[Answers]
-
-
-def _or_lost(function: Callable[[], T]) -> T:
-    """Do something that servers may fail in, on every rank; if they fail one, they fail all."""
-    try:
-        return together(function)
-    except UserError as error:
-        raise LostServer(str(error)) from error
 
 
 def _own_address(url: str) -> str:

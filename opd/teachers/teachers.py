@@ -19,6 +19,7 @@ from opd.models import (
 from opd.prompts import Prompt, PromptFormat, Row, encode
 from opd.rollouts import Rollouts
 from opd.teachers.local import BaseTeacher, LocalTeacher
+from opd.teachers.served import ServedTeacher, TeacherServer, is_served
 from opd.teachers.teacher import Gives, Opinion, Teacher
 
 log = logging.getLogger(__name__)
@@ -69,6 +70,11 @@ class Teachers(Mapping[str, Teacher]):
         """All that read, by what to call them in a message."""
         readers = {f"teacher {name}": teacher for name, teacher in self.items()}
         return readers | ({} if self.reference is None else {REFERENCE: self.reference})
+
+    @property
+    def ahead(self) -> int:
+        """How many micro-batches are to be read ahead: servers work while the student does."""
+        return int(any(isinstance(teacher, ServedTeacher) for teacher in self.values()))
 
     def name_of(self, prompt: Prompt) -> str:
         """Return which teacher reads a prompt.
@@ -168,6 +174,7 @@ class Teachers(Mapping[str, Teacher]):
 def load_teachers(
     sources: Mapping[str, str],
     load_model: Callable[[str], PreTrainedModel],
+    load_head: Callable[[str], PreTrainedModel],
     student: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
     *,
@@ -176,11 +183,13 @@ def load_teachers(
     trust_remote_code: bool,
     reference: str | None = None,
 ) -> Teachers:
-    """Load the teachers of a student, which run in this process.
+    """Load the teachers of a student.
 
     Args:
-        sources: Hub id, folder, checkpoint, GGUF file or embedded:NAME, by name.
+        sources: Hub id, folder, checkpoint, GGUF file, embedded:NAME or address of a server, by
+            name.
         load_model: Loads one of them, or returns the student if it is the student's base.
+        load_head: Loads the head of one whose body is on a server.
         student: The student.
         tokenizer: The student's tokenizer.
         temperature: Of the completions that they will read.
@@ -193,15 +202,23 @@ def load_teachers(
     """
     loaded, ends, tokenizers = {}, {}, {}
 
-    def load(source: str) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    def load(
+        source: str, load_model: Callable[[str], PreTrainedModel] = load_model
+    ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
         theirs = load_tokenizer(source, trust_remote_code=trust_remote_code)
         check_tokenizers(tokenizer, theirs, source)
         model = load_model(source)
         check_models(student, model, tokenizer, source)
         return model, theirs
 
+    servers: dict[str, TeacherServer] = {}
     for name, source in sources.items():
-        loaded[name], theirs = load(source)
+        if is_served(source):
+            servers[name] = TeacherServer.at(source)
+            loaded[name], theirs = load(servers[name].model, load_head)
+            servers[name].check(loaded[name].get_output_embeddings().in_features)
+        else:
+            loaded[name], theirs = load(source)
         tokenizers[name] = (source, theirs)
         ends[name] = eos_token_ids(loaded[name], theirs)
     compared = None if reference is None else load(reference)[0]
@@ -209,12 +226,14 @@ def load_teachers(
     # Beyond the smallest vocabulary there is only padding: check_models has made sure of that
     vocabulary = min(vocabulary_size(model) for model in models)
 
-    def reader(model: PreTrainedModel) -> LocalTeacher:
+    def reader(model: PreTrainedModel, server: TeacherServer | None = None) -> LocalTeacher:
+        if server is not None:
+            return ServedTeacher(model, server, vocabulary=vocabulary, temperature=temperature)
         kind = BaseTeacher if model is student else LocalTeacher
         return kind(model, vocabulary=vocabulary, temperature=temperature, offload=offload)
 
     return Teachers(
-        {name: reader(model) for name, model in loaded.items()},
+        {name: reader(model, servers.get(name)) for name, model in loaded.items()},
         vocabulary,
         ends,
         tokenizers,

@@ -158,6 +158,25 @@ def wait_for_steps(run, count, seconds=240):
     raise AssertionError(f"{run} has not taken {count} steps in time")
 
 
+def test_a_teacher_that_is_served_is_the_teacher(tmp_path, fit):
+    """Twice the same prompts: a cache of prefixes would leave out hidden states."""
+    server = Served(tmp_path, "embedded:teacher", "--role", "teacher", "--dtype", "float32")
+    options = ["--model.micro_batch_tokens", "200", "--model.rollouts_per_prompt", "2"]
+    run = fit("served", *options, "--model.teacher", server.url, steps=3)
+    server.kill()
+    plain = fit("plain", *options, steps=3)
+    assert column(run, "opd/loss") == pytest.approx(column(plain, "opd/loss"), rel=1e-4)
+    for name in ("opd/teacher_entropy", "opd/forward_kl", "val/reverse_kl"):
+        assert column(run, name) == pytest.approx(column(plain, name), rel=1e-3)
+
+
+def test_a_server_for_rollouts_is_no_teacher(capsys, tmp_path, embedded):
+    command = opd_arguments(tmp_path / "run", "--model.teacher", embedded.url, steps=1)
+    assert main(command) == 2
+    printed = capsys.readouterr().err
+    assert "Was it started by `opd serve --role teacher --model embedded:base`?" in printed
+
+
 def test_a_model_that_is_none_is_a_line(capsys):
     assert main(["serve", "--model", "./nothing"]) == 2
     assert "./nothing: there is no such model folder" in capsys.readouterr().err
