@@ -282,6 +282,14 @@ ADAPTED = "tests/test_adapters.py"
 ADAPTERS = f"{ADAPTED} --deselect {ADAPTED}::test_two_processes_train_the_adapter_of_one"
 adapters = of("opd/models/adapters.py", ADAPTERS)
 alarm = of("opd/rollouts/alarm.py", "tests/rollouts/test_alarm.py")
+SERVER = "tests/rollouts/test_server.py -k 'not run and not rank'"
+server = of("opd/rollouts/server.py", SERVER)
+servers = of("opd/servers.py", SERVER)
+stream = of("opd/rollouts/weight_stream.py", SERVER)
+SERVED = "tests/test_served_teachers.py -k 'not a_rank'"
+served = of("opd/teachers/served.py", SERVED)
+AHEAD = "tests/rollouts/test_server.py -k samples_each_step"
+BEHIND = "tests/test_reuse.py::test_completions_of_a_step_before_are_weighed_too"
 KNOWS_MORE = "tests/test_tokens.py::test_a_teacher_that_knows_more_reads_its_own_prompt"
 BASE_TEACHER = f"{ADAPTED} -k base_as_teacher"
 
@@ -906,7 +914,7 @@ MUTANTS = [
     stages("if name == TEACHER}", "}", EXOPD, why="slower, and the same numbers"),
     teachers("if reference and self.reference is not None", "if self.reference is not None", EXOPD),
     teachers("None if compared is None else reader(compared)", "reader(student)", EXOPD),
-    step("counts[i] * len(reading.opinions)", "counts[i]", EXOPD),
+    step("micro.num_tokens * len(reading.opinions)", "micro.num_tokens", EXOPD),
     weighted(
         "return weight * loss, slope * weight[:, None]", "return loss, slope * weight[:, None]"
     ),
@@ -954,7 +962,7 @@ MUTANTS = [
         "stages.",
         COUNTS,
     ),
-    step('module.ledger.count("teacher_tokens", counts[i] * len(', "len((", COUNTS),
+    step('module.ledger.count("teacher_tokens", micro.num_tokens * len(', "len((", COUNTS),
     scores('module.ledger.count("teacher_tokens", micro.num_tokens)', "pass", SCORES),
     step(
         'own_randomness(module.device, module.seed, t, world.rank, "dropout")',
@@ -1340,7 +1348,7 @@ MUTANTS = [
     step("readings=readings if request.keep_opinions else []", "readings=readings", REUSE_SHARED),
     step("sum(m.num_tokens for m in aside)", "0", REUSE_SHARED),
     step('module.ledger.count("train_tokens", counts[i])\n        values', "values", REUSE_SHARED),
-    step("weighed = stages.weighed(module, reading)", "weighed = reading", REUSE_STEPS),
+    step("weighed = stages.weighed(module, reading)\n", "weighed = reading\n", REUSE_STEPS),
     step("functools.partial(world.step, optimizer)", "optimizer.step", REUSE_RUN),
     step('"dropout", k)', '"dropout")', REUSE_DROPOUT),
     step("            optimizer.zero_grad()\n            raise", "            raise", REUSE_NAN),
@@ -1382,6 +1390,43 @@ MUTANTS = [
     alarm("stop is not None and gap > stop:", "False:"),
     alarm("sampler.top_p < 1 or sampler.top_k > 0", "False"),
     alarm("if self._first is None:", "if True:"),
+    server("self._ahead = begun", "pass"),
+    server("wait([self._ahead.answers])", "pass"),
+    server("(begun.sampler, begun.seeds) == (sampler, tuple(seeds))", "True"),
+    server("if self._pushed == self._weights.version:", "if self._pushed is not None:"),
+    server("if self._pushed == self._weights.version:", "if False:"),
+    server("if not self.staleness:", "if False:"),
+    server('server.post("/reset_prefix_cache", {})', "pass", why="vLLM alone has such a cache"),
+    server("if longest + sampler.max_new_tokens > limit:", "if longest > limit:"),
+    server('not in ("stop", "length")', "is None"),
+    server("if own != theirs:", "if False:"),
+    servers("retries=False", "retries=3", why="tried as often in the end"),
+    servers("if waited >= seconds:", "if waited >= 10 * seconds:"),
+    servers('f"HTTP {answer.status}"', "None"),
+    servers("raise LostServer(str(error)) from error", "raise"),
+    stream(
+        "if hmac.compare_digest(bytes(_read(connection, KEY_BYTES)), key.encode()):", "if True:"
+    ),
+    stream("or any(one.done() for one in asked)", ""),
+    step(
+        "stages.weighed(module, reading) if module.engine.staleness else reading", "reading", BEHIND
+    ),
+    step('derive_seed(module.seed, t + 1, "rollout")', "seed", AHEAD),
+    step("if not module.engine.staleness:", "if True:", AHEAD),
+    served("*ids[: length - 1]", "*ids[:length]"),
+    served("len(prompt.token_ids) - 1", "len(prompt.token_ids)"),
+    served("            if length:", "            if True:"),
+    served("if lengths != [", "if False and lengths != ["),
+    served("or_lost(self.hidden.result)", "self.hidden.result()"),
+    served("if self.rows is not None:", "if False:"),
+    served(
+        "completions if self.rows is None else [self.rows[i] for i in completions]", "completions"
+    ),
+    loading(
+        'if any(name == key or name.endswith(f".{key}") for name in names):',
+        "if key in names:",
+        SERVED,
+    ),
     teachers("teacher.read(micro.for_teacher())", "teacher.read(micro)", KNOWS_MORE),
     teachers("self.reference.read(micro)", "self.reference.read(micro.for_teacher())", KNOWS_MORE),
     prompt_format("if PROMPT in before:", "if False:"),
