@@ -132,7 +132,7 @@ def overlap_at_k(log_p: Tensor, log_q: Tensor, k: int) -> tuple[Tensor, Tensor]:
 
 def rollout_metrics(rollouts: Rollouts) -> dict[str, Tensor]:
     """Measure B completions, [B] each; whether their answers are right is another matter."""
-    lengths = rollouts.lengths.double()
+    lengths = rollouts.counts.double()
     return {
         "rollout/tokens": lengths,
         "rollout/length_mean": lengths,

@@ -204,7 +204,7 @@ def _read(module: OPDModule, micro: Rollouts) -> Reading:
 def part_of(reading: Reading, fraction: float) -> Reading:
     """Keep a share of the step's completions, by their lots: the same on any number of ranks."""
     chosen = reading.micro.columns[LOT] >= 1 - fraction
-    chosen &= reading.micro.lengths > 0
+    chosen &= reading.micro.counts > 0
     return reading.select(chosen.nonzero().flatten().tolist())
 
 

@@ -202,10 +202,10 @@ def judge(module: Distillation, readings: Sequence[Reading], divergence: str) ->
         for reading in readings:
             micro = reading.micro
             found = compare(module, reading, None, judged_by(divergence)).values
-            filled = micro.lengths > 0  # the others only keep ranks in step
+            filled = micro.counts > 0  # the others only keep ranks in step
             values.append(-micro.spread(found["divergence"]).sum(dim=1)[filled].cpu())
             moved.append(micro.spread(found["moved"]).sum(dim=1)[filled].cpu())
-            weights.append(micro.lengths[filled].float().cpu())
+            weights.append(micro.counts[filled].float().cpu())
             module.ledger.count("search_tokens", micro.num_tokens)
     return Score(torch.cat(values), torch.cat(weights), torch.cat(moved))
 
@@ -246,8 +246,8 @@ def count_tokens(
 ) -> None:
     """Add metrics of the N tokens of a micro-batch, [N] each."""
     of_prompts = members(module, metrics, micro.prompts.prompts)
-    lengths = micro.lengths.cpu() if of_prompts else micro.lengths  # a GPU would have to be awaited
-    metrics.update(values, {g: m.repeat_interleave(lengths) for g, m in of_prompts.items()})
+    counts = micro.counts.cpu() if of_prompts else micro.counts  # a GPU would have to be awaited
+    metrics.update(values, {g: m.repeat_interleave(counts) for g, m in of_prompts.items()})
 
 
 def members(

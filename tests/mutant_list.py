@@ -288,6 +288,8 @@ servers = of("opd/servers.py", SERVER)
 stream = of("opd/rollouts/weight_stream.py", SERVER)
 SERVED = "tests/test_served_teachers.py -k 'not a_rank'"
 served = of("opd/teachers/served.py", SERVED)
+CONVERSATIONS = "tests/rollouts/test_conversations.py -k 'not runs_with'"
+conversations = of("opd/rollouts/conversations.py", CONVERSATIONS)
 AHEAD = "tests/rollouts/test_server.py -k samples_each_step"
 BEHIND = "tests/test_reuse.py::test_completions_of_a_step_before_are_weighed_too"
 KNOWS_MORE = "tests/test_tokens.py::test_a_teacher_that_knows_more_reads_its_own_prompt"
@@ -1027,7 +1029,7 @@ MUTANTS = [
     scores("return Score(right.mean(dim=1)", "return Score(1 - right.mean(dim=1)"),
     stages("values.append(-micro.spread(", "values.append(micro.spread(", SCORES),
     stages(
-        "weights.append(micro.lengths[filled].float().cpu())",
+        "weights.append(micro.counts[filled].float().cpu())",
         "weights.append(torch.ones(int(filled.sum())))",
         SCORES,
     ),
@@ -1413,6 +1415,27 @@ MUTANTS = [
     ),
     step('derive_seed(module.seed, t + 1, "rollout")', "seed", AHEAD),
     step("if not module.engine.staleness:", "if True:", AHEAD),
+    conversations("derive_seed(one.seed, turn) if turn else one.seed", "one.seed"),
+    conversations("[logprobs is None]", "[False]"),
+    conversations("one.finished = False\n", "pass\n"),
+    conversations("if one.finished]", "]"),
+    conversations(".removeprefix(str(self._tokenizer.decode([end])))", ""),
+    conversations("if not whole.startswith(known):", "if False:"),
+    conversations('if reply["content"] not in said', "if False"),
+    conversations(" + self.turn_tokens > sampler", " > sampler"),
+    rollouts("self.present & (inserted == 0)", "self.present", CONVERSATIONS),
+    rollouts(
+        "self.mask.sum(dim=1) if INSERTED in self.columns else self.lengths",
+        "self.lengths",
+        CONVERSATIONS,
+    ),
+    rollouts("[self.prompts.mask, self.present]", "[self.prompts.mask, self.mask]", CONVERSATIONS),
+    metrics(
+        "rollouts.counts.double()",
+        "rollouts.lengths.double()",
+        "tests/rollouts/test_conversations.py",
+    ),
+    stages("micro.counts[filled]", "micro.lengths[filled]", "tests/rollouts/test_conversations.py"),
     served("*ids[: length - 1]", "*ids[:length]"),
     served("len(prompt.token_ids) - 1", "len(prompt.token_ids)"),
     served("            if length:", "            if True:"),

@@ -235,7 +235,7 @@ def test_help_of_what_needs_no_training_does_not_load_lightning():
 
 NAMES = "controls/average, controls/exopd, controls/fixed_negative, controls/lookahead, "
 NAMES += "controls/oracle, controls/prodigy, controls/random_direction, controls/schedule_free, "
-NAMES += "effopd/auto, effopd/label_free, effopd/line_search, effopd/paper, "
+NAMES += "conversations, effopd/auto, effopd/label_free, effopd/line_search, effopd/paper, "
 NAMES += "effopd/published_code, long, "
 NAMES += "paper/code_1.7b, paper/code_4b, paper/math_1.7b, paper/math_4b, quickstart, reuse, "
 NAMES += "smollm2, "

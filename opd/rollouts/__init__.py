@@ -2,6 +2,7 @@
 
 from opd.rollouts.alarm import GapAlarm, GapLimits
 from opd.rollouts.continuous_batching import ContinuousBatching
+from opd.rollouts.conversations import Conversations, Environment
 from opd.rollouts.engine import RolloutEngine
 from opd.rollouts.micro_batches import align_micro_batches, cut_into_micro_batches
 from opd.rollouts.records import rollout_records, token_texts, verify
@@ -13,6 +14,8 @@ from opd.rollouts.vllm import VLLM
 __all__ = [
     "VLLM",
     "ContinuousBatching",
+    "Conversations",
+    "Environment",
     "GapAlarm",
     "GapLimits",
     "RolloutEngine",

@@ -10,7 +10,7 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from opd.answers import Verifier
-from opd.rollouts.rollouts import Rollouts
+from opd.rollouts.rollouts import INSERTED, Rollouts
 
 UTF8_BYTES = 4  # of a character, and so tokens, at most
 
@@ -28,6 +28,8 @@ def rollout_records(
     ids, lengths = rollouts.completion_ids.tolist(), rollouts.lengths.tolist()
     finished = rollouts.finished.tolist()
     columns = {"engine_logprob": rollouts.engine_logprobs, **per_token}
+    if INSERTED in rollouts.columns:
+        columns[INSERTED] = rollouts.columns[INSERTED]
     values = {name: tensor.tolist() for name, tensor in columns.items()}
     for i, prompt in enumerate(rollouts.prompts.prompts):
         token_ids = ids[i][: lengths[i]]
@@ -71,12 +73,16 @@ def token_texts(tokenizer: PreTrainedTokenizerBase, token_ids: Sequence[int]) ->
 
 
 def verify(rollouts: Rollouts, tokenizer: PreTrainedTokenizerBase, verifier: Verifier) -> Tensor:
-    """Check the answers of the prompts that have one: 1 right, 0 wrong, float64."""
+    """Check the answers of the prompts that have one: 1 right, 0 wrong, float64.
+
+    Of a conversation, the last turn of the student's is looked at.
+    """
     ids, lengths = rollouts.completion_ids.tolist(), rollouts.lengths.tolist()
     completions, answers = [], []
+    starts = rollouts.last_turns.tolist()
     for i, prompt in enumerate(rollouts.prompts.prompts):
         if prompt.answer is not None:
-            text = tokenizer.decode(ids[i][: lengths[i]], skip_special_tokens=True)
+            text = tokenizer.decode(ids[i][starts[i] : lengths[i]], skip_special_tokens=True)
             assert isinstance(text, str)
             completions.append(text)
             answers.append(prompt.answer)

@@ -1,7 +1,10 @@
 """What a rollout engine is asked for and what it returns.
 
-Shapes: B completions, P prompt tokens (padded left), C completion tokens (padded right), N tokens
-of all completions together.
+A completion may be a conversation, in which tokens were inserted that nobody has sampled: they are
+read, and nothing else (``opd/rollouts/conversations.py``).
+
+Shapes: B completions, P prompt tokens (padded left), C completion tokens (padded right), N sampled
+tokens of all completions together.
 """
 
 from __future__ import annotations
@@ -15,6 +18,8 @@ from torch.nn.utils.rnn import pad_sequence
 
 from opd.errors import UserError
 from opd.prompts import Prompt, PromptBatch
+
+INSERTED = "inserted"  # column: 1 at tokens of a conversation that nobody has sampled
 
 
 @dataclass(frozen=True)
@@ -58,12 +63,13 @@ class Rollouts:
     Attributes:
         prompts: The B prompts, padded left.
         completion_ids: Token ids, padded right, [B, C].
-        lengths: Tokens of each completion, its EOS included, [B].
+        lengths: Tokens of each completion, its EOS and inserted ones included, [B].
         finished: Whether an EOS ended it (rather than max_new_tokens), [B].
         engine_logprobs: Log-probability of each token under the distribution it was drawn from,
-            float32, 0 at padding, [B, C].
+            float32, 0 at padding and where it was inserted, [B, C].
         columns: What else is known of each completion, by name: [B], or [B, C] and 0 at padding.
-            ``advantage`` and ``weight`` reach the objective as :class:`Tokens`.
+            ``advantage`` and ``weight`` reach the objective as :class:`Tokens`; ``inserted`` is 1
+            at tokens that nobody has sampled.
     """
 
     prompts: PromptBatch
@@ -77,19 +83,38 @@ class Rollouts:
         return len(self.prompts)
 
     @property
-    def mask(self) -> Tensor:
-        """True at completion tokens, [B, C]."""
+    def present(self) -> Tensor:
+        """True at completion tokens, sampled or inserted, [B, C]."""
         columns = torch.arange(self.completion_ids.shape[1], device=self.lengths.device)
         return columns < self.lengths[:, None]
 
     @property
+    def mask(self) -> Tensor:
+        """True at sampled tokens, [B, C]."""
+        inserted = self.columns.get(INSERTED)
+        return self.present if inserted is None else self.present & (inserted == 0)
+
+    @property
+    def counts(self) -> Tensor:
+        """Sampled tokens of each completion, [B]."""
+        return self.mask.sum(dim=1) if INSERTED in self.columns else self.lengths
+
+    @property
+    def last_turns(self) -> Tensor:
+        """Where the last turn of each conversation begins; 0 of an ordinary completion, [B]."""
+        if INSERTED not in self.columns or not self.columns[INSERTED].shape[1]:
+            return torch.zeros_like(self.lengths)
+        places = torch.arange(1, self.completion_ids.shape[1] + 1, device=self.lengths.device)
+        return (places * (self.columns[INSERTED] != 0)).amax(dim=1)
+
+    @property
     def num_tokens(self) -> int:
         """N."""
-        return int(self.lengths.sum())
+        return int(self.counts.sum())
 
     @property
     def tokens(self) -> Tensor:
-        """All completion tokens, row after row, [N]."""
+        """All sampled tokens, row after row, [N]."""
         return self.completion_ids[self.mask]
 
     def inputs(self) -> tuple[Tensor, Tensor, Tensor]:
@@ -97,10 +122,10 @@ class Rollouts:
 
         Returns:
             Token ids [B, P + C], mask of tokens [B, P + C], and the positions whose hidden state
-            predicts a completion token [B, P + C]: one to the left of each, N in all.
+            predicts a sampled token [B, P + C]: one to the left of each, N in all.
         """
         ids = torch.cat([self.prompts.ids, self.completion_ids], dim=1)
-        mask = torch.cat([self.prompts.mask, self.mask], dim=1)
+        mask = torch.cat([self.prompts.mask, self.present], dim=1)
         predicts = torch.zeros_like(mask)
         predicts[:, self.prompts.ids.shape[1] - 1 : -1] = self.mask
         return ids, mask, predicts
@@ -110,7 +135,7 @@ class Rollouts:
         return replace(self, prompts=self.prompts.for_teacher(pad_id=0))
 
     def spread(self, values: Tensor) -> Tensor:
-        """Spread values per token, [N], over positions, [B, C], with 0 at padding."""
+        """Spread values per token, [N], over positions, [B, C], with 0 elsewhere."""
         return torch.zeros_like(self.engine_logprobs).masked_scatter(
             self.mask, values.to(self.engine_logprobs.dtype)
         )
@@ -147,6 +172,7 @@ class Rollouts:
         token_ids: Sequence[Sequence[int]],
         logprobs: Sequence[Sequence[float]],
         sampler: Sampler,
+        inserted: Sequence[Sequence[bool]] | None = None,
     ) -> Rollouts:
         """Make rollouts of what was sampled.
 
@@ -155,16 +181,17 @@ class Rollouts:
             token_ids: The tokens of each completion, its EOS included; at least one.
             logprobs: Their log-probabilities under what they were drawn from.
             sampler: What they were sampled with.
+            inserted: Whether nobody has sampled a token; None: all were sampled.
         """
         device = prompts.ids.device
         ids = [torch.tensor(row, dtype=torch.long) for row in token_ids]
-        values = [torch.tensor(row, dtype=torch.float32) for row in logprobs]
         return cls(
             prompts,
             pad_sequence(ids, batch_first=True, padding_value=sampler.pad_token_id).to(device),
             torch.tensor([len(row) for row in token_ids], device=device),
             torch.tensor([row[-1] in sampler.eos_token_ids for row in token_ids], device=device),
-            pad_sequence(values, batch_first=True).to(device),
+            _padded(logprobs).to(device),
+            {} if inserted is None else {INSERTED: _padded(inserted).to(device)},
         )
 
     def placeholder(self, teacher: str | None) -> Rollouts:
@@ -206,6 +233,11 @@ class Rollouts:
         )
 
 
+def _padded(rows: Sequence[Sequence[float]]) -> Tensor:
+    values = [torch.tensor(row, dtype=torch.float32) for row in rows]
+    return pad_sequence(values, batch_first=True)
+
+
 @dataclass(frozen=True)
 class Tokens:
     """What is known of sampled tokens besides distributions; n of them.
@@ -227,7 +259,7 @@ class Tokens:
 
     @classmethod
     def of(cls, rollouts: Rollouts) -> Tokens:
-        """Collect the N tokens of B completions; a number per completion is one for each token."""
+        """Collect the N sampled tokens; a number per completion is one for each of its tokens."""
         mask = rollouts.mask
 
         def per_token(name: str) -> Tensor | None:

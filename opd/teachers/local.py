@@ -95,7 +95,7 @@ class LocalTeacher:
     def read(self, micro: Rollouts) -> LocalOpinion:
         """Run the model's body over B completions of N tokens together."""
         with self.speaking():
-            return LocalOpinion(self, hidden_states(self.model, *micro.inputs()), micro.lengths)
+            return LocalOpinion(self, hidden_states(self.model, *micro.inputs()), micro.counts)
 
 
 class BaseTeacher(LocalTeacher):
@@ -126,12 +126,12 @@ class LocalOpinion:
     Attributes:
         teacher: Whose opinion it is.
         hidden: The teacher's last hidden states, [N, H].
-        lengths: Tokens of each completion, [B].
+        counts: Of each completion, [B].
     """
 
     teacher: LocalTeacher
     hidden: Tensor
-    lengths: Tensor
+    counts: Tensor
 
     @contextmanager
     def opened(self) -> Iterator[Opened]:
@@ -152,8 +152,8 @@ class LocalOpinion:
 
     def select(self, completions: Sequence[int]) -> LocalOpinion:
         """Keep the opinion of some completions, in the order given."""
-        parts = self.hidden.split(self.lengths.tolist())
+        parts = self.hidden.split(self.counts.tolist())
         chosen = [parts[i] for i in completions]
-        index = torch.as_tensor(completions, dtype=torch.long, device=self.lengths.device)
+        index = torch.as_tensor(completions, dtype=torch.long, device=self.counts.device)
         hidden = torch.cat(chosen) if chosen else self.hidden[:0]
-        return LocalOpinion(self.teacher, hidden, self.lengths[index])
+        return LocalOpinion(self.teacher, hidden, self.counts[index])

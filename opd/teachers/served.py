@@ -153,26 +153,28 @@ class ServedTeacher(LocalTeacher):
 
     def read(self, micro: Rollouts) -> ServedOpinion:  # type: ignore[override]  # not there yet
         """Have the server read B completions of N tokens together."""
-        return ServedOpinion(self, self._threads.submit(self._read, micro), micro.lengths)
+        return ServedOpinion(self, self._threads.submit(self._read, micro), micro.counts)
 
     def _read(self, micro: Rollouts) -> Tensor:
         texts: list[list[int]] = []
-        first: list[int] = []  # whose hidden state predicts the first token of the completion
-        for prompt, ids, length in zip(
+        predicts: list[Tensor] = []  # hidden states of which tokens predict a sampled one
+        rows = zip(
             micro.prompts.prompts,
             micro.completion_ids.tolist(),
             micro.lengths.tolist(),
+            micro.mask.cpu(),
             strict=True,
-        ):
+        )
+        for prompt, ids, length, sampled in rows:
             if length:  # the last token predicts none
                 texts.append([*prompt.token_ids, *ids[: length - 1]])
-                first.append(len(prompt.token_ids) - 1)
+                predicts.append(sampled[:length].nonzero().flatten() + len(prompt.token_ids) - 1)
         dtype = self.model.get_output_embeddings().weight.dtype
         if not texts:
             return torch.zeros(0, self.model.config.get_text_config().hidden_size, dtype=dtype)
         asked_as = str(dtype).removeprefix("torch.")
         states = self.server.hidden_states(texts, asked_as)
-        return torch.cat([state[i:] for state, i in zip(states, first, strict=True)])
+        return torch.cat([state[at] for state, at in zip(states, predicts, strict=True)])
 
 
 @dataclass(frozen=True)
@@ -182,13 +184,13 @@ class ServedOpinion:
     Attributes:
         teacher: Whose opinion it is.
         hidden: The teacher's last hidden states, [N, H], of B completions.
-        lengths: Tokens of each of these, [B].
+        counts: Of each of these, [B].
         rows: Those of the B whose opinion this is; None: all.
     """
 
     teacher: ServedTeacher
     hidden: Future[Tensor]
-    lengths: Tensor
+    counts: Tensor
     rows: Sequence[int] | None = None
 
     @contextmanager
@@ -198,8 +200,8 @@ class ServedOpinion:
         Raises:
             LostServer: The server of any rank is gone, or does not do what it should.
         """
-        hidden = or_lost(self.hidden.result).to(self.lengths.device)
-        opinion = LocalOpinion(self.teacher, hidden, self.lengths)
+        hidden = or_lost(self.hidden.result).to(self.counts.device)
+        opinion = LocalOpinion(self.teacher, hidden, self.counts)
         if self.rows is not None:
             opinion = opinion.select(self.rows)
         with opinion.opened() as logits:
