@@ -10,10 +10,12 @@ from test_reuse import column
 from test_step import batch_of
 
 from opd import stages
+from opd.embedded.environment import AskAgain
 from opd.errors import UserError
 from opd.metrics import rollout_metrics, token_metrics
 from opd.module import OPDModule
 from opd.objectives import ReverseKL, reverse_kl
+from opd.prompts import PromptBatch, PromptFormat, tokenize_rows
 from opd.randomness import derive_seed
 from opd.rollouts import (
     Conversations,
@@ -198,6 +200,44 @@ class Endless(Environment):
         return [{"role": "user", "content": "go on"}]
 
 
+class Noting(TransformersEngine):
+    """Keeps the seeds that it is given."""
+
+    def __call__(self, prompts, sampler, seeds):
+        self.seeds = [*getattr(self, "seeds", []), *seeds]
+        return super().__call__(prompts, sampler, seeds)
+
+
+def test_every_turn_has_a_seed_of_its_own(tiny):
+    noting = Noting()
+    engine = Conversations(Endless(), turn_tokens=12, turns=3, engine=noting)
+    module = module_with(tiny, engine=engine, max_new_tokens=200)
+    module.engine(batch_of(module), module.sampler, [7, 8, 9, 10])
+    assert noting.seeds[:4] == [7, 8, 9, 10]
+    assert len(set(noting.seeds)) == len(noting.seeds) > 4
+
+
+def test_what_a_template_ends_a_turn_with_stands_there_once():
+    """The built-in pair: its template ends turns with the token that the student ends them with."""
+    engine = Conversations(AskAgain(), turn_tokens=32, turns=2)
+    module = OPDModule("embedded:base", "embedded:teacher", max_new_tokens=88, engine=engine)
+    module.configure_model()
+    sums = [(a, b) for a in (188, 487, 659) for b in (777, 948)]
+    texts = [{"prompt": f"{a}+{b}=", "answer": f"{a + b:04d}"} for a, b in sums]
+    prompts = tokenize_rows(texts, module.tokenizer, PromptFormat())
+    rollouts = module.engine(PromptBatch.collate(prompts, 0), module.sampler, list(range(6)))
+    again = 0
+    for (a, b), (_, ids, sampled) in zip(sums, rows(rollouts), strict=True):
+        text = module.tokenizer.decode(
+            ids[: sampled.tolist().index(False)] if not sampled.all() else ids
+        )
+        assert text.removesuffix("<eos>").endswith(f"={a + b:04d}") == bool(sampled.all())
+        if not sampled.all():
+            again += 1
+            assert module.tokenizer.decode(ids[~sampled]) == f"{b}+{a}="
+    assert 0 < again < 6
+
+
 @pytest.mark.parametrize(("turns", "room"), [(2, 200), (9, 60)])
 def test_turns_and_room_end_a_conversation(tiny, turns, room):
     engine = Conversations(Endless(), turn_tokens=12, turns=turns)
@@ -207,6 +247,8 @@ def test_turns_and_room_end_a_conversation(tiny, turns, room):
     said = module.tokenizer("</s>[user]go on[assistant]", add_special_tokens=False)
     next_turn = len(said["input_ids"]) + 12
     for i, (_, ids, sampled) in enumerate(rows(rollouts)):
+        ends = ids[:-1][sampled[:-1] & ~sampled[1:]]
+        assert set(ends.tolist()) <= set(ENDS)  # what is cut off does not go on
         changes = int((sampled[1:] != sampled[:-1]).sum())
         assert changes % 2 == 0  # ends with a turn of the student's
         said = changes // 2 + 1
