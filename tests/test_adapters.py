@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import json
 import re
+import shutil
 import sys
 
 import peft
@@ -33,6 +34,7 @@ from opd.cli import main
 from opd.errors import UserError
 from opd.models import LoRA, completion_logits, load_model, load_tokenizer, whole_weights
 from opd.models.adapters import base_of, config_of
+from opd.models.load import EMBEDDED
 from opd.models.passes import Head
 
 RANK = ["--model.adapter.rank", "4", "--model.optimizer.lr", "3e-3"]
@@ -252,6 +254,16 @@ def test_a_resumed_run_is_bit_for_bit_the_same(run, fit):
         ours, theirs = load(folder), load(run)
         for part in ("state_dict", "optimizer_states"):
             assert_same(ours[part], theirs[part])
+
+
+def test_another_base_is_noticed_by_its_name(run, fit, tmp_path, caplog):
+    moved = tmp_path / "elsewhere"
+    shutil.copytree(EMBEDDED / "base", moved)
+    going_on = ["--ckpt_path", str(run / "checkpoints" / "step=000001.ckpt")]
+    fit("same", *AUTO, *RANK, *going_on, steps=2)
+    assert "was trained beside" not in caplog.text
+    fit("moved", *AUTO, *RANK, *going_on, "--model.student", str(moved), steps=2)
+    assert re.search(rf"was trained beside .*/base, and goes on beside {moved}; are", caplog.text)
 
 
 def test_a_checkpoint_is_its_base_with_the_adapter_merged(run, tmp_path):

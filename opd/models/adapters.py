@@ -13,6 +13,7 @@ from __future__ import annotations
 import dataclasses
 import importlib.util
 import json
+import logging
 import re
 import tempfile
 import warnings
@@ -31,6 +32,9 @@ from transformers import BitsAndBytesConfig, PreTrainedModel
 from opd import checkpoints
 from opd.errors import UserError
 from opd.sharding import plain_name, whole_layers
+from opd.world import rank
+
+log = logging.getLogger(__name__)
 
 Dtype = Literal["float32", "bfloat16", "float16"]
 CONFIG = "adapter_config.json"  # names of peft
@@ -150,6 +154,8 @@ def check_adapter(
 ) -> None:
     """Refuse to go on from an adapter that does something else with the same numbers.
 
+    A base of another name may have moved, or be another: a line says so.
+
     Args:
         path: The checkpoint.
         saved: The student's files in it.
@@ -160,11 +166,18 @@ def check_adapter(
     """
     if CONFIG not in saved:
         raise UserError(f"--ckpt_path {path}: holds a whole student, and this run has an adapter")
-    theirs, wanted = (json.loads(files[CONFIG])["lora_alpha"] for files in (saved, ours))
-    if theirs != wanted:
+    theirs, wanted = (json.loads(files[CONFIG]) for files in (saved, ours))
+    if theirs["lora_alpha"] != wanted["lora_alpha"]:
         raise UserError(
-            f"--ckpt_path {path}: its adapter has alpha {theirs}, and model.adapter.alpha is "
-            f"{wanted}"
+            f"--ckpt_path {path}: its adapter has alpha {theirs['lora_alpha']}, and "
+            f"model.adapter.alpha is {wanted['lora_alpha']}"
+        )
+    before, now = (config["base_model_name_or_path"] for config in (theirs, wanted))
+    if before != now and rank() == 0:
+        log.warning(
+            "--ckpt_path %s: its adapter was trained beside %s, and goes on beside %s; are these "
+            "the same weights? Others of the same shapes cannot be told apart",
+            *(path, before, now),
         )
 
 

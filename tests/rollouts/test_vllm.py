@@ -4,6 +4,7 @@ import re
 from collections import Counter
 from dataclasses import replace
 
+import kill
 import pytest
 import torch
 from conftest import (
@@ -237,6 +238,12 @@ def test_two_processes_with_shards_are_one(tmp_path, fit):
     launch(2, resumed, *FSDP2, *AUTO, *ENGINE, "--ckpt_path", "last", steps=2)
     ours, theirs = (student_of(load_any(run)) for run in (resumed, together))
     assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
+
+
+def test_shards_and_searches_go_on_after_sigkill_bit_for_bit(tmp_path, monkeypatch):
+    monkeypatch.setattr(kill, "OPTIONS", [*kill.OPTIONS, *ENGINE])
+    undisturbed = launch(2, tmp_path / "undisturbed", *kill.OPTIONS, steps=kill.STEPS)
+    kill.check(1, 0, tmp_path, undisturbed)
 
 
 # --- what cannot work -----------------------------------------------------------------------------

@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 
+import kill
 import pytest
 from conftest import ROOT, assert_same_rollouts, launch, opd_arguments, save_llama
 from test_server import FSDP2, SERVER, Setting, column
@@ -110,6 +111,24 @@ def test_two_ranks_with_shards_are_one(tmp_path, fit, embedded):
     run = launch(2, tmp_path / "two", *FSDP2, *SERVER, "--model.engine.url", embedded.url, steps=2)
     alone = fit("alone", steps=2)
     assert column(run, "opd/loss") == pytest.approx(column(alone, "opd/loss"), rel=1e-4)
+
+
+def test_shards_and_searches_go_on_after_sigkill_bit_for_bit(tmp_path, monkeypatch, embedded):
+    """Killed whenever, perhaps while it sends weights: the server is there for the next."""
+    monkeypatch.setattr(
+        kill, "OPTIONS", [*kill.OPTIONS, *SERVER, "--model.engine.url", embedded.url]
+    )
+    undisturbed = launch(2, tmp_path / "undisturbed", *kill.OPTIONS, steps=kill.STEPS)
+    kill.check(2, 0, tmp_path, undisturbed)
+
+
+def test_all_workers_of_a_server_get_the_weights(llama):
+    server = Served(llama.parent, llama, "--dtype", "float32", "--tensor_parallel", "2")
+    setting = Setting(llama, VLLMServer(server.url))
+    assert_same_rollouts(setting.sample(), setting.sample(TransformersEngine()))
+    setting.move()
+    assert_same_rollouts(setting.sample(), setting.sample(TransformersEngine()))
+    server.kill()
 
 
 def test_a_server_that_is_killed_or_hangs_stops_the_run_which_goes_on(tmp_path, capsys, embedded):
