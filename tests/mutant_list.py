@@ -1439,7 +1439,7 @@ MUTANTS = [
     stages("micro.counts[filled]", "micro.lengths[filled]", "tests/rollouts/test_conversations.py"),
     served("*ids[: length - 1]", "*ids[:length]", why="one token more is read, for nothing"),
     served("len(prompt.token_ids) - 1", "len(prompt.token_ids)"),
-    served("            if length:", "            if True:"),
+    served("            if length:", "            if True:", why="a prompt is read for nothing"),
     served("if lengths != [", "if False and lengths != ["),
     served("or_lost(self.hidden.result)", "self.hidden.result()"),
     served("if self.rows is not None:", "if False:"),

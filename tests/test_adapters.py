@@ -263,7 +263,9 @@ def test_another_base_is_noticed_by_its_name(run, fit, tmp_path, caplog):
     fit("same", *AUTO, *RANK, *going_on, steps=2)
     assert "was trained beside" not in caplog.text
     fit("moved", *AUTO, *RANK, *going_on, "--model.student", str(moved), steps=2)
-    assert re.search(rf"was trained beside embedded:base, and goes on beside {moved}; are", caplog.text)
+    assert re.search(
+        rf"was trained beside embedded:base, and goes on beside {moved}; are", caplog.text
+    )
 
 
 def test_a_checkpoint_is_its_base_with_the_adapter_merged(run, tmp_path):
