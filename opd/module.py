@@ -10,12 +10,13 @@ import contextlib
 import dataclasses
 import functools
 import logging
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
 import torch
 from lightning.pytorch import Callback, LightningModule
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
+from lightning.pytorch.trainer.states import TrainerFn
 from transformers import PreTrainedModel
 
 from opd import checkpoints, compatibility, logs, models, optimization, sharding
@@ -31,6 +32,7 @@ from opd.metrics import (
     StepMetrics,
 )
 from opd.objectives import Objective, ReverseKL
+from opd.objectives.probe import check_objective
 from opd.prompts import PromptBatch, PromptDataModule, pad_token_id
 from opd.randomness import random_state, restore_random_state
 from opd.reuse import Reuse
@@ -43,7 +45,7 @@ from opd.rollouts import (
 )
 from opd.step import RequestsSteps, StepRequest, SurroundsSteps, take_step
 from opd.strategies import load_under
-from opd.teachers import DEFAULT, REFERENCE, Teachers, load_teachers
+from opd.teachers import DEFAULT, REFERENCE, TEACHER, Teachers, load_teachers
 from opd.weights import Weights
 from opd.world import World
 
@@ -225,7 +227,17 @@ class OPDModule(LightningModule):
     def configure_callbacks(self) -> list[Callback]:
         """None; the first of Lightning's hooks, and so the place to refuse what cannot work."""
         compatibility.check_trainer(self.trainer)
+        if self.trainer.state.fn == TrainerFn.FITTING:
+            self._check_objective()
         return []
+
+    def _check_objective(self, same: Mapping[str, str] | None = None) -> None:
+        check_objective(
+            self.objective,
+            vocabulary=len(self.tokenizer),
+            max_new_tokens=self.sampler.max_new_tokens,
+            same=same,
+        )
 
     @property
     def world(self) -> World:
@@ -337,12 +349,30 @@ class OPDModule(LightningModule):
             UserError: Completions do not fit a context, or the master weights are not float32.
         """
         self._check_run()
+        self._check_models_differ()
         data = getattr(self.trainer, "datamodule", None)
         has_prompts = not isinstance(data, PromptDataModule) or data.validation_prompts
         if not (has_prompts and self.trainer.limit_val_batches):
             compatibility.check_monitors(self.trainer, self._logged)
         models.check_master_weights(self.student)
         models.check_precision(str(self.trainer.precision))
+
+    def _check_models_differ(self) -> None:
+        """Refuse models that are compared with themselves, if they read the same prompts."""
+        data = getattr(self.trainer, "datamodule", None)
+        prompts = data.train_prompts if isinstance(data, PromptDataModule) else []
+        teachers = set(self.teacher_sources.values())
+        if any(prompt.teacher_ids is not None for prompt in prompts) or len(teachers) > 1:
+            return
+        if self.reference_source in teachers:
+            raise UserError(
+                f"model.reference and model.teacher are both {self.reference_source}: what the "
+                f"teacher has learnt since the reference is nothing, so "
+                f"{type(self.objective).__name__} would be plain OPD; name another reference, or "
+                "use opd.objectives.ReverseKL or PolicyGradient"
+            )
+        if self.student_source in teachers and self._dtype_of_weights(True) == self.teacher_dtype:
+            self._check_objective({"student": TEACHER})
 
     def on_validation_start(self) -> None:
         self._check_run()

@@ -97,6 +97,8 @@ class Objective(ABC):
             logits = both.log_p.detach().requires_grad_()
             opinions = as_needed(both.opinions, self.needs, tokens.y)
             loss = self(logits.log_softmax(dim=-1), opinions, tokens)
+            if not loss.requires_grad:  # of what is cut off from the student, or has no tokens
+                return loss, torch.zeros_like(logits)
             (slope,) = torch.autograd.grad(loss.sum(), logits)
         return loss.detach(), slope
 

@@ -57,6 +57,7 @@ def test_each_validation_writes_what_its_metrics_are_of(vanilla):
 def test_the_teacher_draws_as_the_student_does_and_the_student_reads_it(fit, vanilla):
     """The student's own twin as teacher says what the student says, word for word, when hot too."""
     hot = ["--model.temperature", "5"]
+    hot += ["--model.objective", "opd.objectives.FixedNegativeAdvantage"]  # asks no twin
     folder = fit("run", "--model.student", "embedded:teacher", *hot, steps=1)
     teacher, student = read(folder, "teacher"), read(folder, "step_000000")
     assert any(one["finish_reason"] == "stop" and not one["correct"] for one in teacher)
