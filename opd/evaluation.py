@@ -12,7 +12,6 @@ from collections.abc import Container, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
@@ -22,10 +21,9 @@ from opd.objectives import Distributions, of_sampled
 from opd.prompts import PromptBatch
 from opd.randomness import derive_seed
 from opd.rollouts import Rollouts, Tokens, TransformersEngine, rollout_records, token_texts
+from opd.rollouts.records import RIGHT, note_right
 from opd.stages import Distillation
 from opd.teachers import LocalTeacher
-
-RIGHT = "right"  # column of rollouts: 1, 0, or NaN where there is nothing to judge
 
 log = logging.getLogger(__name__)
 
@@ -69,7 +67,7 @@ def evaluate(module: Distillation, batch: PromptBatch) -> Evaluation:
     """Add accuracy and teacher KL on prompts to the module's evaluation metrics."""
     rollouts = stages.generate(module, batch, derive_seed(module.seed, "validation"))
     metrics, names = module.evaluation_metrics, ("reverse_kl", "teacher_logprob")
-    _note_right(rollouts, stages.count_rollouts(module, metrics, rollouts))
+    note_right(rollouts, stages.count_rollouts(module, metrics, rollouts))
     evaluation = Evaluation([], [])
     for micro in stages.micro_batches(module, rollouts):
         reading = stages.read(module, micro)
@@ -97,7 +95,7 @@ def listen(module: Distillation, batch: PromptBatch, max_new_tokens: int) -> Eva
         Completions of those prompts whose teacher can sample: a whole model on this device.
     """
     rollouts = _of_teachers(module, batch, max_new_tokens)
-    _note_right(rollouts, stages.verify(module, rollouts))
+    note_right(rollouts, stages.verify(module, rollouts))
     rollouts.columns[RIGHT].masked_fill_(~rollouts.finished, math.nan)
     return _compared(module, rollouts)
 
@@ -125,14 +123,6 @@ def _of_teachers(module: Distillation, batch: PromptBatch, max_new_tokens: int) 
     if not parts:
         return Rollouts.empty(batch.select([]))
     return Rollouts.concatenate(parts, sampler.pad_token_id)
-
-
-def _note_right(rollouts: Rollouts, right: Tensor) -> None:
-    """Add the column ``right``, from the verdicts of those prompts that have an answer."""
-    answered = torch.tensor([p.answer is not None for p in rollouts.prompts.prompts]).bool()
-    column = torch.full((len(rollouts),), math.nan, dtype=right.dtype)
-    column[answered] = right
-    rollouts.columns[RIGHT] = column.to(rollouts.lengths.device)
 
 
 def _compared(module: Distillation, rollouts: Rollouts) -> Evaluation:

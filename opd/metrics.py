@@ -31,6 +31,7 @@ TOKEN_METRICS = (
     "rollout/engine_logprob_gap",
 )
 ROLLOUT_MEANS = ("rollout/length_mean", "rollout/truncated_fraction", "rollout/accuracy")
+REWARD_METRIC = "rollout/reward"  # where there is a reward
 ROLLOUT_SUMS = ("rollout/tokens",)
 ROLLOUT_MAXIMA = ("rollout/length_max",)
 

@@ -25,6 +25,7 @@ from opd.errors import UserError
 from opd.evaluation import evaluate, predict
 from opd.ledger import Ledger
 from opd.metrics import (
+    REWARD_METRIC,
     ROLLOUT_MAXIMA,
     ROLLOUT_MEANS,
     ROLLOUT_SUMS,
@@ -36,6 +37,7 @@ from opd.objectives.probe import check_objective
 from opd.prompts import PromptBatch, PromptDataModule, pad_token_id
 from opd.randomness import random_state, restore_random_state
 from opd.reuse import Reuse
+from opd.rewards.reward import RewardTerm
 from opd.rollouts import (
     GapAlarm,
     GapLimits,
@@ -91,6 +93,8 @@ class OPDModule(LightningModule):
             before the run stops.
         verifier: Finds and checks the answers of prompts that have one: AnswerVerifier, whose
             options need no class_path, or opd.rewards.ProgramVerifier, for programs with tests.
+        reward: Adds the advantage of a reward to the teacher's, for objectives that look at it, as
+            PolicyGradient. None: the teacher's alone.
         micro_batch_tokens: Positions per forward and backward, padding and prompts included. Bounds
             memory; does not change the loss.
         tile_tokens: Completion tokens whose logits exist at a time. Bounds memory; does not change
@@ -137,6 +141,7 @@ class OPDModule(LightningModule):
         engine: RolloutEngine | None = None,
         engine_gap: GapLimits = GapLimits(),  # noqa: B008 - frozen
         verifier: Verifier = AnswerVerifier(),  # noqa: B008 - frozen
+        reward: RewardTerm | None = None,
         micro_batch_tokens: int = 32768,
         tile_tokens: int | None = None,
         max_grad_norm: float = 1.0,
@@ -185,6 +190,9 @@ class OPDModule(LightningModule):
         self.engine = engine or TransformersEngine()
         self.gap_alarm = GapAlarm(engine_gap)
         self.verifier = verifier
+        self.reward = reward
+        if reward is not None:
+            reward.check_copies(rollouts_per_prompt)
         self.micro_batch_tokens = micro_batch_tokens
         self.tile_tokens = tile_tokens
         self.max_grad_norm = max_grad_norm
@@ -192,6 +200,7 @@ class OPDModule(LightningModule):
         self._logged = (
             *TRAIN_METRICS,
             *self.objective.metrics,
+            *self._reward_metrics,
             *(["optim/update_norm"] if update_norm else []),
             *(REUSE_METRICS if self.reuse is not None else []),
         )
@@ -236,6 +245,7 @@ class OPDModule(LightningModule):
             self.objective,
             vocabulary=len(self.tokenizer),
             max_new_tokens=self.sampler.max_new_tokens,
+            rewarded=self.reward is not None,
             same=same,
         )
 
@@ -250,6 +260,10 @@ class OPDModule(LightningModule):
         if isinstance(data, PromptDataModule):
             self._make_metrics(data.train_sets, data.validation_sets)
 
+    @property
+    def _reward_metrics(self) -> list[str]:
+        return [] if self.reward is None else [REWARD_METRIC]
+
     def _make_metrics(self, train_sets: Sequence[str], validation_sets: Sequence[str]) -> None:
         names = [*TOKEN_METRICS, *ROLLOUT_MEANS]
         several = self.teacher_sources if len(self.teacher_sources) > 1 else ()
@@ -259,7 +273,7 @@ class OPDModule(LightningModule):
             for sets in (train_sets, validation_sets)
         )
         self.train_metrics = StepMetrics(
-            ["opd/loss", *self.objective.metrics, *names],
+            ["opd/loss", *self.objective.metrics, *self._reward_metrics, *names],
             ROLLOUT_SUMS,
             ROLLOUT_MAXIMA,
             groups=train,
@@ -351,6 +365,9 @@ class OPDModule(LightningModule):
         self._check_run()
         self._check_models_differ()
         data = getattr(self.trainer, "datamodule", None)
+        if self.reward is not None:
+            trained = data.train_prompts if isinstance(data, PromptDataModule) else []
+            self.reward.of.check(trained)
         has_prompts = not isinstance(data, PromptDataModule) or data.validation_prompts
         if not (has_prompts and self.trainer.limit_val_batches):
             compatibility.check_monitors(self.trainer, self._logged)

@@ -19,12 +19,13 @@ from opd import memory, tokens
 from opd.answers import Verifier
 from opd.extrapolation import Score
 from opd.ledger import Ledger
-from opd.metrics import StepMetrics, judged_by, rollout_metrics
+from opd.metrics import REWARD_METRIC, StepMetrics, judged_by, rollout_metrics
 from opd.models import in_eval_mode
 from opd.objectives import Objective
 from opd.prompts import Prompt, PromptBatch
 from opd.randomness import derive_seed
 from opd.reuse import Reuse, importance_weights, sampled_logprobs
+from opd.rewards.reward import REWARD, RewardTerm
 from opd.rollouts import (
     GapAlarm,
     RolloutEngine,
@@ -52,6 +53,7 @@ class Distillation(Protocol):
     gap_alarm: GapAlarm
     sampler: Sampler
     verifier: Verifier
+    reward: RewardTerm | None
     rollouts_per_prompt: int
     micro_batch_tokens: int
     tile_tokens: int | None
@@ -239,6 +241,29 @@ def count_rollouts(module: Distillation, metrics: StepMetrics, rollouts: Rollout
     right = verify(module, rollouts)
     metrics.update({"rollout/accuracy": right}, members(module, metrics, answered))
     return right
+
+
+def reward(module: Distillation, term: RewardTerm, rollouts: Rollouts) -> None:
+    """Give completions the columns ``reward`` and ``advantage``; all ranks together.
+
+    Args:
+        module: Whose tokenizer and metrics.
+        term: Makes them.
+        rollouts: All completions of whole prompts, with the column ``right``.
+
+    Raises:
+        UserError: What the reward gives is no reward, on whatever rank.
+    """
+    texts = records.completion_texts(rollouts, module.tokenizer)
+    columns = module.world.together(
+        lambda: term.columns(rollouts, texts, module.rollouts_per_prompt)
+    )
+    rollouts.columns |= columns
+    known = (~columns[REWARD].isnan()).tolist()
+    prompts = [p for p, there in zip(rollouts.prompts.prompts, known, strict=True) if there]
+    values = columns[REWARD][torch.tensor(known, dtype=torch.bool)].double()
+    metrics = module.train_metrics
+    metrics.update({REWARD_METRIC: values}, members(module, metrics, prompts))
 
 
 def count_tokens(

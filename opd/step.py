@@ -37,6 +37,7 @@ from opd.prompts import PromptBatch
 from opd.randomness import derive_seed, own_randomness
 from opd.reuse import Reuse, Saved, further_steps, ratios
 from opd.rollouts import Rollouts
+from opd.rollouts.records import note_right
 from opd.stages import Distillation, Reading
 from opd.tokens import Compared, Measure
 from opd.weights import Weights
@@ -265,7 +266,10 @@ def sample(
             )
     drawn = lots(len(rollouts), copies, module.world, module.seed, t, LOT)
     rollouts.columns[LOT] = drawn.to(rollouts.lengths.device)
-    stages.count_rollouts(module, module.train_metrics, rollouts)
+    right = stages.count_rollouts(module, module.train_metrics, rollouts)
+    if module.reward is not None:
+        note_right(rollouts, right)
+        stages.reward(module, module.reward, rollouts)
     return rollouts
 
 

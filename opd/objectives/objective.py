@@ -226,6 +226,8 @@ class SkewKL(Objective):
 class PolicyGradient(Objective):
     """Sampled-token OPD (2605.11739, section 2): needs the teacher's log-prob of one token only.
 
+    Where there is a ``model.reward``, its advantage is added to the teacher's.
+
     With one optimizer step per rollout the ratio is 1 and no clip fires; they are there because the
     published code has them.
 
@@ -248,6 +250,8 @@ class PolicyGradient(Objective):
     def __call__(self, log_p: Tensor, opinions: Mapping[str, Tensor], tokens: Tokens) -> Tensor:
         logp_y = of_sampled(log_p, tokens.y)
         advantage = self.advantage(logp_y, opinions)
+        if tokens.advantage is not None:
+            advantage = advantage + tokens.advantage
         loss = policy_gradient_loss(
             logp_y, logp_y.detach(), advantage, clip=self.clip, dual_clip=self.dual_clip
         )

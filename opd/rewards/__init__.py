@@ -1,15 +1,24 @@
-"""Rewards that are computed, not modelled: whether a program passes its tests."""
+"""Rewards of completions, and what judges programs: whether they pass their tests."""
 
+from opd.rewards.advantages import Advantage, AsGiven, Centred, GroupNormalized
 from opd.rewards.code import CodeTests, CodeVerifier, Verdict, extract_code
+from opd.rewards.reward import Correctness, Reward, RewardTerm
 from opd.rewards.sandbox import Limits, Outcome, Sandbox
 from opd.rewards.verifier import ProgramVerifier
 
 __all__ = [
+    "Advantage",
+    "AsGiven",
+    "Centred",
     "CodeTests",
     "CodeVerifier",
+    "Correctness",
+    "GroupNormalized",
     "Limits",
     "Outcome",
     "ProgramVerifier",
+    "Reward",
+    "RewardTerm",
     "Sandbox",
     "Verdict",
     "extract_code",

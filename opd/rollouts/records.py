@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -12,6 +13,7 @@ from transformers import PreTrainedTokenizerBase
 from opd.answers import Verifier
 from opd.rollouts.rollouts import INSERTED, Rollouts
 
+RIGHT = "right"  # column: 1 right, 0 wrong, NaN where the prompt has no answer, [B]
 UTF8_BYTES = 4  # of a character, and so tokens, at most
 
 
@@ -77,13 +79,26 @@ def verify(rollouts: Rollouts, tokenizer: PreTrainedTokenizerBase, verifier: Ver
 
     Of a conversation, the last turn of the student's is looked at.
     """
-    ids, lengths = rollouts.completion_ids.tolist(), rollouts.lengths.tolist()
-    completions, answers = [], []
-    starts = rollouts.last_turns.tolist()
-    for i, prompt in enumerate(rollouts.prompts.prompts):
-        if prompt.answer is not None:
-            text = tokenizer.decode(ids[i][starts[i] : lengths[i]], skip_special_tokens=True)
-            assert isinstance(text, str)
-            completions.append(text)
-            answers.append(prompt.answer)
-    return torch.tensor(verifier.verify(completions, answers), dtype=torch.float64)
+    answers = [prompt.answer for prompt in rollouts.prompts.prompts]
+    answered = [i for i, answer in enumerate(answers) if answer is not None]
+    completions = completion_texts(rollouts.select(answered), tokenizer)
+    references = [answer for answer in answers if answer is not None]
+    return torch.tensor(verifier.verify(completions, references), dtype=torch.float64)
+
+
+def completion_texts(rollouts: Rollouts, tokenizer: PreTrainedTokenizerBase) -> list[str]:
+    """Decode B completions, of conversations the last turn, without special tokens."""
+    bounds = zip(rollouts.last_turns.tolist(), rollouts.lengths.tolist(), strict=True)
+    parts = [
+        ids[start:end]
+        for ids, (start, end) in zip(rollouts.completion_ids.tolist(), bounds, strict=True)
+    ]
+    return [str(tokenizer.decode(part, skip_special_tokens=True)) for part in parts]
+
+
+def note_right(rollouts: Rollouts, right: Tensor) -> None:
+    """Add the column ``right``, from the verdicts of those prompts that have an answer."""
+    answered = torch.tensor([p.answer is not None for p in rollouts.prompts.prompts]).bool()
+    column = torch.full((len(rollouts),), math.nan, dtype=right.dtype)
+    column[answered] = right
+    rollouts.columns[RIGHT] = column.to(rollouts.lengths.device)

@@ -148,6 +148,16 @@ def test_the_gradient_on_average_is_that_of_the_kl():
     assert math.isclose(float(sum(slopes).sum()), 0, abs_tol=1e-12)
 
 
+def test_a_reward_that_nobody_looks_at():
+    sizes = {"vocabulary": 31, "max_new_tokens": 24, "rewarded": True}
+    for objective in (PolicyGradient(), SampledExOPD(), Weighted(PolicyGradient(), ByEntropy())):
+        check_objective(objective, **sizes)
+    check_objective(PolicyGradient(), **sizes, same={"student": "teacher"})  # it has the reward
+    for objective in (ReverseKL(), FixedNegativeAdvantage(), Weighted(TopKKL(3), ByEntropy())):
+        with pytest.raises(UserError, match=r"model.reward: objective \w+ does not look at it"):
+            check_objective(objective, **sizes)
+
+
 def test_positions_that_no_completion_has():
     beyond = Weighted(ForwardKL(), ByPosition(first=24))
     check_objective(beyond, vocabulary=31, max_new_tokens=25)
