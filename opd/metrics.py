@@ -18,6 +18,7 @@ from opd.tokens import Measure
 
 OVERLAP_K = 16
 FAR = 5.0  # nats
+ENGINE_GAP = "rollout/engine_logprob_gap"
 TOKEN_METRICS = (
     "opd/reverse_kl",
     "opd/forward_kl",
@@ -28,9 +29,10 @@ TOKEN_METRICS = (
     "opd/overlap_at_16",
     "opd/overlap_advantage",
     "opd/teacher_logprob",
-    "rollout/engine_logprob_gap",
+    ENGINE_GAP,
 )
 ROLLOUT_MEANS = ("rollout/length_mean", "rollout/truncated_fraction", "rollout/accuracy")
+FIXED_FRACTION = "opd/fixed_fraction"  # where there is a mixture
 REWARD_METRIC = "rollout/reward"  # where there is a reward
 ROLLOUT_SUMS = ("rollout/tokens",)
 ROLLOUT_MAXIMA = ("rollout/length_max",)
@@ -54,7 +56,7 @@ def token_metrics(both: Distributions, tokens: Tokens) -> dict[str, Tensor]:
     values = {
         "opd/student_entropy": both.student_entropy,
         "opd/teacher_logprob": _teacher_logprob(both, tokens),
-        "rollout/engine_logprob_gap": (of_sampled(both.log_p, tokens.y) - tokens.logmu_y).abs(),
+        ENGINE_GAP: (of_sampled(both.log_p, tokens.y) - tokens.logmu_y).abs(),
     }
     if both.log_q.ndim == 2:
         overlap, advantage = overlap_at_k(both.log_p, both.log_q, OVERLAP_K)

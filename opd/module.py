@@ -25,6 +25,7 @@ from opd.errors import UserError
 from opd.evaluation import evaluate, predict
 from opd.ledger import Ledger
 from opd.metrics import (
+    FIXED_FRACTION,
     REWARD_METRIC,
     ROLLOUT_MAXIMA,
     ROLLOUT_MEANS,
@@ -32,6 +33,7 @@ from opd.metrics import (
     TOKEN_METRICS,
     StepMetrics,
 )
+from opd.mixture import Mixture
 from opd.objectives import Objective, ReverseKL
 from opd.objectives.probe import check_objective
 from opd.prompts import PromptBatch, PromptDataModule, pad_token_id
@@ -95,6 +97,7 @@ class OPDModule(LightningModule):
             options need no class_path, or opd.rewards.ProgramVerifier, for programs with tests.
         reward: Adds the advantage of a reward to the teacher's, for objectives that look at it, as
             PolicyGradient. None: the teacher's alone.
+        mixture: Train some prompts on the completions that come with them. None: all are sampled.
         micro_batch_tokens: Positions per forward and backward, padding and prompts included. Bounds
             memory; does not change the loss.
         tile_tokens: Completion tokens whose logits exist at a time. Bounds memory; does not change
@@ -142,6 +145,7 @@ class OPDModule(LightningModule):
         engine_gap: GapLimits = GapLimits(),  # noqa: B008 - frozen
         verifier: Verifier = AnswerVerifier(),  # noqa: B008 - frozen
         reward: RewardTerm | None = None,
+        mixture: Mixture | None = None,
         micro_batch_tokens: int = 32768,
         tile_tokens: int | None = None,
         max_grad_norm: float = 1.0,
@@ -191,6 +195,18 @@ class OPDModule(LightningModule):
         self.gap_alarm = GapAlarm(engine_gap)
         self.verifier = verifier
         self.reward = reward
+        self.mixture = mixture
+        if mixture is not None and reward is not None:
+            raise UserError(
+                "model.mixture and model.reward: a reward is for what the student has sampled; "
+                "take one of them out"
+            )
+        if mixture is not None and self.objective.ratio_of != "previous":
+            raise UserError(
+                f"model.mixture: objective {type(self.objective).__name__} takes every token for "
+                "one that the student has sampled; use one of whole distributions, as "
+                "opd.objectives.GeneralizedJSD"
+            )
         if reward is not None:
             reward.check_copies(rollouts_per_prompt)
         self.micro_batch_tokens = micro_batch_tokens
@@ -200,7 +216,7 @@ class OPDModule(LightningModule):
         self._logged = (
             *TRAIN_METRICS,
             *self.objective.metrics,
-            *self._reward_metrics,
+            *self._further_metrics,
             *(["optim/update_norm"] if update_norm else []),
             *(REUSE_METRICS if self.reuse is not None else []),
         )
@@ -261,8 +277,9 @@ class OPDModule(LightningModule):
             self._make_metrics(data.train_sets, data.validation_sets)
 
     @property
-    def _reward_metrics(self) -> list[str]:
-        return [] if self.reward is None else [REWARD_METRIC]
+    def _further_metrics(self) -> list[str]:
+        found = {REWARD_METRIC: self.reward, FIXED_FRACTION: self.mixture}
+        return [name for name, of in found.items() if of is not None]
 
     def _make_metrics(self, train_sets: Sequence[str], validation_sets: Sequence[str]) -> None:
         names = [*TOKEN_METRICS, *ROLLOUT_MEANS]
@@ -273,7 +290,7 @@ class OPDModule(LightningModule):
             for sets in (train_sets, validation_sets)
         )
         self.train_metrics = StepMetrics(
-            ["opd/loss", *self.objective.metrics, *self._reward_metrics, *names],
+            ["opd/loss", *self.objective.metrics, *self._further_metrics, *names],
             ROLLOUT_SUMS,
             ROLLOUT_MAXIMA,
             groups=train,
@@ -365,9 +382,13 @@ class OPDModule(LightningModule):
         self._check_run()
         self._check_models_differ()
         data = getattr(self.trainer, "datamodule", None)
+        trained = data.train_prompts if isinstance(data, PromptDataModule) else []
         if self.reward is not None:
-            trained = data.train_prompts if isinstance(data, PromptDataModule) else []
             self.reward.of.check(trained)
+        if self.mixture is not None:
+            self.mixture.check(trained)
+        elif self.world.rank == 0 and any(prompt.completion_ids for prompt in trained):
+            log.warning("data.format.completion_field is of no use without model.mixture")
         has_prompts = not isinstance(data, PromptDataModule) or data.validation_prompts
         if not (has_prompts and self.trainer.limit_val_batches):
             compatibility.check_monitors(self.trainer, self._logged)

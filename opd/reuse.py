@@ -59,7 +59,7 @@ from opd.errors import NonFiniteError, UserError
 from opd.extrapolation import Score, copy_weights
 from opd.objectives import Distributions, of_sampled
 from opd.objectives.policy_gradient import importance_weight
-from opd.rollouts import Rollouts, Tokens
+from opd.rollouts import SAMPLED, Rollouts, Tokens
 from opd.weights import Weights
 
 CAP = 5.0  # of the ratio p / mu, as that of PolicyGradient
@@ -120,6 +120,8 @@ def importance_weights(
     ratio = importance_weight(rollouts.spread(logp_y), rollouts.engine_logprobs, CAP)
     if of == "previous":
         ratio = torch.cat([torch.ones_like(ratio[:, :1]), ratio[:, :-1]], dim=1)
+    if SAMPLED in rollouts.columns:  # what nobody has sampled is as likely as ever
+        ratio = torch.where(rollouts.columns[SAMPLED][:, None], ratio, torch.ones_like(ratio))
     return ratio * rollouts.mask
 
 

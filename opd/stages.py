@@ -19,7 +19,15 @@ from opd import memory, tokens
 from opd.answers import Verifier
 from opd.extrapolation import Score
 from opd.ledger import Ledger
-from opd.metrics import REWARD_METRIC, StepMetrics, judged_by, rollout_metrics
+from opd.metrics import (
+    ENGINE_GAP,
+    FIXED_FRACTION,
+    REWARD_METRIC,
+    StepMetrics,
+    judged_by,
+    rollout_metrics,
+)
+from opd.mixture import Mixture, given, merged
 from opd.models import in_eval_mode
 from opd.objectives import Objective
 from opd.prompts import Prompt, PromptBatch
@@ -27,6 +35,7 @@ from opd.randomness import derive_seed
 from opd.reuse import Reuse, importance_weights, sampled_logprobs
 from opd.rewards.reward import REWARD, RewardTerm
 from opd.rollouts import (
+    SAMPLED,
     GapAlarm,
     RolloutEngine,
     Rollouts,
@@ -54,6 +63,7 @@ class Distillation(Protocol):
     sampler: Sampler
     verifier: Verifier
     reward: RewardTerm | None
+    mixture: Mixture | None
     rollouts_per_prompt: int
     micro_batch_tokens: int
     tile_tokens: int | None
@@ -121,7 +131,7 @@ def generate(
         return module.engine(*asked)
 
 
-def generate_ahead(
+def sample_ahead(
     module: Distillation,
     prompts: PromptBatch,
     seed: int,
@@ -129,9 +139,14 @@ def generate_ahead(
     copies: int = 1,
     max_new_tokens: int | None = None,
 ) -> None:
-    """Let an engine that can begin with what :func:`generate` will be asked for likewise."""
-    if module.engine.staleness:
-        module.engine.ahead(*_asked(module, prompts, seed, copies, None, max_new_tokens))
+    """Let an engine that can begin with what it will be asked for in the next step; likewise."""
+    if not module.engine.staleness:
+        return
+    if module.mixture is not None:
+        own = module.mixture.choose(prompts.prompts, seed)
+        prompts = prompts.select([i for i, is_fixed in enumerate(own) if not is_fixed])
+    prompts = prompts.to(module.device)
+    module.engine.ahead(*_asked(module, prompts, seed, copies, None, max_new_tokens))
 
 
 def _asked(
@@ -149,6 +164,31 @@ def _asked(
         sampler = dataclasses.replace(sampler, max_new_tokens=max_new_tokens)
     seeds = [derive_seed(seed, p.row, i) for p in prompts.prompts for i in range(copies)]
     return prompts.repeat(copies), sampler, seeds
+
+
+def mixed(
+    module: Distillation,
+    mixture: Mixture,
+    prompts: PromptBatch,
+    seed: int,
+    *,
+    copies: int = 1,
+    max_new_tokens: int | None = None,
+) -> Rollouts:
+    """Sample completions of some prompts, as :func:`generate`, and take those that others hold."""
+    own = mixture.choose(prompts.prompts, seed)
+    rows: tuple[list[int], list[int]] = ([], [])
+    for i, is_fixed in enumerate(own):
+        rows[is_fixed].append(i)
+    sampled, fixed = (prompts.select(of) for of in rows)
+    limit = min(module.sampler.max_new_tokens, max_new_tokens or module.sampler.max_new_tokens)
+    sampler = dataclasses.replace(module.sampler, max_new_tokens=limit)
+    return merged(
+        generate(module, sampled, seed, copies=copies, max_new_tokens=max_new_tokens),
+        given(fixed.repeat(copies), sampler),
+        [is_fixed for is_fixed in own for _ in range(copies)],
+        sampler.pad_token_id,
+    )
 
 
 def micro_batches(module: Distillation, rollouts: Rollouts) -> list[Rollouts]:
@@ -206,6 +246,8 @@ def judge(module: Distillation, readings: Sequence[Reading], divergence: str) ->
             found = compare(module, reading, None, judged_by(divergence)).values
             filled = micro.counts > 0  # the others only keep ranks in step
             values.append(-micro.spread(found["divergence"]).sum(dim=1)[filled].cpu())
+            if (sampled := micro.are_sampled()) is not None:
+                found["moved"] *= sampled  # from what nobody has sampled, nobody moves away
             moved.append(micro.spread(found["moved"]).sum(dim=1)[filled].cpu())
             weights.append(micro.counts[filled].float().cpu())
             module.ledger.count("search_tokens", micro.num_tokens)
@@ -233,8 +275,10 @@ def count_rollouts(module: Distillation, metrics: StepMetrics, rollouts: Rollout
     """Add the metrics of completions, and of their answers where prompts have one.
 
     Returns:
-        What :func:`verify` has found.
+        What :func:`verify` has found of those that were sampled.
     """
+    if SAMPLED in rollouts.columns:
+        rollouts = rollouts.select(rollouts.columns[SAMPLED].nonzero().flatten().tolist())
     prompts = rollouts.prompts.prompts
     answered = [prompt for prompt in prompts if prompt.answer is not None]
     metrics.update(rollout_metrics(rollouts), members(module, metrics, prompts))
@@ -272,7 +316,13 @@ def count_tokens(
     """Add metrics of the N tokens of a micro-batch, [N] each."""
     of_prompts = members(module, metrics, micro.prompts.prompts)
     counts = micro.counts.cpu() if of_prompts else micro.counts  # a GPU would have to be awaited
-    metrics.update(values, {g: m.repeat_interleave(counts) for g, m in of_prompts.items()})
+    of_tokens = {g: m.repeat_interleave(counts) for g, m in of_prompts.items()}
+    if (sampled := micro.are_sampled()) is not None:
+        of_sampled = {g: m.to(sampled.device)[sampled] for g, m in of_tokens.items()}
+        metrics.update({ENGINE_GAP: values[ENGINE_GAP][sampled]}, of_sampled)
+        values = {name: value for name, value in values.items() if name != ENGINE_GAP}
+        values[FIXED_FRACTION] = (~sampled).double()
+    metrics.update(values, of_tokens)
 
 
 def members(

@@ -21,7 +21,7 @@ from __future__ import annotations
 import functools
 import math
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any, Protocol, runtime_checkable
@@ -32,7 +32,7 @@ from torch import Tensor
 from opd import memory, optimization, sharding, stages
 from opd.errors import NonFiniteError
 from opd.extrapolation import Score
-from opd.metrics import token_metrics
+from opd.metrics import ENGINE_GAP, token_metrics
 from opd.prompts import PromptBatch
 from opd.randomness import derive_seed, own_randomness
 from opd.reuse import Reuse, Saved, further_steps, ratios
@@ -149,7 +149,8 @@ def take_step(
     for name, what in [("teacher_logprob", "teacher's log-probability"), ("loss", "loss")]:
         check_finite(t, micro_batches, [v[f"opd/{name}"] for v in values], what, world)
     if not module.engine.staleness:  # other weights have sampled, as they should
-        gap = _mean(values, "rollout/engine_logprob_gap", world)
+        both = zip(micro_batches, values, strict=True)
+        gap = _mean([micro.keep_sampled(v[ENGINE_GAP]) for micro, v in both], world)
         module.gap_alarm.check(t, gap, module.sampler)
     weights = module.weights
     apply = functools.partial(
@@ -228,7 +229,8 @@ def reuse_rollouts(
         except NonFiniteError:
             optimizer.zero_grad()
             raise
-        for ratio in (v["ratio"] for v in values):
+        pairs = zip(readings, values, strict=True)
+        for ratio in (reading.micro.keep_sampled(v["ratio"]) for reading, v in pairs):
             seen.add_(torch.stack([ratio.double().sum().cpu(), torch.tensor(float(len(ratio)))]))
 
     def score() -> Score:
@@ -251,15 +253,16 @@ def sample(
     """Sample the step's completions, perhaps shorter than usual, and give each its lot."""
     copies, seed = module.rollouts_per_prompt, derive_seed(module.seed, t, "rollout")
     with module.ledger.phase("rollout"):
-        rollouts = stages.generate(
-            module, batch, seed, copies=copies, max_new_tokens=max_new_tokens
-        )
-        module.ledger.count("rollout_tokens", rollouts.num_tokens)
+        if module.mixture is None:
+            generate = functools.partial(stages.generate, module)
+        else:
+            generate = functools.partial(stages.mixed, module, module.mixture)
+        rollouts = generate(batch, seed, copies=copies, max_new_tokens=max_new_tokens)
+        module.ledger.count("rollout_tokens", len(rollouts.keep_sampled(rollouts.tokens)))
         if batch.upcoming:
-            coming = PromptBatch.collate(batch.upcoming, module.sampler.pad_token_id)
-            stages.generate_ahead(
+            stages.sample_ahead(
                 module,
-                coming.to(module.device),
+                PromptBatch.collate(batch.upcoming, module.sampler.pad_token_id),
                 derive_seed(module.seed, t + 1, "rollout"),
                 copies=copies,
                 max_new_tokens=max_new_tokens,
@@ -425,9 +428,9 @@ def check_finite(
     )
 
 
-def _mean(values: Sequence[Mapping[str, Tensor]], name: str, world: World) -> float:
-    """Return the mean of a metric over all tokens of all ranks, 0 if there are none."""
-    found = [value[name].double() for value in values]
+def _mean(values: Sequence[Tensor], world: World) -> float:
+    """Return the mean over all tokens of all ranks, 0 if there are none."""
+    found = [value.double() for value in values]
     sums = torch.tensor([float(sum(f.sum() for f in found)), float(sum(f.numel() for f in found))])
     total, count = world.sum(sums.double()).tolist()
     return total / count if count else 0.0

@@ -343,7 +343,8 @@ class PromptDataModule(LightningDataModule):
         asked = (self.format.messages_field, self.format.prompt_field)
         if all(value_of(rows[0], field) is None for field in asked):
             return rows
-        others = (self.format.answer_field, self.format.teacher_field, self.format.context_field)
+        fmt = self.format
+        others = (fmt.answer_field, fmt.teacher_field, fmt.context_field, fmt.completion_field)
         return columns(rows, [*asked, *(field for field in others if field is not None)])
 
     def _short(self, prompts: Sequence[Prompt], source: str) -> Sequence[Prompt]:

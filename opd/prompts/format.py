@@ -58,6 +58,8 @@ class PromptFormat:
             hint: then it knows more than the student. None: both read the same.
         teacher_template: What a teacher is asked where a row has such a field: {prompt} stands for
             what the student is asked, {context} for the field.
+        completion_field: Field with a completion, for ``model.mixture``: text, or a chat that ends
+            with the assistant's turn, as that in ``messages_field``. None: there are none.
         last_assistant: A chat that ends with turns of the assistant, as conversations do. ``drop``:
             they are left out, and the student answers what came before. ``refuse``: it ends the run
             with an error. ``continue``: the student goes on with the last one.
@@ -76,6 +78,7 @@ class PromptFormat:
     teacher_field: str = "teacher"
     context_field: str | None = None
     teacher_template: str = "{context}\n\n{prompt}"
+    completion_field: str | None = None
     last_assistant: Literal["drop", "refuse", "continue"] = "drop"
     system_turns: Literal["keep", "drop"] = "keep"
     system_prompt: str | None = None
@@ -238,6 +241,31 @@ class PromptFormat:
             return turns
         kept = max(i for i, turn in enumerate(turns) if turn["role"] != "assistant") + 1
         return turns[:kept]
+
+    def completion(self, row: Row, where: str) -> str | None:
+        """Return the completion that a row holds, if it holds one.
+
+        Raises:
+            UserError: It is of the wrong type, or the student is to go on with it.
+        """
+        value = None if self.completion_field is None else value_of(row, self.completion_field)
+        must = f"{where}: {self.completion_field!r} must be text or a chat"
+        if isinstance(value, list):
+            turns = [turn for turn in value if isinstance(turn, Mapping)]
+            if len(turns) < len(value):
+                raise UserError(f"{must}; a turn is no object")
+            if self.last_assistant == "continue":
+                raise UserError(
+                    f"{where}: the last turn of {self.completion_field!r} cannot be both a "
+                    "completion and what the student goes on with; set data.format.last_assistant "
+                    "to drop"
+                )
+            last = [turn for turn in turns[1:] if turn.get("role") == "assistant"]
+            ends = bool(last) and turns[-1].get("role") == "assistant"
+            value = _turn(last[-1], must)["content"] if ends else None
+        if not isinstance(value, str | None):
+            raise UserError(f"{must}; it is {kind_of(value)}")
+        return None if not value else _unicode(value, where)
 
     def by_template(
         self, turns: Sequence[Turn], where: str, tokenizer: PreTrainedTokenizerBase
@@ -416,6 +444,8 @@ def tokenize_rows(
     fmt.check_template(rendered, where, tokenizer)
     ids = encode(rendered, tokenizer)
     _warn_of_rendered(rendered, where, tokenizer, fmt)
+    completions = [fmt.completion(row, w) for row, w in zip(rows, where, strict=True)]
+    completion_ids = encode_completions(completions, tokenizer)
     prompts = []
     for i, row in enumerate(rows):
         answer = _answer(value_of(row, fmt.answer_field), fmt.answer_field, where[i])
@@ -439,6 +469,7 @@ def tokenize_rows(
                 theirs,
                 data_set,
                 where=where[i],
+                completion_ids=completion_ids[i],
             )
         )
     return prompts
@@ -459,6 +490,20 @@ def encode(rendered: Sequence[Rendered], tokenizer: PreTrainedTokenizerBase) -> 
             for i, token_ids in zip(chosen, encoded, strict=True):
                 ids[i] = token_ids
     return ids
+
+
+def encode_completions(
+    texts: Sequence[str | None], tokenizer: PreTrainedTokenizerBase
+) -> list[tuple[int, ...] | None]:
+    """Tokenize completions, and end them with the tokenizer's EOS unless they do already."""
+    found: list[tuple[int, ...] | None] = [None] * len(texts)
+    rows = [i for i, text in enumerate(texts) if text is not None]
+    end = [] if tokenizer.eos_token_id is None else [int(tokenizer.eos_token_id)]
+    given = [text for text in texts if text is not None]
+    encoded = tokenizer(given, add_special_tokens=False)["input_ids"] if given else []
+    for i, ids in zip(rows, encoded, strict=True):
+        found[i] = tuple(ids if ids[-1:] == end else [*ids, *end]) or None
+    return found
 
 
 def _begins_with_bos(text: str, tokenizer: PreTrainedTokenizerBase) -> bool:

@@ -24,6 +24,7 @@ class Prompt:
         answer: Reference answer, if the row has one.
         teacher: Name of the teacher that reads its completions, if the row names one.
         teacher_ids: What its teacher reads instead of ``token_ids``, if that is something else.
+        completion_ids: A completion that comes with it, its EOS included, if the row has one.
         data_set: Name of the data set that the row is from, if it has one.
         where: File and row, for messages.
     """
@@ -35,6 +36,7 @@ class Prompt:
     teacher_ids: tuple[int, ...] | None = None
     data_set: str | None = None
     where: str = ""
+    completion_ids: tuple[int, ...] | None = None
 
     @property
     def place(self) -> str:

@@ -11,7 +11,7 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from opd.answers import Verifier
-from opd.rollouts.rollouts import INSERTED, Rollouts
+from opd.rollouts.rollouts import INSERTED, SAMPLED, Rollouts
 
 RIGHT = "right"  # column: 1 right, 0 wrong, NaN where the prompt has no answer, [B]
 UTF8_BYTES = 4  # of a character, and so tokens, at most
@@ -29,13 +29,14 @@ def rollout_records(
     """
     ids, lengths = rollouts.completion_ids.tolist(), rollouts.lengths.tolist()
     finished = rollouts.finished.tolist()
+    sampled = rollouts.columns.get(SAMPLED, torch.ones(len(rollouts))).tolist()
     columns = {"engine_logprob": rollouts.engine_logprobs, **per_token}
     if INSERTED in rollouts.columns:
         columns[INSERTED] = rollouts.columns[INSERTED]
     values = {name: tensor.tolist() for name, tensor in columns.items()}
     for i, prompt in enumerate(rollouts.prompts.prompts):
         token_ids = ids[i][: lengths[i]]
-        yield {
+        record = {
             "row": prompt.row,
             "data_set": prompt.data_set,
             "prompt": tokenizer.decode(list(prompt.token_ids)),
@@ -50,6 +51,9 @@ def rollout_records(
                 for name, value_rows in values.items()
             },
         }
+        if not sampled[i]:
+            record |= {"finish_reason": "given", "engine_logprob": None}
+        yield record
 
 
 def token_texts(tokenizer: PreTrainedTokenizerBase, token_ids: Sequence[int]) -> list[str]:

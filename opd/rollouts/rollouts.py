@@ -20,6 +20,7 @@ from opd.errors import UserError
 from opd.prompts import Prompt, PromptBatch
 
 INSERTED = "inserted"  # column: 1 at tokens of a conversation that nobody has sampled
+SAMPLED = "sampled"  # column: whether an engine has sampled a completion, [B]; none: it has all
 
 
 @dataclass(frozen=True)
@@ -139,6 +140,16 @@ class Rollouts:
         return torch.zeros_like(self.engine_logprobs).masked_scatter(
             self.mask, values.to(self.engine_logprobs.dtype)
         )
+
+    def keep_sampled(self, values: Tensor) -> Tensor:
+        """Keep, of values per token, those of tokens that an engine has sampled, [N] -> [S]."""
+        sampled = self.are_sampled()
+        return values if sampled is None else values[sampled]
+
+    def are_sampled(self) -> Tensor | None:
+        """Whether an engine has sampled each token, [N]; None: all of them."""
+        column = self.columns.get(SAMPLED)
+        return None if column is None else column[:, None].expand_as(self.mask)[self.mask]
 
     def select(self, rows: Sequence[int]) -> Rollouts:
         """Take some completions, in the order given, without the padding they no longer need."""
