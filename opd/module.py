@@ -201,6 +201,11 @@ class OPDModule(LightningModule):
                 "model.mixture and model.reward: a reward is for what the student has sampled; "
                 "take one of them out"
             )
+        if mixture is not None and self.objective.needs_drift:
+            raise UserError(
+                "model.mixture: ByDrift weighs by what the student has sampled; take one of them "
+                "out"
+            )
         if mixture is not None and self.objective.ratio_of != "previous":
             raise UserError(
                 f"model.mixture: objective {type(self.objective).__name__} takes every token for "

@@ -30,6 +30,7 @@ from opd.metrics import (
 from opd.mixture import Mixture, given, merged
 from opd.models import in_eval_mode
 from opd.objectives import Objective
+from opd.objectives.weighted import drift
 from opd.prompts import Prompt, PromptBatch
 from opd.randomness import derive_seed
 from opd.reuse import Reuse, importance_weights, sampled_logprobs
@@ -204,6 +205,19 @@ def read(module: Distillation, micro: Rollouts, *, reference: bool = False) -> R
     """Let the teacher of a micro-batch read it, and the reference of the objective, if asked."""
     with memory.needed_for("the teacher's reading"):
         return Reading(micro, module.teachers.read(micro, reference=reference))
+
+
+def drifted(module: Distillation, reading: Reading) -> Reading:
+    """Say how far prefixes have drifted from the teacher, if the objective looks at that."""
+    if not module.objective.needs_drift:
+        return reading
+    micro = reading.micro
+    numbers = tokens.TILE_NUMBERS.get(micro.lengths.device.type, 2**26)
+    tile = module.tile_tokens or max(numbers // module.teachers.vocabulary, 1)
+    with memory.needed_for("the teacher's reading"):
+        logq_y = tokens.teacher_logprobs(reading.opinions[TEACHER], micro.tokens, tile=tile)
+    columns = {**micro.columns, "drift": drift(micro.spread(logq_y), micro.engine_logprobs)}
+    return Reading(dataclasses.replace(micro, columns=columns), reading.opinions)
 
 
 def compare(

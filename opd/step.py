@@ -19,6 +19,7 @@ Shapes: B completions, N tokens of a micro-batch.
 from __future__ import annotations
 
 import functools
+import itertools
 import math
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -321,15 +322,13 @@ def accumulate_gradients(
     total = global_tokens(module.world, counts)
     values: list[dict[str, Tensor]] = []
     readings: list[Reading] = []
-    for i, (micro, reading) in enumerate(
-        zip(micro_batches, _read(module, micro_batches), strict=True)
-    ):
+    for i, reading in enumerate(_read(module, micro_batches)):
         with module.ledger.phase("train"):
             last = i == len(micro_batches) - 1
             weighed = stages.weighed(module, reading) if module.engine.staleness else reading
             compared = add_gradient(module, weighed, token_metrics, total, last=last)
             module.ledger.count("train_tokens", counts[i])
-            stages.count_tokens(module, module.train_metrics, micro, compared.values)
+            stages.count_tokens(module, module.train_metrics, reading.micro, compared.values)
         values.append(compared.values)
         readings += [reading] if keep_opinions else []
     return values, readings
@@ -337,15 +336,16 @@ def accumulate_gradients(
 
 def _read(module: Distillation, micro_batches: Sequence[Rollouts]) -> Iterator[Reading]:
     """Let teachers read micro-batches, one after the other; servers, one ahead of the student."""
-    waiting: deque[Reading] = deque()
-    for micro in micro_batches:
+    asked: deque[Reading] = deque()
+    coming = iter(micro_batches)
+    for _ in micro_batches:
         with module.ledger.phase("teacher"):
-            reading = stages.read(module, micro, reference=True)
-            module.ledger.count("teacher_tokens", micro.num_tokens * len(reading.opinions))
-        waiting.append(reading)
-        if len(waiting) > module.teachers.ahead:
-            yield waiting.popleft()
-    yield from waiting
+            for micro in itertools.islice(coming, module.teachers.ahead + 1 - len(asked)):
+                asked.append(stages.read(module, micro, reference=True))
+                count = micro.num_tokens * len(asked[-1].opinions)
+                module.ledger.count("teacher_tokens", count)
+            reading = stages.drifted(module, asked.popleft())
+        yield reading
 
 
 def accumulate_again(module: Distillation, readings: Sequence[Reading]) -> list[dict[str, Tensor]]:

@@ -90,6 +90,28 @@ def compare(
         return Compared(total, tiles.joined())
 
 
+@torch.no_grad()
+def teacher_logprobs(opinion: Opinion, y: Tensor, *, tile: int) -> Tensor:
+    """Let a teacher say log q(y) of N sampled tokens, tile by tile; all ranks together.
+
+    Args:
+        opinion: What it thinks of them.
+        y: The tokens, [N].
+        tile: Tokens per tile.
+
+    Returns:
+        [N].
+    """
+    found = []
+    with opinion.opened() as opened:
+        for rows in _cut(len(y), tile):
+            theirs = opened(rows)
+            if theirs.ndim == 2:
+                theirs = theirs.log_softmax(dim=-1).gather(1, y[rows, None]).squeeze(1)
+            found.append(theirs)
+    return torch.cat(found)
+
+
 @forward_pass
 def _student_pass(
     student: PreTrainedModel,

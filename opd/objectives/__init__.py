@@ -15,9 +15,10 @@ from opd.objectives.objective import (
     of_sampled,
 )
 from opd.objectives.top_k import TopKKL
-from opd.objectives.weighted import ByEntropy, ByPosition, TokenWeight, Weighted
+from opd.objectives.weighted import ByDrift, ByEntropy, ByPosition, TokenWeight, Weighted
 
 __all__ = [
+    "ByDrift",
     "ByEntropy",
     "ByPosition",
     "Distributions",

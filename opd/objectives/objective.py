@@ -67,6 +67,11 @@ class Objective(ABC):
         """
         return "previous" if "full" in self.needs.values() else "sampled"
 
+    @property
+    def needs_drift(self) -> bool:
+        """Whether it looks at ``tokens.drift``, which takes one more product with a head."""
+        return False
+
     @abstractmethod
     def __call__(self, log_p: Tensor, opinions: Mapping[str, Tensor], tokens: Tokens) -> Tensor:
         """Return the loss per token.

@@ -20,7 +20,7 @@ Shapes: n made-up tokens, V vocabulary, S tokens that an average is taken over.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -155,8 +155,9 @@ def _case(
     for who, other in same.items():
         logits[who] = logits[other]
     logmu = logits["student"].log_softmax(-1).gather(1, y[:, None]).squeeze(1)
+    drift = torch.linspace(0, 1, len(y)).double()
     advantage = torch.linspace(-1, 2, len(y)).double() if rewarded and not average else None
-    return _Case(logits, Tokens(y, logmu, advantage, position=position))
+    return _Case(logits, Tokens(y, logmu, advantage, None, position, drift))
 
 
 def _slope(objective: Objective, case: _Case, teacher: str = TEACHER) -> Tensor:
@@ -189,8 +190,6 @@ def _same(objective: Objective, case: _Case, slope: Tensor, changed: str) -> boo
     else:
         advantage = case.tokens.advantage
         assert advantage is not None
-        tokens = Tokens(
-            case.tokens.y, case.tokens.logmu_y, -2 * advantage, position=case.tokens.position
-        )
+        tokens = replace(case.tokens, advantage=-2 * advantage)
         other = _slope(objective, _Case(case.logits, tokens))
     return _vanishes(other - slope, slope)

@@ -9,13 +9,14 @@ In a configuration::
           objective: {class_path: opd.objectives.SkewKL, init_args: {alpha: 0.2}}
           weight: {class_path: opd.objectives.ByEntropy, init_args: {of: teacher}}
 
-A weight is made of one token: of what is thought after its prefix, and of where it stands. What the
-sum of losses is divided by stays the number of tokens, so that a weight neither depends on the
-batch nor on how it is dealt to ranks; weights that are small all over act like a smaller learning
-rate. No gradient flows through a weight.
+A weight is made of one token: of what is thought after its prefix, of where it stands, and of how
+far its prefix has drifted from what the teacher would have said. What the sum of losses is divided
+by stays the number of tokens, so that a weight neither depends on the batch nor on how it is dealt
+to ranks; weights that are small all over act like a smaller learning rate. No gradient flows
+through a weight.
 
-Not offered: weights that need a completion as a whole, as those of prefixes (IW-OPD, 2606.22600) or
-ranks among its tokens: an objective sees a tile of tokens, which may begin and end anywhere.
+Not offered: other weights that need a completion as a whole, as ranks among its tokens: an
+objective sees a tile of tokens, which may begin and end anywhere.
 """
 
 from __future__ import annotations
@@ -46,6 +47,11 @@ class TokenWeight(ABC):
         """Whose opinions it is made of, as :attr:`Objective.needs`."""
         return {}
 
+    @property
+    def needs_drift(self) -> bool:
+        """Whether it looks at ``tokens.drift``, as :attr:`Objective.needs_drift`."""
+        return False
+
     @abstractmethod
     def __call__(self, both: Distributions, tokens: Tokens) -> Tensor:
         """Return the weights of n tokens, at least 0, without gradient, [n]."""
@@ -75,6 +81,10 @@ class Weighted(Objective):
     @property
     def ratio_of(self) -> Literal["previous", "sampled"] | None:
         return self.objective.ratio_of  # a weight is of the prefix
+
+    @property
+    def needs_drift(self) -> bool:
+        return self.objective.needs_drift or self.weight.needs_drift
 
     @property
     def metrics(self) -> Sequence[str]:
@@ -167,3 +177,49 @@ class ByPosition(TokenWeight):
         if self.half_life is not None:
             weight = torch.exp2(-position / self.half_life)
         return weight if self.first is None else weight * (position < self.first)
+
+
+@dataclass(frozen=True)
+class ByDrift(TokenWeight):
+    r"""Weights early tokens more, by how much of the disagreement is still to come: IW-OPD.
+
+    1 + gamma (1 - F_t), F_t = sum_{k<t} d_k / sum_k d_k over a completion (arXiv 2606.22600,
+    algorithm 1), d_k = \|log q(y_k) - log mu(y_k)\| of the tokens sampled: 1 + gamma at its first
+    token, towards 1 at its last. Where the two agree on every token, 1 + gamma everywhere.
+
+    mu is what the engine has sampled with, which the student still is in the first step on its
+    rollouts (but for top_p and top_k, which leave tokens out of mu); in further ones
+    (``model.reuse``) weights stay what they were. The paper multiplies
+    the advantage of sampled tokens: Weighted with PolicyGradient or SampledExOPD. Known from the
+    notes on the paper and from the published code's description, not from the paper itself.
+
+    Args:
+        gamma: How much more the first token counts, above 0; 0.5 in the paper.
+    """
+
+    gamma: float = 0.5
+
+    def __post_init__(self) -> None:
+        if not 0 < self.gamma < math.inf:
+            raise UserError(f"ByDrift.gamma={self.gamma} must be above 0")
+
+    @property
+    def needs_drift(self) -> bool:
+        return True
+
+    def __call__(self, both: Distributions, tokens: Tokens) -> Tensor:
+        assert tokens.drift is not None, "nobody has said how far the prefixes have drifted"
+        return 1 + self.gamma * (1 - tokens.drift.to(both.log_p.dtype))
+
+
+def drift(logq_y: Tensor, logmu_y: Tensor) -> Tensor:
+    r"""Return F_t of each token, sum_{k<t} d_k / sum_k d_k with d = \|log q - log mu\|, [B, C].
+
+    Args:
+        logq_y: Of the tokens sampled, 0 at padding, [B, C].
+        logmu_y: Likewise.
+    """
+    apart = (logq_y - logmu_y).double().abs()
+    total = apart.sum(dim=1, keepdim=True)
+    before = apart.cumsum(dim=1) - apart
+    return (before / total.where(total > 0, torch.ones_like(total))).to(logmu_y.dtype)

@@ -69,8 +69,8 @@ class Rollouts:
         engine_logprobs: Log-probability of each token under the distribution it was drawn from,
             float32, 0 at padding and where it was inserted, [B, C].
         columns: What else is known of each completion, by name: [B], or [B, C] and 0 at padding.
-            ``advantage`` and ``weight`` reach the objective as :class:`Tokens`; ``inserted`` is 1
-            at tokens that nobody has sampled.
+            ``advantage``, ``weight`` and ``drift`` reach the objective as :class:`Tokens`;
+            ``inserted`` is 1 at tokens that nobody has sampled.
     """
 
     prompts: PromptBatch
@@ -251,7 +251,7 @@ def _padded(rows: Sequence[Sequence[float]]) -> Tensor:
 
 @dataclass(frozen=True)
 class Tokens:
-    """What is known of sampled tokens besides distributions; n of them.
+    r"""What is known of sampled tokens besides distributions; n of them.
 
     Attributes:
         y: The tokens, [n].
@@ -260,6 +260,8 @@ class Tokens:
         weight: Factor of their losses, [n]; None: 1. What the sum of losses is divided by stays the
             number of tokens.
         position: How many tokens of its completion stand before each, [n]; None if nobody knows.
+        drift: Share of its completion's disagreement with the teacher, as the sum of
+            \|log q(y) - log mu(y)\|, that stands before each, [n]; None if nobody has asked.
     """
 
     y: Tensor
@@ -267,6 +269,7 @@ class Tokens:
     advantage: Tensor | None = None
     weight: Tensor | None = None
     position: Tensor | None = None
+    drift: Tensor | None = None
 
     @classmethod
     def of(cls, rollouts: Rollouts) -> Tokens:
@@ -285,6 +288,7 @@ class Tokens:
             per_token("advantage"),
             per_token("weight"),
             torch.arange(mask.shape[1], device=mask.device).expand_as(mask)[mask],
+            per_token("drift"),
         )
 
     def __getitem__(self, rows: slice) -> Tokens:
@@ -295,4 +299,5 @@ class Tokens:
             None if self.advantage is None else self.advantage[rows],
             None if self.weight is None else self.weight[rows],
             None if self.position is None else self.position[rows],
+            None if self.drift is None else self.drift[rows],
         )

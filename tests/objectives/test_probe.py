@@ -12,6 +12,7 @@ from opd import objectives
 from opd.cli import main
 from opd.errors import UserError
 from opd.objectives import (
+    ByDrift,
     ByEntropy,
     ByPosition,
     Distributions,
@@ -92,6 +93,7 @@ GOOD = [
     *(FixedNegativeAdvantage(), FixedNegativeAdvantage(below=1.0)),
     FixedNegativeAdvantage(below=1e-4),
     *(Weighted(ReverseKL(), ByEntropy()), Weighted(ReverseKL(), ByPosition(half_life=0.1))),
+    Weighted(PolicyGradient(), ByDrift()),
     Weighted(Weighted(PolicyGradient(), ByEntropy("teacher")), ByPosition(first=1, half_life=9)),
 ]
 

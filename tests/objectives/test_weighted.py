@@ -6,10 +6,15 @@ from typing import ClassVar
 import pytest
 import torch
 from test_divergences import N, logits, softmax
+from test_step import module_of, rollouts_of
 from test_tokens import LENGTHS, models, rollouts, run
 
+from opd.errors import UserError
 from opd.metrics_rows import read_metrics
+from opd.mixture import Mixture
+from opd.module import OPDModule
 from opd.objectives import (
+    ByDrift,
     ByEntropy,
     ByPosition,
     Distributions,
@@ -21,7 +26,9 @@ from opd.objectives import (
     TopKKL,
     Weighted,
 )
-from opd.rollouts import Tokens
+from opd.objectives.weighted import drift
+from opd.rollouts import Tokens, cut_into_micro_batches
+from opd.step import accumulate_gradients
 
 POSITIONS = torch.tensor([0, 3, 4, 5, 10])
 TOKENS = Tokens(
@@ -133,6 +140,84 @@ def test_positions_are_those_in_the_completion_whatever_the_tile(tiny, tile):
     assert values["opd/token_weight"].tolist() == pytest.approx(expected)
     weighted = values["opd/reverse_kl"] * torch.tensor(expected)
     torch.testing.assert_close(values["opd/loss"], weighted, rtol=1e-4, atol=1e-6)
+
+
+# --- drift ----------------------------------------------------------------------------------------
+
+
+def test_drift_by_hand():
+    """|log q - log mu| are 1, 0, 3 and 2; all agree; one token; none."""
+    logmu = torch.tensor([[-1, -2, -1, -3], [-1, -1, 0, 0], [-4, 0, 0, 0], [0, 0, 0, 0]])
+    apart = torch.tensor([[1, 0, -3, 2], [0, 0, 0, 0], [2, 0, 0, 0], [0, 0, 0, 0]])
+    found = drift((logmu + apart).double(), logmu.double())
+    assert found[0].tolist() == pytest.approx([0, 1 / 6, 1 / 6, 4 / 6])
+    assert found[1].tolist() == [0] * 4
+    assert found[2, 0] == found[3, 0] == 0
+    tokens = Tokens(torch.arange(4), logmu[0], drift=found[0])
+    weights = ByDrift()(both_of(logits(0), logits(1)), tokens)
+    assert weights.tolist() == pytest.approx([1.5, 1 + 5 / 12, 1 + 5 / 12, 1 + 1 / 6])
+
+
+@pytest.mark.parametrize("tile", [1, 3, None])
+@pytest.mark.parametrize("objective", [PolicyGradient(), ReverseKL()])
+def test_a_step_weighs_by_drift_whatever_the_tile_and_the_cut(tiny, objective, tile):
+    """IW-OPD of whole completions, in float64, each by itself, with a sharpened distribution."""
+    weighted = Weighted(objective, ByDrift(gamma=2.0))
+    module = module_of(tiny, objective=weighted, temperature=1.3, tile_tokens=tile)
+    sampled = rollouts_of(module)
+    module.student.eval()
+    values, readings = accumulate_gradients(module, cut_into_micro_batches(sampled, 60), True)
+    slopes = [p.grad.clone() for p in module.student.parameters()]
+    module.zero_grad()
+    teacher = module.teachers["default"].model
+    total = 0
+    for reading, found in zip(readings, values, strict=True):
+        weights = []
+        for i, prompt in enumerate(reading.micro.prompts.prompts):
+            y = reading.micro.completion_ids[i, : reading.micro.lengths[i]]
+            ids = torch.cat([torch.tensor(prompt.token_ids), y])[None]
+            start = len(prompt.token_ids) - 1
+            log_p, log_q = (
+                (model(ids).logits[0, start:-1].double() / 1.3).log_softmax(-1)
+                for model in (module.student, teacher)
+            )
+            logp_y, logq_y = (x.gather(1, y[:, None])[:, 0] for x in (log_p, log_q))
+            d = (logq_y - logp_y).abs().tolist()
+            w = [1 + 2.0 * (1 - sum(d[:t]) / sum(d)) for t in range(len(d))]
+            weights += w
+            w = torch.tensor(w).double()
+            if isinstance(objective, ReverseKL):
+                total = total + (w * (log_p.exp() * (log_p - log_q)).sum(-1)).sum()
+            else:
+                total = total - (w * (logq_y - logp_y).detach() * logp_y).sum()
+        assert found["opd/token_weight"].tolist() == pytest.approx(weights, rel=1e-3)
+        assert min(weights) < 1.5 < 2.9 < max(weights)
+    (total / sampled.num_tokens).backward()
+    for ours, parameter in zip(slopes, module.student.parameters(), strict=True):
+        torch.testing.assert_close(ours, parameter.grad, rtol=2e-3, atol=2e-5)
+
+
+def test_drift_is_asked_for_where_it_is_needed_alone():
+    by_drift = Weighted(PolicyGradient(), ByDrift())
+    assert by_drift.needs_drift
+    assert Weighted(by_drift, ByEntropy()).needs_drift
+    assert Weighted(Weighted(ReverseKL(), ByEntropy()), ByDrift()).needs_drift
+    assert not Weighted(PolicyGradient(), ByEntropy()).needs_drift
+    assert by_drift.needs == {"teacher": "sampled"}
+    for gamma in (0.0, -1.0, math.inf):
+        with pytest.raises(UserError, match="must be above 0"):
+            ByDrift(gamma)
+    mixture = {"objective": Weighted(ReverseKL(), ByDrift()), "mixture": Mixture(0.5)}
+    with pytest.raises(UserError, match="ByDrift weighs by what the student has sampled"):
+        OPDModule("embedded:base", "embedded:teacher", **mixture)
+
+
+def test_a_run_weighs_by_drift(fit):
+    inner = ["--model.objective.objective", "opd.objectives.SampledExOPD"]
+    inner += ["--model.objective.weight", "opd.objectives.ByDrift"]
+    folder = fit("run", *WEIGHTED, *inner, "--model.reuse.steps", "2", steps=1)
+    (row,) = [row for row in read_metrics(folder / "metrics.csv") if "opd/loss" in row]
+    assert 1.1 < float(row["opd/token_weight"]) < 1.5
 
 
 def test_a_run_logs_the_mean_weight(fit):
