@@ -37,6 +37,7 @@ from opd.mixture import Mixture
 from opd.objectives import Objective, ReverseKL
 from opd.objectives.probe import check_objective
 from opd.prompts import PromptBatch, PromptDataModule, pad_token_id
+from opd.prompts.format import Reader
 from opd.randomness import random_state, restore_random_state
 from opd.reuse import Reuse
 from opd.rewards.reward import RewardTerm
@@ -365,6 +366,20 @@ class OPDModule(LightningModule):
         model.train(trained)
         return model
 
+    def teacher_readers(self) -> dict[str | None, Reader]:
+        """Return where teachers come from and their own tokenizers, by what prompts call them.
+
+        Raises:
+            UserError: Their vocabulary is not the student's.
+        """
+        found: dict[str | None, Reader] = {}
+        for name, source in self.teacher_sources.items():
+            own = models.load_tokenizer(source, trust_remote_code=self.trust_remote_code)
+            models.check_tokenizers(self.tokenizer, own, source)
+            found[name] = (source, own)
+        default = next(iter(found)) if len(found) == 1 else DEFAULT
+        return found | ({None: found[default]} if default in found else {})
+
     def _load_teacher(self, source: str) -> PreTrainedModel:
         """Load a teacher; the base of an adapter is there already, unless it is sharded."""
         is_base = self.adapter is not None and source == self.student_source
@@ -430,7 +445,8 @@ class OPDModule(LightningModule):
             self.verifier.check(answers)
         if isinstance(data, PromptDataModule) and self.world.rank == 0 and not self._compared:
             self._compared = True
-            self.teachers.check_rendering(data.examples, data.format, self.tokenizer)
+            if data.format.teacher_rendering == "student":
+                self.teachers.check_rendering(data.examples, data.format, self.tokenizer)
         context = models.context_length(self.student)
         longest = max((len(prompt.token_ids) for prompt in prompts), default=0)
         models.check_context(context, "student", longest, self.sampler.max_new_tokens)

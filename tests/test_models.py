@@ -122,7 +122,8 @@ def test_a_teacher_that_would_read_prompts_otherwise_is_said_once_with_both(tiny
         "teacher org/teacher would render p.jsonl line 1 as '<s><user>hi there[assistant]'" in line
     )
     assert "and reads '<s>[user]hi there[assistant]'" in line
-    assert "set --model.tokenizer org/teacher" in line
+    assert "set --data.format.teacher_rendering own, so that it reads that, or" in line
+    assert "--model.tokenizer org/teacher" in line
     (line,) = warned(tiny, caplog, None, rows)
     assert "as '<s>hi there'" in line
     assert "it has no chat template; set --data.format.chat_template false" in line

@@ -9,6 +9,7 @@ import datasets
 import pyarrow
 import pyarrow.parquet
 import pytest
+from conftest import LLAMA_TEMPLATE
 from lightning.pytorch.trainer.states import TrainerFn
 
 from opd.errors import UserError
@@ -825,3 +826,77 @@ def test_a_teacher_s_template_has_both(options, message):
 def test_a_context_must_be_text(tiny):
     with pytest.raises(UserError, match="rows row 0: 'hint' must be text"):
         informed([{"prompt": "1", "hint": 5}], str(tiny / "llama-student"))
+
+
+OWN = PromptFormat(teacher_rendering="own", context_field="hint")
+ROUND = LLAMA_TEMPLATE.replace("[{{", "({{").replace("}}]", "}})")
+
+
+def readers_of(tiny, **templates):
+    """A reader by name, each with a template of its own."""
+    found = {}
+    for name, template in templates.items():
+        tokenizer = load_tokenizer(str(tiny / "llama-teacher"))
+        tokenizer.chat_template = template
+        found[name] = (f"org/{name}", tokenizer)
+    return found
+
+
+def read_by(prompts, tokenizer):
+    return [p.teacher_ids and tokenizer.decode(p.teacher_ids) for p in prompts]
+
+
+def test_each_prompt_is_rendered_by_its_own_teacher_for_it(tiny):
+    student = load_tokenizer(str(tiny / "llama-student"))
+    readers = readers_of(tiny, round=ROUND, same=LLAMA_TEMPLATE, base=None)
+    rows = [{"prompt": "add 7", "teacher": name} for name in ("round", "same", "base", "nobody")]
+    rows += [{"messages": CHAT, "teacher": "round"}, {**rows[0], "hint": "9"}]
+    rows += [{**rows[1], "hint": "9"}]
+    prompts = tokenize_rows(rows, student, OWN, teachers=readers)
+    assert read_by(prompts, student) == [
+        *("<s>(user)add 7[assistant]", None, "<s>add 7", None),
+        *("<s>(user)add 7 and 8[assistant]", "<s>(user)9\n\nadd 7[assistant]"),
+        "<s>[user]9\n\nadd 7[assistant]",
+    ]
+    assert {student.decode(p.token_ids) for p in prompts[:4]} == {"<s>[user]add 7[assistant]"}
+    alone = tokenize_rows(rows[:1], student, OWN, teachers={None: readers["round"]})
+    assert alone[0].teacher_ids is None  # of another name than the prompt's
+    plain = tokenize_rows(rows, student, OWN)
+    assert read_by(plain, student)[:5] == [None] * 5
+
+
+def test_a_template_of_a_teacher_must_make_something_of_prompts(tiny):
+    student = load_tokenizer(str(tiny / "llama-student"))
+    silent = (
+        "{% for m in messages %}{% if m.role == 'user' %}{{ m.content }}{% endif %}{% endfor %}"
+    )
+    readers = readers_of(tiny, silent=silent, base=None, strict="{{ raise_exception('no!') }}")
+    rows = [{"messages": [SYSTEM, *CHAT], "teacher": name} for name in readers]
+    for i, (name, said) in enumerate(
+        [
+            ("silent", "the chat template knows no turn of role 'system'"),
+            ("base", "the tokenizer has no chat template"),
+            ("strict", "the chat template refuses it"),
+        ]
+    ):
+        prefix = f"teacher_rendering own: teacher org/{name}: p line 1: .*{said}"
+        with pytest.raises(UserError, match=prefix):
+            tokenize_rows(rows[i : i + 1], student, OWN, source="p", unit="line", teachers=readers)
+
+
+def test_arguments_that_a_teacher_s_template_does_not_know_are_not_missed(tiny):
+    student = load_tokenizer(str(tiny / "llama-student"))
+    student.chat_template = LLAMA_TEMPLATE + "{{ mood }}"
+    fmt = PromptFormat(teacher_rendering="own", chat_template_kwargs={"mood": "!"})
+    readers = readers_of(tiny, round=ROUND)
+    rows = [{"prompt": "1", "teacher": "round"}]
+    (prompt,) = tokenize_rows(rows, student, fmt, teachers=readers)
+    assert student.decode(prompt.token_ids) == "<s>[user]1[assistant]!"
+    assert student.decode(prompt.teacher_ids) == "<s>(user)1[assistant]"
+
+
+def test_own_renderings_need_to_know_the_teachers(tiny):
+    fmt = PromptFormat(teacher_rendering="own")
+    data = PromptDataModule("embedded:test", tokenizer="embedded:base", format=fmt)
+    with pytest.raises(UserError, match="teacher_rendering own needs the teachers"):
+        data.setup("fit")

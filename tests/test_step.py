@@ -1,13 +1,14 @@
 """One step of OPD: its loss and gradient against a plain loop, and independent of the cut."""
 
 import dataclasses
+import shutil
 
 import pytest
 import torch
 from conftest import load
 
 from opd import sharding, stages
-from opd.errors import NonFiniteError
+from opd.errors import NonFiniteError, UserError
 from opd.metrics import (
     ROLLOUT_MAXIMA,
     ROLLOUT_MEANS,
@@ -16,6 +17,8 @@ from opd.metrics import (
     StepMetrics,
     token_metrics,
 )
+from opd.metrics_rows import read_metrics
+from opd.models.load import EMBEDDED
 from opd.module import OPDModule
 from opd.objectives import GeneralizedJSD, PolicyGradient, ReverseKL
 from opd.prompts import Prompt, PromptBatch, PromptFormat, tokenize_rows
@@ -115,6 +118,73 @@ def test_an_empty_completion_does_not_divide_by_zero(tiny):
     slopes = [p.grad for p in module.student.parameters()]
     assert len(slopes) > 10
     assert all(slope is not None and not slope.any() for slope in slopes)
+
+
+def test_a_teacher_reads_prompts_as_its_own_template_renders_them(tiny, tmp_path):
+    """The JSD of completions after the student's rendering and after the teacher's, written out."""
+    folder = shutil.copytree(tiny / "llama-teacher", tmp_path / "teacher")
+    template = "{% for m in messages %}Q: {{ m.content }}{% endfor %} A:"
+    (folder / "chat_template.jinja").write_text(template)
+    module = OPDModule(
+        str(tiny / "llama-student"), str(folder), GeneralizedJSD(0.25), max_new_tokens=9
+    )
+    module.configure_model()
+    fmt = PromptFormat(teacher_rendering="own")
+    rows = [{"prompt": text} for text in TEXTS]
+    prompts = tokenize_rows(rows, module.tokenizer, fmt, teachers=module.teacher_readers())
+    batch = PromptBatch.collate(prompts, module.sampler.pad_token_id)
+    loss, _ = gradients(module, stages.generate(module, batch, 0), 70)
+    rollouts = stages.generate(module, batch, 0)
+    module.zero_grad()
+    total, plain = torch.zeros(()), torch.zeros(())
+    for i, text in enumerate(TEXTS):
+        y = rollouts.completion_ids[i, : rollouts.lengths[i]].tolist()
+        readings = []
+        for model, words in [
+            (module.student, f"<s>[user]{text}[assistant]"),
+            (module.teachers["default"].model, f"Q: {text} A:"),
+            (module.teachers["default"].model, f"<s>[user]{text}[assistant]"),
+        ]:
+            read = module.tokenizer(words, add_special_tokens=False)["input_ids"]
+            logits = model(torch.tensor([[*read, *y]])).logits[0, len(read) - 1 : -1]
+            readings.append(logits.softmax(-1))
+        for q, sums in zip(readings[1:], (total, plain), strict=True):
+            p, m = readings[0], 0.25 * q + 0.75 * readings[0]
+            sums += 0.25 * (q * (q / m).log()).sum() + 0.75 * (p * (p / m).log()).sum()
+    assert loss == pytest.approx((total / rollouts.num_tokens).item(), rel=1e-4)
+    assert loss != pytest.approx((plain / rollouts.num_tokens).item(), rel=1e-2)
+
+
+def test_own_renderings_of_a_run(fit, tmp_path):
+    """Teachers with other templates than the student's: what they read is longer; no line warns."""
+    teacher = shutil.copytree(EMBEDDED / "teacher", tmp_path / "teacher")
+    template = (teacher / "chat_template.jinja").read_text()
+    (teacher / "chat_template.jinja").write_text(template + "+")
+    options = ["--model.teacher", str(teacher), "--data.format.teacher_rendering", "own"]
+    own = read_metrics(fit("own", *options, steps=1) / "metrics.csv")
+    plain = read_metrics(fit("plain", *options[:2], steps=1) / "metrics.csv")
+    (ours,), (theirs,) = ([r for r in rows if "opd/loss" in r] for rows in (own, plain))
+    assert ours["rollout/tokens"] == theirs["rollout/tokens"]
+    assert float(ours["opd/loss"]) > float(theirs["opd/loss"])
+    assert float(own[0]["val/reverse_kl"]) > float(plain[0]["val/reverse_kl"])
+
+
+def test_a_teacher_of_another_vocabulary_renders_nothing(tiny):
+    module = OPDModule(str(tiny / "llama-student"), str(tiny / "gpt2-teacher"))
+    with pytest.raises(UserError, match="its tokenizer differs from the student's"):
+        module.teacher_readers()
+
+
+def test_readers_are_named_as_prompts_name_them(tiny):
+    student, teacher = str(tiny / "llama-student"), str(tiny / "llama-teacher")
+    assert set(OPDModule(student, teacher).teacher_readers()) == {"default", None}
+    one = OPDModule(student, {"math": teacher}).teacher_readers()
+    assert one[None] == one["math"]
+    two = OPDModule(student, {"math": teacher, "code": student}).teacher_readers()
+    assert {name: source for name, (source, _) in two.items()} == {
+        "math": teacher,
+        "code": student,
+    }
 
 
 def test_each_prompt_is_read_by_the_teacher_it_names(tiny):

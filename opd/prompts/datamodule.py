@@ -26,7 +26,7 @@ from transformers import PreTrainedTokenizerBase
 
 from opd.errors import UserError
 from opd.models import load_tokenizer
-from opd.prompts.format import PromptFormat, pad_token_id, tokenize_rows, value_of
+from opd.prompts.format import PromptFormat, Reader, pad_token_id, tokenize_rows, value_of
 from opd.prompts.prompt import Prompt, PromptBatch
 from opd.prompts.sources import Row, choose, columns, is_of_the_hub, read_rows
 from opd.prompts.where import check_where, matching
@@ -298,6 +298,21 @@ class PromptDataModule(LightningDataModule):
             )
         return load_tokenizer(self.tokenizer_source, trust_remote_code=self.trust_remote_code)
 
+    def _readers(self) -> Mapping[str | None, Reader]:
+        """Return the teachers' own tokenizers.
+
+        Raises:
+            UserError: Nobody knows the teachers, or their vocabulary is another.
+        """
+        readers = getattr(self.trainer and self.trainer.lightning_module, "teacher_readers", None)
+        if readers is None:
+            raise UserError(
+                "data.format.teacher_rendering own needs the teachers: set up the data with an "
+                "OPDModule, by trainer.fit(module, data)"
+            )
+        found: Mapping[str | None, Reader] = readers()
+        return found
+
     def _read(self, sources: Mapping[str | None, str], split: str) -> list[_Rows]:
         parts = []
         for data_set, source in sources.items():
@@ -316,6 +331,7 @@ class PromptDataModule(LightningDataModule):
         """Tokenize the rows of all data sets, which are numbered together."""
         prompts: list[Prompt] = []
         first_row = 0
+        readers = self._readers() if parts and self.format.teacher_rendering == "own" else None
         for part in parts:
             tokenized = tokenize_rows(
                 self._narrow(part.rows),
@@ -326,6 +342,7 @@ class PromptDataModule(LightningDataModule):
                 data_set=part.data_set,
                 first_row=first_row,
                 numbers=part.numbers,
+                teachers=readers,
             )
             kept = self._short(tokenized, part.source)[:limit]
             count = Counter[str | None]()

@@ -7,7 +7,7 @@ import json
 import logging
 import math
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from decimal import Decimal
 from typing import Any, Literal
 
@@ -20,6 +20,7 @@ from opd.prompts.sources import Row
 log = logging.getLogger(__name__)
 
 Turn = dict[str, Any]
+Reader = tuple[str, PreTrainedTokenizerBase]  # where a teacher comes from, and its tokenizer
 SYSTEM = ("system", "developer")
 ROLES = (*SYSTEM, "user", "assistant", "tool")  # others must be named by the template
 PROBE = "PROBE"
@@ -58,6 +59,9 @@ class PromptFormat:
             hint: then it knows more than the student. None: both read the same.
         teacher_template: What a teacher is asked where a row has such a field: {prompt} stands for
             what the student is asked, {context} for the field.
+        teacher_rendering: What teachers read: the ``student``'s tokens, or each prompt as the
+            tokenizer and chat template of its teacher render it (``own``), which must have the same
+            vocabulary. The tokens of completions are the same.
         completion_field: Field with a completion, for ``model.mixture``: text, or a chat that ends
             with the assistant's turn, as that in ``messages_field``. None: there are none.
         last_assistant: A chat that ends with turns of the assistant, as conversations do. ``drop``:
@@ -78,6 +82,7 @@ class PromptFormat:
     teacher_field: str = "teacher"
     context_field: str | None = None
     teacher_template: str = "{context}\n\n{prompt}"
+    teacher_rendering: Literal["student", "own"] = "student"
     completion_field: str | None = None
     last_assistant: Literal["drop", "refuse", "continue"] = "drop"
     system_turns: Literal["keep", "drop"] = "keep"
@@ -160,7 +165,7 @@ class PromptFormat:
         if template is None:
             raise UserError(
                 f"{where}: holds a chat, but the tokenizer has no chat template; name one that has "
-                "with --model.tokenizer"
+                "with --model.tokenizer, for the student"
             )
         turns = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
         if self.system_prompt and turns[0]["role"] not in SYSTEM:
@@ -295,15 +300,23 @@ class PromptFormat:
         rendered: Sequence[Rendered],
         where: Sequence[str],
         tokenizer: PreTrainedTokenizerBase,
+        *,
+        arguments: bool = True,
     ) -> None:
         """Make sure that the chat template makes something of what it is handed.
+
+        Args:
+            rendered: Rows as it has rendered them.
+            where: What to call them.
+            tokenizer: Whose template.
+            arguments: Whether it must use all of ``chat_template_kwargs``.
 
         Raises:
             UserError: It passes over the turns of a role, or an argument.
         """
         template, known = str(tokenizer.chat_template), set[str]()
         chats = [(o.turns, o.text, w) for o, w in zip(rendered, where, strict=True) if o.turns]
-        for name in self.chat_template_kwargs or {} if chats else ():
+        for name in self.chat_template_kwargs or {} if chats and arguments else ():
             if name not in template:
                 raise UserError(
                     f"data.format.chat_template_kwargs: the chat template does not use {name!r}"
@@ -421,6 +434,7 @@ def tokenize_rows(
     data_set: str | None = None,
     first_row: int = 0,
     numbers: Sequence[int] | None = None,
+    teachers: Mapping[str | None, Reader] | None = None,
 ) -> list[Prompt]:
     """Render and tokenize rows.
 
@@ -433,6 +447,8 @@ def tokenize_rows(
         data_set: Name of the data set, if it has one.
         first_row: Number of the first row, where there are several data sets.
         numbers: Numbers of the rows in their source. None: 0, 1, 2, ...
+        teachers: Where the teachers of rows come from and their own tokenizers, by what rows call
+            them, for prompts as they would render them. None: they read the student's.
 
     Raises:
         UserError: A row has no usable prompt, or a field of the wrong type.
@@ -446,7 +462,8 @@ def tokenize_rows(
     _warn_of_rendered(rendered, where, tokenizer, fmt)
     completions = [fmt.completion(row, w) for row, w in zip(rows, where, strict=True)]
     completion_ids = encode_completions(completions, tokenizer)
-    prompts = []
+    prompts: list[Prompt] = []
+    contexts: list[str | None] = []
     for i, row in enumerate(rows):
         answer = _answer(value_of(row, fmt.answer_field), fmt.answer_field, where[i])
         teacher = value_of(row, fmt.teacher_field)
@@ -457,22 +474,56 @@ def tokenize_rows(
             raise UserError(f"{where[i]}: {fmt.context_field!r} must be text")
         if not ids[i]:
             raise UserError(f"{where[i]}: the prompt is empty after tokenization")
-        theirs = None
-        if context:
-            theirs = tuple(encode([fmt.render(row, where[i], tokenizer, context)], tokenizer)[0])
+        contexts.append(context or None)
         prompts.append(
             Prompt(
                 first_row + numbers[i],
                 tuple(ids[i]),
                 answer,
                 teacher,
-                theirs,
+                None,
                 data_set,
                 where=where[i],
                 completion_ids=completion_ids[i],
             )
         )
-    return prompts
+    return _read_by_teachers(prompts, rows, contexts, ("", tokenizer), fmt, teachers or {})
+
+
+def _read_by_teachers(
+    prompts: Sequence[Prompt],
+    rows: Sequence[Row],
+    contexts: Sequence[str | None],
+    student: Reader,
+    fmt: PromptFormat,
+    teachers: Mapping[str | None, Reader],
+) -> list[Prompt]:
+    """Say what teachers read where it is something else than what the student reads."""
+    readers = [teachers.get(prompt.teacher, student) for prompt in prompts]
+    found = list(prompts)
+    for source, tokenizer in dict.fromkeys(readers):
+        mine = [i for i, reader in enumerate(readers) if reader == (source, tokenizer)]
+        if tokenizer is student[1]:
+            mine = [i for i in mine if contexts[i] is not None]
+        where = [prompts[i].place for i in mine]
+        try:
+            rendered = [
+                fmt.render(rows[i], place, tokenizer, contexts[i])
+                for i, place in zip(mine, where, strict=True)
+            ]
+            if source:
+                fmt.check_template(rendered, where, tokenizer, arguments=False)
+        except UserError as error:
+            if not source:
+                raise
+            raise UserError(
+                f"data.format.teacher_rendering own: teacher {source}: {error}"
+            ) from error
+        for i, ids in zip(mine, encode(rendered, tokenizer), strict=True):
+            theirs = tuple(ids)
+            if theirs != prompts[i].token_ids:
+                found[i] = replace(prompts[i], teacher_ids=theirs)
+    return found
 
 
 def encode(rendered: Sequence[Rendered], tokenizer: PreTrainedTokenizerBase) -> list[list[int]]:

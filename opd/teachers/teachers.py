@@ -125,7 +125,10 @@ class Teachers(Mapping[str, Teacher]):
                     theirs = []
                 if list(prompt.token_ids) != theirs:
                     texts = [str(student.decode(ids)) for ids in ([*prompt.token_ids], theirs)]
-                    remedy = f"set --model.tokenizer {source}"
+                    remedy = (
+                        "set --data.format.teacher_rendering own, so that it reads that, or "
+                        f"--model.tokenizer {source}, so that both do"
+                    )
                     if tokenizer.chat_template is None:
                         remedy = "it has no chat template; set --data.format.chat_template false"
                     log.warning(
