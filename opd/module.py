@@ -258,18 +258,7 @@ class OPDModule(LightningModule):
     def configure_callbacks(self) -> list[Callback]:
         """None; the first of Lightning's hooks, and so the place to refuse what cannot work."""
         compatibility.check_trainer(self.trainer)
-        if self.trainer.state.fn == TrainerFn.FITTING:
-            self._check_objective()
         return []
-
-    def _check_objective(self, same: Mapping[str, str] | None = None) -> None:
-        check_objective(
-            self.objective,
-            vocabulary=len(self.tokenizer),
-            max_new_tokens=self.sampler.max_new_tokens,
-            rewarded=self.reward is not None,
-            same=same,
-        )
 
     @property
     def world(self) -> World:
@@ -277,10 +266,35 @@ class OPDModule(LightningModule):
         return World(None if self._trainer is None else self._trainer.strategy)
 
     def setup(self, stage: str) -> None:
-        """Take the metrics of each data set and teacher too, where there are several."""
+        """Take the metrics of each data set and teacher too, where there are several.
+
+        Raises:
+            UserError: The objective would learn nothing.
+        """
+        if stage == TrainerFn.FITTING:
+            self._check_objective()
         data = getattr(self.trainer, "datamodule", None)
         if isinstance(data, PromptDataModule):
             self._make_metrics(data.train_sets, data.validation_sets)
+
+    def _check_objective(self, same: Mapping[str, str] | None = None) -> None:
+        if not {TEACHER, REFERENCE}.issuperset(self.objective.needs):
+            return  # models are missing, as is said when they are loaded
+        try:
+            check_objective(
+                self.objective,
+                vocabulary=len(self.tokenizer),
+                max_new_tokens=self.sampler.max_new_tokens,
+                rewarded=self.reward is not None,
+                same=same,
+            )
+        except UserError:
+            raise
+        except Exception as error:  # a class of the user's may take float32 only, or a GPU
+            log.warning(
+                "model.objective %s cannot be tried out on made-up numbers before the run: %s",
+                *(type(self.objective).__name__, " ".join(str(error).split())),
+            )
 
     @property
     def _further_metrics(self) -> list[str]:

@@ -29,6 +29,7 @@ from opd.objectives import (
     TopKKL,
     Weighted,
     of_sampled,
+    reverse_kl,
 )
 from opd.objectives.policy_gradient import policy_gradient_loss
 from opd.objectives.probe import check_objective
@@ -191,6 +192,33 @@ def test_all_of_ours_are_looked_at():
         o for o in vars(objectives).values() if isinstance(o, type) and issubclass(o, Objective)
     }
     assert {type(o) for o in GOOD} == ours - {Objective}
+
+
+class Critic(Objective):
+    needs: ClassVar[Mapping] = {"critic": "full"}
+
+    def __call__(self, log_p, opinions, tokens):
+        return reverse_kl(log_p, opinions["critic"])
+
+
+class Single(Objective):
+    """Of float32 numbers only, as a kernel may be."""
+
+    def __call__(self, log_p, opinions, tokens):
+        assert log_p.dtype == torch.float32, "made for float32"
+        return reverse_kl(log_p, opinions["teacher"])
+
+
+def test_what_cannot_be_tried_out_is_said_and_run(fit, caplog):
+    fit("run", "--model.objective", "test_probe.Single", steps=1)
+    said = "model.objective Single cannot be tried out on made-up numbers before the run: made for"
+    assert sum(said in record.getMessage() for record in caplog.records) == 1
+
+
+def test_what_needs_more_than_there_is_ends_in_one_line(tmp_path, capsys):
+    place = ["--output", str(tmp_path / "run"), "--model.objective", "test_probe.Critic"]
+    assert main(["fit", "--config", QUICKSTART, *SHRUNK, *QUIET, *place]) == 2
+    assert "Critic needs a 'critic', which this run has not" in capsys.readouterr().err
 
 
 EXOPD = ["--model.objective", "opd.objectives.ExOPD", "--model.reference"]
