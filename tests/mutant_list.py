@@ -295,6 +295,17 @@ BEHIND = "tests/test_reuse.py::test_completions_of_a_step_before_are_weighed_too
 KNOWS_MORE = "tests/test_tokens.py::test_a_teacher_that_knows_more_reads_its_own_prompt"
 BASE_TEACHER = f"{ADAPTED} -k base_as_teacher"
 
+PROBE = "tests/objectives/test_probe.py"
+probe = of("opd/objectives/probe.py", f"{PROBE} -k 'not run and not tried_out'")
+REWARD = "tests/rewards/test_reward.py"
+reward = of("opd/rewards/reward.py", f"{REWARD} -k 'not processes'")
+advantages = of("opd/rewards/advantages.py", f"{REWARD} -k 'hand or definition or none'")
+MIXTURE = "tests/test_mixture.py -k 'not processes'"
+mixture = of("opd/mixture.py", MIXTURE)
+DRIFT = f"{WEIGHTED} -k drift"
+RENDERED = f"{PROMPTS} -k 'rendered_by or template_of_a or arguments_that or own_render'"
+READERS = f"{STEP} -k 'renders or renderings or readers'"
+
 MUTANTS = [
     # prompts
     sources('encoding="utf-8-sig"', 'encoding="utf-8"'),
@@ -955,7 +966,7 @@ MUTANTS = [
     ),
     step("copies, seed = module.rollouts_per_prompt,", "copies, seed = 1,", COMPLETIONS),
     step(
-        'module.ledger.count("rollout_tokens", rollouts.num_tokens)',
+        'module.ledger.count("rollout_tokens", len(rollouts.keep_sampled(rollouts.tokens)))',
         'module.ledger.count("rollout_tokens", len(rollouts))',
         COUNTS,
     ),
@@ -1009,11 +1020,11 @@ MUTANTS = [
     stages("derive_seed(seed, p.row, i)", "derive_seed(seed, i)"),
     stages("temperature=temperature)", "temperature=1.0)", SEARCHES),
     records(
-        "verifier.verify(completions, answers)",
-        "verifier.verify(completions, answers[::-1])",
+        "verifier.verify(completions, references)",
+        "verifier.verify(completions, references[::-1])",
         ACCURACY,
     ),
-    records("if prompt.answer is not None:", "if True:", ACCURACY),
+    records("in enumerate(answers) if answer is not None]", "in enumerate(answers)]", ACCURACY),
     verifiers("setup=IMPORTS", 'setup=""'),
     verifiers("if len(reasons) == len(references):", "if False:"),
     verifiers("seconds=self.seconds", "seconds=10.0"),
@@ -1219,7 +1230,7 @@ MUTANTS = [
     held_out('sorted(records, key=lambda record: record["row"])', "records", DEALT_HELD_OUT),
     held_out("itertools.zip_longest(*by_set.values())", "by_set.values()"),
     evaluation("rollouts.columns[RIGHT].masked_fill_(~rollouts.finished, math.nan)", "pass"),
-    evaluation("column[answered] = right", "column[: len(right)] = right"),
+    records("column[answered] = right", "column[: len(right)] = right", HELD),
     evaluation("derive_seed(seed, prompt.row, 0)", "derive_seed(seed, prompt.row, 1)"),
     evaluation("if prompt.row in rows]", "]"),
     evaluation("if not memory.is_out_of_memory(error):", "if True:"),
@@ -1455,5 +1466,76 @@ MUTANTS = [
     teachers("self.reference.read(micro)", "self.reference.read(micro.for_teacher())", KNOWS_MORE),
     prompt_format("if PROMPT in before:", "if False:"),
     prompt_format("before=before + context", "before=before"),
-    prompt_format("        if context:\n", "        if context is not None:\n"),
+    prompt_format("contexts.append(context or None)", "contexts.append(context)"),
+    # what learns nothing from its teacher
+    probe("if largest <= ROUNDING:", "if largest < 0:"),
+    probe("if asks and _vanishes(", "if False and _vanishes("),
+    probe("p = case.tokens.logmu_y.exp()[:, None]", "p = 1.0"),
+    probe("asks = TEACHER in objective.needs", "asks = True"),
+    probe("if asks and TEACHER not in same.values() and", "if False and"),
+    probe("if asks and TEACHER not in same.values() and", "if asks and"),
+    probe("if rewarded and _same(", "if False and _same("),
+    probe("weight.first >= max_new_tokens", "weight.first > max_new_tokens"),
+    probe("and weight.half_life is None", "and True"),
+    probe("objective = objective.objective\n", "return\n"),
+    probe("logits[who] = logits[other]", "pass"),
+    probe("position[0], position[-1] = 0, longest - 1", "pass"),
+    probe('other = _slope(objective, case, "other")', "other = _slope(objective, case)"),
+    module('self._check_objective({"student": TEACHER})', "pass", f"{PROBE} -k before_it"),
+    module("if self.reference_source in teachers:", "if False:", f"{PROBE} -k before_it"),
+    module("if stage == TrainerFn.FITTING:", "if False:", f"{PROBE} -k before_it"),
+    module("if stage == TrainerFn.FITTING:", "if True:", f"{PROBE} -k before_it"),
+    module("TEACHER, REFERENCE}.issuperset(self.objective.needs)", "TEACHER}", PROBE),
+    # rewards
+    reward("advantage[known] = self.weight * ", "advantage[known] = "),
+    reward("// copies", "% copies"),
+    reward("group[known]", "group[: int(known.sum())]"),
+    reward("if reward.shape != (len(rollouts),):", "if False:"),
+    reward("if reward.isinf().any():", "if False:"),
+    reward("if copies == 1 and self.advantage.compares:", "if False:"),
+    reward("if len(rollouts) else torch.zeros(0)", ""),
+    advantages("* count / (count - 1).clamp(min=1)", ""),
+    advantages("variance.sqrt() + self.epsilon", "variance.sqrt()"),
+    advantages("return reward - group_mean(reward, group)", "return reward - reward.mean()"),
+    advantages(
+        "torch.where(variance > 0, centred / scale,", "torch.where(variance > -1, centred / scale,"
+    ),
+    stages("rollouts.columns |= columns", "pass", REWARD),
+    # the mixture
+    mixture('derive_seed(seed, p.row, "fixed")', 'derive_seed(p.row, "fixed")'),
+    mixture("and prompt.completion_ids is not None for", "for"),
+    mixture("())[:limit]", "())"),
+    mixture("own[-1] in sampler.eos_token_ids", "True"),
+    mixture("next(of_fixed if own else of_sampled)", "next(of_sampled if own else of_fixed)"),
+    stages("(fixed.repeat(copies), sampler)", "(fixed, sampler)", MIXTURE),
+    stages('found["moved"] *= sampled', "pass", MIXTURE),
+    stages("if SAMPLED in rollouts.columns:", "if False:", MIXTURE),
+    stages("values[ENGINE_GAP][sampled]}", "values[ENGINE_GAP]}", MIXTURE),
+    stages("(~sampled).double()", "sampled.double()", MIXTURE),
+    step("micro.keep_sampled(v[ENGINE_GAP])", "v[ENGINE_GAP]", MIXTURE),
+    step('reading.micro.keep_sampled(v["ratio"])', 'v["ratio"]', MIXTURE),
+    step("len(rollouts.keep_sampled(rollouts.tokens))", "rollouts.num_tokens", MIXTURE),
+    reuse("if SAMPLED in rollouts.columns:", "if False:", MIXTURE),
+    prompt_format("ids[-1:] == end", "False", MIXTURE),
+    prompt_format("ids if ids[-1:] == end else", "ids if True else", MIXTURE),
+    prompt_format("tokenizer(given, add_special_tokens=False)", "tokenizer(given)", MIXTURE),
+    module("if mixture is not None and self.objective.needs_drift:", "if False:", DRIFT),
+    # drift
+    weighted("apart.cumsum(dim=1) - apart", "apart.cumsum(dim=1)", DRIFT),
+    weighted(".double().abs()", ".double()", DRIFT),
+    weighted("1 + self.gamma * (1 - tokens", "1 + self.gamma * (tokens", DRIFT),
+    weighted("self.objective.needs_drift or self", "self", DRIFT),
+    step("stages.drifted(module, stages.read(", "(stages.read(", DRIFT),
+    of("opd/tokens.py", DRIFT)("theirs.log_softmax(dim=-1).gather(", "theirs.gather("),
+    # teachers' own renderings
+    prompt_format("if theirs != prompts[i].token_ids:", "if True:", RENDERED),
+    prompt_format("teachers.get(prompt.teacher, student)", "student", RENDERED),
+    prompt_format("mine = [i for i in mine if contexts[i] is not None]", "pass", RENDERED),
+    prompt_format(
+        "fmt.check_template(rendered, where, tokenizer, arguments=False)", "pass", RENDERED
+    ),
+    prompt_format("if chats and arguments else ()", "if chats else ()", RENDERED),
+    module("models.check_tokenizers(self.tokenizer, own, source)", "pass", READERS),
+    module("next(iter(found)) if len(found) == 1 else DEFAULT", "DEFAULT", READERS),
+    prompt_data("teachers=readers,", "", READERS),
 ]
