@@ -114,6 +114,10 @@ def merged(sampled: Rollouts, fixed: Rollouts, is_fixed: Sequence[bool], pad_id:
     """
     ones = torch.ones(len(sampled), dtype=torch.bool, device=sampled.lengths.device)
     sampled.columns[SAMPLED] = ones
+    for part, other in ((sampled, fixed), (fixed, sampled)):  # as what of a conversation inserted
+        for name, column in other.columns.items():
+            width = part.completion_ids.shape[1:] if column.ndim == 2 else ()
+            part.columns.setdefault(name, column.new_zeros((len(part), *width)))
     joined = Rollouts.concatenate([sampled, fixed], pad_id)
     of_sampled, of_fixed = iter(range(len(sampled))), iter(range(len(sampled), len(joined)))
     return joined.select([next(of_fixed if own else of_sampled) for own in is_fixed])

@@ -927,7 +927,7 @@ MUTANTS = [
     stages("if name == TEACHER}", "}", EXOPD, why="slower, and the same numbers"),
     teachers("if reference and self.reference is not None", "if self.reference is not None", EXOPD),
     teachers("None if compared is None else reader(compared)", "reader(student)", EXOPD),
-    step("micro.num_tokens * len(reading.opinions)", "micro.num_tokens", EXOPD),
+    step("micro.num_tokens * len(asked[-1].opinions)", "micro.num_tokens", EXOPD),
     weighted(
         "return weight * loss, slope * weight[:, None]", "return loss, slope * weight[:, None]"
     ),
@@ -975,7 +975,7 @@ MUTANTS = [
         "stages.",
         COUNTS,
     ),
-    step('module.ledger.count("teacher_tokens", micro.num_tokens * len(', "len((", COUNTS),
+    step('module.ledger.count("teacher_tokens", count)', "pass", COUNTS),
     scores('module.ledger.count("teacher_tokens", micro.num_tokens)', "pass", SCORES),
     step(
         'own_randomness(module.device, module.seed, t, world.rank, "dropout")',
@@ -1525,7 +1525,7 @@ MUTANTS = [
     weighted(".double().abs()", ".double()", DRIFT),
     weighted("1 + self.gamma * (1 - tokens", "1 + self.gamma * (tokens", DRIFT),
     weighted("self.objective.needs_drift or self", "self", DRIFT),
-    step("stages.drifted(module, stages.read(", "(stages.read(", DRIFT),
+    step("stages.drifted(module, asked.popleft())", "asked.popleft()", DRIFT),
     of("opd/tokens.py", DRIFT)("theirs.log_softmax(dim=-1).gather(", "theirs.gather("),
     # teachers' own renderings
     prompt_format("if theirs != prompts[i].token_ids:", "if True:", RENDERED),

@@ -19,7 +19,7 @@ from opd.objectives import GeneralizedJSD, PolicyGradient
 from opd.prompts import Prompt, PromptBatch, PromptFormat, tokenize_rows
 from opd.reuse import importance_weights
 from opd.rewards import Correctness, RewardTerm
-from opd.rollouts import Sampler
+from opd.rollouts import Conversations, Environment, Sampler, TransformersEngine
 from opd.step import sample
 
 SAMPLER = Sampler(max_new_tokens=4, eos_token_ids=(1,), pad_token_id=2)
@@ -187,6 +187,56 @@ def test_a_chat_holds_its_last_turn(tiny):
                 tokenizer,
                 PromptFormat(completion_field="solution"),
             )
+
+
+class Replying(Environment):
+    """Always says the same."""
+
+    def __call__(self, prompt, messages):
+        return [{"role": "user", "content": "and 9?"}]
+
+
+def test_conversations_and_given_completions_mix(tiny):
+    """Also where nothing was sampled, or nothing given: all parts know what was inserted."""
+    engine = Conversations(Replying(), turn_tokens=8, turns=2)
+    module = module_of(tiny, engine=engine, temperature=1.3, eos_token_ids=[1, *range(40, 200)])
+    module.sampler = dataclasses.replace(module.sampler, max_new_tokens=40)
+    for own in [(True, False, True, True), (True,) * 4, (False,) * 4]:
+        rollouts = stages.mixed(module, Mixture(1.0), mixed_batch(module, own), 3, copies=2)
+        inserted = rollouts.columns.get("inserted", torch.zeros_like(rollouts.engine_logprobs))
+        given_rows = [i for i in range(8) if own[i // 2]]
+        assert not inserted[given_rows].any()
+        assert bool(inserted.any()) == (not all(own))
+        for part in (rollouts, rollouts.select([5, 0, 2])):
+            values = stages.compare(
+                module, stages.read(module, part), GeneralizedJSD(), token_metrics
+            ).values
+            assert len(values["opd/loss"]) == part.num_tokens == len(part.tokens)
+
+
+class Beginning(TransformersEngine):
+    """Notes what it could begin with."""
+
+    staleness = 1
+
+    def ahead(self, prompts, sampler, seeds):
+        self.begun = [prompt.row for prompt in prompts.prompts], list(seeds), sampler
+
+    def __call__(self, prompts, sampler, seeds):
+        self.asked = [prompt.row for prompt in prompts.prompts], list(seeds), sampler
+        return super().__call__(prompts, sampler, seeds)
+
+
+def test_what_is_begun_ahead_is_what_the_next_step_asks_for(tiny):
+    engine = Beginning()
+    module = module_of(tiny, engine=engine, mixture=Mixture(0.9), rollouts_per_prompt=2)
+    batch = mixed_batch(module, (True, True, True, False))
+    batch.upcoming = batch.prompts
+    sample(module, batch, 1)
+    begun = engine.begun
+    sample(module, batch, 2)
+    assert engine.asked == begun
+    assert 0 < len(begun[0]) < 8
 
 
 def test_what_does_not_go_together():

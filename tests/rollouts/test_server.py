@@ -265,7 +265,9 @@ def test_a_server_that_dies_stops_the_run_which_goes_on_with_another(capsys, tmp
     ],
 )
 def test_a_server_that_misbehaves_is_a_line(tiny, served, ill, said):
-    setting = Setting(tiny / "llama-student", engine_of(served, timeout=1.0))
+    setting = Setting(
+        tiny / "llama-student", engine_of(served, timeout=1.0 if ill == "hang" else 30.0)
+    )
     served.ill = ill
     start = time.monotonic()
     with pytest.raises(LostServer, match=re.escape(said.format(url=served.url))):
