@@ -530,7 +530,7 @@ class OPDModule(LightningModule):
         callbacks = compatibility.callbacks_of(self.trainer)
         t = self.global_step + 1
         if t == self.trainer.max_steps:
-            batch = dataclasses.replace(batch, upcoming=())
+            batch = dataclasses.replace(batch, upcoming=None)
         asked = StepRequest.merged(
             c.step_request(t) for c in callbacks if isinstance(c, RequestsSteps)
         )

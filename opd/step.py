@@ -260,7 +260,7 @@ def sample(
             generate = functools.partial(stages.mixed, module, module.mixture)
         rollouts = generate(batch, seed, copies=copies, max_new_tokens=max_new_tokens)
         module.ledger.count("rollout_tokens", len(rollouts.keep_sampled(rollouts.tokens)))
-        if batch.upcoming:
+        if batch.upcoming is not None:  # on all ranks alike
             stages.sample_ahead(
                 module,
                 PromptBatch.collate(batch.upcoming, module.sampler.pad_token_id),

@@ -437,6 +437,17 @@ def batches(loader):
         yield from loader
 
 
+@pytest.mark.parametrize(("rank", "ranks"), [(0, 1), (0, 2), (1, 2), (2, 3)])
+def test_a_batch_knows_the_one_that_follows_also_in_the_next_epoch(rank, ranks):
+    """The last batch of an epoch has one prompt: none for the second rank, which knows that."""
+    prompts = PROMPTS[:9]
+    stream = batches(PromptLoader(prompts, 4, 0, seed=3, rank=rank, world_size=ranks))
+    seven = [next(stream) for _ in range(7)]
+    coming = [[prompt.row for prompt in batch.upcoming] for batch in seven[:-1]]
+    assert coming == rows_of(seven[1:])
+    assert seven[0].to("cpu").upcoming == seven[1].prompts
+
+
 @pytest.mark.parametrize("stop", [0, 1, 2, 3, 4, 5])
 def test_resume_repeats_nothing_and_skips_nothing(stop):
     straight = batches(PromptLoader(PROMPTS, 4, 0, seed=3))

@@ -52,13 +52,14 @@ class PromptBatch:
         prompts: The B prompts.
         ids: Token ids, [B, P].
         mask: True at tokens, False at padding, [B, P].
-        upcoming: The prompts of the batch that follows, as far as known.
+        upcoming: The prompts of the batch that follows, perhaps none on this rank; None: nobody
+            knows.
     """
 
     prompts: list[Prompt]
     ids: Tensor
     mask: Tensor
-    upcoming: Sequence[Prompt] = ()
+    upcoming: Sequence[Prompt] | None = None
 
     @classmethod
     def collate(cls, prompts: Sequence[Prompt], pad_id: int) -> PromptBatch:

@@ -13,6 +13,7 @@ from conftest import (
     AUTO,
     FSDP2,
     QUIET,
+    ROOT,
     assert_same_rollouts,
     fail,
     launch,
@@ -187,6 +188,18 @@ def test_two_ranks_with_shards_are_one(tmp_path, fit, embedded):
     assert column(run, "opd/loss") == pytest.approx(column(alone, "opd/loss"), rel=1e-4)
     assert embedded.asked == second.asked > 0
     second.close()
+
+
+def test_two_ranks_sample_ahead_alike_where_one_has_no_prompts(tmp_path, fit, embedded):
+    """Batches of 8 and 1 in turn: of the second, the other rank has none."""
+    nine = tmp_path / "nine.jsonl"
+    nine.write_text("".join((ROOT / "tests/additions.jsonl").open().readlines()[:9]))
+    ahead = ["--data.train", str(nine), *SERVER, "--model.engine.url", embedded.url]
+    ahead += ["--model.engine.staleness", "1"]
+    one = fit("one", *ahead, "--data.validation_limit", "8", steps=4)
+    two = launch(2, tmp_path / "two", *FSDP2, *ahead, steps=4)
+    assert column(two, "rollout/length_mean") == column(one, "rollout/length_mean")
+    assert column(two, "opd/loss") == pytest.approx(column(one, "opd/loss"), rel=1e-4)
 
 
 # --- servers that fail ----------------------------------------------------------------------------
