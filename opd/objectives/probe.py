@@ -81,7 +81,7 @@ def check_objective(
     if largest <= ROUNDING:
         raise UserError(f"model.objective {name}: its gradient is 0 for every token{_why(same)}")
     asks = TEACHER in objective.needs
-    if asks and TEACHER not in same.values() and _same(objective, anywhere, slopes[1], TEACHER):
+    if asks and _same(objective, anywhere, slopes[1], TEACHER):
         raise UserError(
             f"model.objective {name}: its gradient is the same whatever the teacher thinks; as "
             "log p - log q of a sampled token, whose slope is that of log p, it needs a policy "

@@ -117,9 +117,9 @@ def test_completions_without_a_reward_have_no_advantage_and_count_for_no_other()
     scale = 0.5 * 0.5 / (math.sqrt(0.5) + 1e-4)
     assert columns["advantage"].tolist() == pytest.approx([scale, -scale, 0, 0, 0, 0])
     assert columns["reward"].isnan().tolist() == [False, False, True, True, False, False]
-    texts = ["", "ab", "abcd", "", "", ""]
+    texts = ["", "ab", "abcd", "", "abc", "abcde"]
     found = RewardTerm(Length(), Centred(), 10.0).columns(rollouts, texts, 3)["advantage"]
-    assert found.tolist() == pytest.approx([0, 0.1, -0.1, 0, 0, 0])
+    assert found.tolist() == pytest.approx([0, 0.1, -0.1, 0, 0.1, -0.1])
 
 
 def test_what_a_reward_gives_is_looked_at():
