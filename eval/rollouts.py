@@ -16,9 +16,10 @@ from eval.runs import NUMBER, check_shape
 from opd.errors import UserError
 
 PER_TOKEN = ("reverse_kl", "student_logprob", "teacher_logprob")
+INSERTED = "inserted"  # 1 at tokens of a conversation that nobody has sampled
 RECORD = {
     **{"row": NUMBER, "prompt": "", "completion": "", "tokens?": [""]},
-    **{f"{name}?": [NUMBER] for name in PER_TOKEN},
+    **{f"{name}?": [NUMBER] for name in (*PER_TOKEN, INSERTED)},
 }
 BASE, STUDENT, TEACHER = "base", "student", "teacher"
 
@@ -31,12 +32,14 @@ class Completion:
         tokens: Text of each token, n of them; the whole text if nobody knows.
         values: Per token, [n] by name: ``reverse_kl`` in nats and log-probabilities of ``student``
             and ``teacher``; those that are known.
+        sampled: Whether the student has sampled a token, [n]; an environment has said the others.
         correct: Whether the answer is right; None if there is nothing to judge.
         ended: Whether it has ended by itself, rather than by the limit of tokens.
     """
 
     tokens: list[str]
     values: Mapping[str, list[float]]
+    sampled: list[bool]
     correct: bool | None
     ended: bool
 
@@ -117,7 +120,7 @@ def _read(path: Path) -> dict[tuple[int, str], dict[str, Any]]:
     for record in read_lines(path) if path.is_file() else ():
         check_shape(record, RECORD, path)
         tokens = record.get("tokens")
-        for name in PER_TOKEN:
+        for name in (*PER_TOKEN, INSERTED):
             if name in record and tokens is not None and len(record[name]) != len(tokens):
                 raise UserError(
                     f"{path}: row {record['row']}: {name} has {len(record[name])} numbers for "
@@ -129,9 +132,11 @@ def _read(path: Path) -> dict[tuple[int, str], dict[str, Any]]:
 
 def _completion(record: Mapping[str, Any]) -> Completion:
     known = [name for name in PER_TOKEN if name in record and "tokens" in record]
+    tokens = record.get("tokens", [record["completion"]])
     return Completion(
-        tokens=record.get("tokens", [record["completion"]]),
+        tokens=tokens,
         values={name: record[name] for name in known},
+        sampled=[not one for one in record.get(INSERTED, [0] * len(tokens))][: len(tokens)],
         correct=record.get("correct"),
         ended=record.get("finish_reason") != "length",
     )

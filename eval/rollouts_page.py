@@ -8,9 +8,9 @@ in grey, and the darkest two are underlined. Without JavaScript only the search 
 from __future__ import annotations
 
 import html
+import itertools
 import math
 from collections.abc import Sequence
-from itertools import pairwise
 
 from eval.rollouts import BASE, STUDENT, TEACHER, Completion, HeldOut, Row, read_held_out
 from eval.runs import Run
@@ -49,6 +49,7 @@ STYLE = """
 .n::before { content: "↵"; color: #666 }
 .text em { color: #595959 }
 .k1 { background: #fff7bc } .k2 { background: #fee391 } .k3 { background: #fec44f }
+.text .u { color: #6b6b6b }
 .k4 { background: #fe9929; text-decoration: underline }
 .k5 { background: #ec7014; text-decoration: underline double }
 @media (max-width: 40rem) { .key { position: static } }
@@ -114,7 +115,7 @@ def rollouts_section(runs: Sequence[Run]) -> str:
 
 def _legend() -> str:
     bounds = [f"{bound:g}" for bound in LEVELS]
-    ranges = [f"below {bounds[0]}", *(f"{a} to {b}" for a, b in pairwise(bounds))]
+    ranges = [f"below {bounds[0]}", *(f"{a} to {b}" for a, b in itertools.pairwise(bounds))]
     boxes = [*ranges, f"{bounds[-1]} and more"]
     return "KL in nats: " + " ".join(f"<i class=k{i}>{text}</i>" for i, text in enumerate(boxes))
 
@@ -163,7 +164,8 @@ def _side(side: str, step: int | None, completion: Completion | None) -> str:
 
 def _facts(side: str, completion: Completion) -> list[str]:
     """Say in words what is known of a completion."""
-    facts, kl = [], completion.values.get("reverse_kl")
+    facts, count = [], sum(completion.sampled)
+    kl = list(itertools.compress(completion.values.get("reverse_kl", []), completion.sampled))
     if completion.correct is not None:
         facts.append(
             "<b class=right>✓ right</b>" if completion.correct else "<b class=wrong>✗ wrong</b>"
@@ -172,7 +174,7 @@ def _facts(side: str, completion: Completion) -> list[str]:
         whose = "base's KL" if side == TEACHER else "KL"
         facts.append(f"{whose} {sum(kl) / len(kl):.3f}")
     if "reverse_kl" in completion.values or len(completion.tokens) > 1:
-        facts.append(f"{len(completion.tokens):,} tokens")
+        facts.append(f"{count:,} tokens")
     if not completion.ended:
         facts.append("cut by the limit of tokens")
     return facts
@@ -190,6 +192,8 @@ def _tokens(completion: Completion) -> str:
 
 def _token(completion: Completion, i: int) -> str:
     text, values = completion.tokens[i], {n: v[i] for n, v in completion.values.items()}
+    if not completion.sampled[i]:
+        return f'<i class=u title="said by the environment">{_marked(text)}</i>'
     if not values:
         return _marked(text)
     names = {"reverse_kl": "KL", "student_logprob": "log p", "teacher_logprob": "log q"}

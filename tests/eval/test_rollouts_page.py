@@ -135,6 +135,19 @@ def test_base_student_and_teacher_stand_side_by_side_by_prompt(run, page):
     assert heads[1][2] == "teacher: not sampled"
 
 
+def test_what_an_environment_says_is_told_apart_and_in_no_mean(run, page):
+    turns = said(0, ["8", "no", "?", "9"], [0.5, 0.0, 0.0, 1.5], inserted=[0, 1.0, 1.0, 0])
+    write(run, step_000000=[turns])
+    (side,) = page(run).all("section")
+    head = side.all("h4")[0].text
+    assert "KL 1.000" in head
+    assert "2 tokens" in head
+    assert [token.classes for token in side.all("i")] == [["k3"], ["u"], ["u"], ["k4"]]
+    write(run, step_000000=[{**turns, "inserted": [0]}])
+    with pytest.raises(AssertionError):  # a message, and code 2
+        page(run)
+
+
 def test_colours_follow_the_kl_and_the_title_has_the_numbers(run, page):
     kl = [0.0, 0.0099, *LEVELS, 2.99, math.inf, math.nan]
     tokens = [f" t{i}" for i in range(len(kl))]
