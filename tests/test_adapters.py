@@ -313,6 +313,7 @@ def test_one_that_peft_has_made_is_a_student_and_a_teacher(tiny, tmp_path, fit):
     torch.testing.assert_close(logits(load_model(source)), expected, atol=1e-4, rtol=1e-4)
     assert len(load_tokenizer(source)) == len(load_tokenizer(str(tiny / "llama-student")))
     options = ["--model.student", source, "--model.teacher", source, "--data.format.chat_template"]
+    options = ["--model.objective", "opd.objectives.FixedNegativeAdvantage", *options]
     folder = fit("on_top", *options, "false", *RANK, "--model.max_new_tokens", "8", steps=1)
     again = load_model(str(folder / "checkpoints" / "last.ckpt"))  # an adapter of an adapter
     assert (logits(again) - expected).abs().max() < 1  # one step from there

@@ -128,6 +128,7 @@ def test_blocks_of_bits_are_the_numbers_that_they_stand_for(llama, tmp_path):
 
 def test_what_follows_is_an_ordinary_model(llama, file, tmp_path):
     models = ["--model.student", file, "--model.teacher", file, "--model.max_new_tokens", "4"]
+    models += ["--model.objective", "opd.objectives.FixedNegativeAdvantage"]  # asks no twin
     run_fit(tmp_path / "run", *models, steps=1)
     checkpoint = str(tmp_path / "run" / "checkpoints" / "last.ckpt")
     assert main(["export", "--checkpoint", checkpoint, "--output", str(tmp_path / "run.hf")]) == 0
@@ -141,6 +142,7 @@ def test_what_follows_is_an_ordinary_model(llama, file, tmp_path):
 def test_ranks_that_share_a_model_out_read_it_like_one(file, tmp_path):
     """Rank 0 reads the weights of FSDP2; the others build the model without them."""
     models = ["--model.student", file, "--model.teacher", file, "--model.max_new_tokens", "4"]
+    models += ["--model.objective", "opd.objectives.FixedNegativeAdvantage"]  # asks no twin
     one = run_fit(tmp_path / "one", *models, steps=1)
     two = launch(2, tmp_path / "two", *FSDP2, *models, steps=1)
     for name in ("opd/reverse_kl", "rollout/tokens", "opd/student_entropy"):

@@ -215,10 +215,11 @@ def test_what_cannot_be_tried_out_is_said_and_run(fit, caplog):
     assert sum(said in record.getMessage() for record in caplog.records) == 1
 
 
-def test_what_needs_more_than_there_is_ends_in_one_line(tmp_path, capsys):
+def test_what_needs_more_than_there_is_ends_in_one_line(tmp_path, capsys, caplog):
     place = ["--output", str(tmp_path / "run"), "--model.objective", "test_probe.Critic"]
     assert main(["fit", "--config", QUICKSTART, *SHRUNK, *QUIET, *place]) == 2
     assert "Critic needs a 'critic', which this run has not" in capsys.readouterr().err
+    assert "cannot be tried out" not in caplog.text
 
 
 EXOPD = ["--model.objective", "opd.objectives.ExOPD", "--model.reference"]
