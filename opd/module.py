@@ -50,7 +50,15 @@ from opd.rollouts import (
 )
 from opd.step import RequestsSteps, StepRequest, SurroundsSteps, take_step
 from opd.strategies import load_under
-from opd.teachers import DEFAULT, REFERENCE, TEACHER, Teachers, load_teachers
+from opd.teachers import (
+    DEFAULT,
+    REFERENCE,
+    TEACHER,
+    Teachers,
+    TeacherServer,
+    is_served,
+    load_teachers,
+)
 from opd.weights import Weights
 from opd.world import World
 
@@ -388,7 +396,8 @@ class OPDModule(LightningModule):
         """
         found: dict[str | None, Reader] = {}
         for name, source in self.teacher_sources.items():
-            own = models.load_tokenizer(source, trust_remote_code=self.trust_remote_code)
+            model = TeacherServer.at(source).model if is_served(source) else source
+            own = models.load_tokenizer(model, trust_remote_code=self.trust_remote_code)
             models.check_tokenizers(self.tokenizer, own, source)
             found[name] = (source, own)
         default = next(iter(found)) if len(found) == 1 else DEFAULT

@@ -158,7 +158,7 @@ def test_a_part_of_a_part(tiny, server):
 @pytest.mark.parametrize("objective", ["GeneralizedJSD", "PolicyGradient", "ForwardKL"])
 def test_a_run_is_that_with_the_local_teacher(fit, embedded, objective):
     options = ["--model.objective", f"opd.objectives.{objective}", "--model.temperature", "0.9"]
-    options += ["--model.micro_batch_tokens", "100"]
+    options += ["--model.micro_batch_tokens", "100", "--data.format.teacher_rendering", "own"]
     run = fit("served", *options, "--model.teacher", embedded.url)
     plain = fit("plain", *options)
     assert column(run, "opd/loss") == pytest.approx(column(plain, "opd/loss"), rel=1e-4, abs=1e-6)
