@@ -1,13 +1,14 @@
 # make demo           environment, then the main job on the embedded pair; ends with a table
 # make demo-smollm2   the same with a real language model of 135 M parameters, which it fetches
 # make test           environment, then every test that needs neither GPU nor network
+# make test-slow      the tests that it leaves out: kills, strategies, several processes, twice over
 # make test-vllm      an environment with vLLM for CPUs, then the tests that need it
 # make lint           ruff and mypy
 
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo demo-smollm2 test test-vllm lint clean
+.PHONY: demo demo-smollm2 test test-slow test-vllm lint clean
 
 demo: .venv/installed
 	$(BIN)/python -m eval.demo
@@ -20,6 +21,10 @@ test: .venv/installed
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/python -m pytest -n 2 --dist worksteal
+
+test-slow: .venv/installed
+	$(BIN)/python -m pytest -n 2 --dist worksteal -m "slow and not gpu and not vllm" \
+		--deselect tests/test_mutants.py::test_no_change_of_meaning_goes_unnoticed
 
 test-vllm: .venv-vllm/installed
 	.venv-vllm/bin/python -m pytest -m vllm

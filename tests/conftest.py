@@ -40,6 +40,7 @@ CPU = ["--trainer.accelerator", "cpu", "--trainer.precision", "32-true"]
 FSDP2 = ["--config", str(ROOT / "configs" / "strategy" / "fsdp2.yaml"), *CPU]
 FSDP1 = ["--config", str(ROOT / "configs" / "strategy" / "fsdp1.yaml"), *CPU]
 DDP = ["--config", str(ROOT / "configs" / "strategy" / "ddp.yaml"), *CPU]
+STRATEGIES = {"ddp": DDP, "fsdp1": FSDP1, "fsdp2": FSDP2}
 AUTO = ["--config", str(ROOT / "configs" / "effopd" / "auto.yaml")]
 LINE_SEARCH = ["--config", str(ROOT / "configs" / "effopd" / "line_search.yaml")]
 TEXTS = ["what is 12 plus 30? the answer is 42", "add 7 and 8: 15", "question: 9+9 = 18"]
@@ -48,6 +49,12 @@ LLAMA_TEMPLATE = (
     "{% if m['role'] == 'assistant' %}{{ eos_token }}{% endif %}{% endfor %}"
     "{% if add_generation_prompt %}[assistant]{% endif %}"
 )
+
+
+def slow_but(quick: str, *others: str) -> list:
+    """Parameters of which the default suite takes one, and ``-m slow`` the others."""
+    rest = [name for name in others if name != quick]
+    return [quick, *(pytest.param(name, marks=pytest.mark.slow) for name in rest)]
 
 
 def memory_profile() -> torch.profiler.profile:

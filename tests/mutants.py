@@ -66,7 +66,8 @@ def _pytest(folder: Path, tests: str, log: Path) -> None:
     with log.open("w", encoding="utf-8") as file:
         os.dup2(file.fileno(), 1)
         os.dup2(file.fileno(), 2)
-    sys.exit(pytest.main(["-x", "-q", "-p", "no:cacheprovider", *shlex.split(tests)]))
+    slow_too = ["-m", "not gpu and not vllm"]
+    sys.exit(pytest.main(["-x", "-q", "-p", "no:cacheprovider", *slow_too, *shlex.split(tests)]))
 
 
 def warm_up() -> None:

@@ -14,15 +14,15 @@ import torch
 from bitsandbytes.functional import dequantize_4bit, quantize_4bit
 from conftest import (
     AUTO,
-    DDP,
-    FSDP1,
     FSDP2,
+    STRATEGIES,
     assert_same,
     fail,
     launch,
     load,
     load_any,
     run_fit,
+    slow_but,
     student_of,
 )
 from safetensors.torch import load_file, save_file
@@ -343,10 +343,10 @@ def test_the_base_as_teacher_is_loaded_once_and_is_the_base(tmp_path):
 # --- several processes ----------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("strategy", [DDP, FSDP1, FSDP2], ids=["ddp", "fsdp1", "fsdp2"])
-def test_two_processes_train_the_adapter_of_one(strategy, tmp_path, fit):
+@pytest.mark.parametrize("name", slow_but("fsdp2", *STRATEGIES))
+def test_two_processes_train_the_adapter_of_one(name, tmp_path, fit):
     whole = student_of(load(fit("one", *AUTO, *RANK, steps=2)))
-    run = launch(2, tmp_path / "two", *strategy, *AUTO, *RANK, steps=2)
+    run = launch(2, tmp_path / "two", *STRATEGIES[name], *AUTO, *RANK, steps=2)
     saved = load_any(run)
     names = {key for key in saved["state_dict"] if key.startswith("student.")}
     assert names == set(whole)
@@ -356,6 +356,7 @@ def test_two_processes_train_the_adapter_of_one(strategy, tmp_path, fit):
     assert (logits(alone) - logits(load_model("embedded:base"))).abs().max() > 1e-2
 
 
+@pytest.mark.slow
 def test_shards_go_on_bit_for_bit_with_frozen_weights_in_bfloat16(tmp_path):
     options = [*FSDP2, *AUTO, *RANK, "--model.adapter.base_dtype", "bfloat16"]
     straight = launch(2, tmp_path / "straight", *options, steps=3)

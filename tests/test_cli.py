@@ -123,6 +123,7 @@ def test_two_searches_in_one_run(capsys, tmp_path):
     assert "EffOPD is there twice; keep one" in fit_error(capsys, tmp_path, *search)
 
 
+@pytest.mark.slow
 def test_other_commands(capsys, tmp_path):
     nope = str(tmp_path / "nope")
     evaluate = ["evaluate", "--model", "embedded:base", "--tasks"]
@@ -304,6 +305,7 @@ def test_a_refused_run_leaves_no_empty_folder(tmp_path, monkeypatch):
     assert [path.name for path in tmp_path.rglob("*")] == ["runs"]
 
 
+@pytest.mark.slow
 def test_commands_work_from_any_directory(tmp_path):
     command = [sys.executable, "-m", "opd.cli", "evaluate", "--model", "embedded:base"]
     options = ["--tasks", "arithmetic", "--limit", "8", "--output", "out"]

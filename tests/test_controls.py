@@ -14,6 +14,7 @@ from conftest import (
     launch,
     load,
     load_any,
+    slow_but,
     student_of,
 )
 
@@ -45,9 +46,10 @@ RESUMED = {
 }
 
 
-@pytest.mark.parametrize("options", RESUMED.values(), ids=RESUMED)
-def test_a_run_goes_on_bit_for_bit_whether_it_validates_or_not(fit, options):
+@pytest.mark.parametrize("name", slow_but("average", *RESUMED))
+def test_a_run_goes_on_bit_for_bit_whether_it_validates_or_not(fit, name):
     """The same weights, state and random numbers: validated each step, or never and resumed."""
+    options = RESUMED[name]
     straight = load(fit("straight", *options, "--trainer.val_check_interval", "1", steps=4))
     never = [*options, "--data.validation", "null"]
     fit("resumed", *never, steps=3)
@@ -206,6 +208,7 @@ RANDOM += ["--trainer.callbacks.direction", "random", "--trainer.callbacks.coeff
 RANDOM += ["--trainer.callbacks.score", "opd.scores.TeacherKL"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("strategy", [FSDP2, FSDP1], ids=["fsdp2", "fsdp1"])
 def test_two_ranks_search_along_the_random_direction_of_one(fit, tmp_path, strategy):
     """A hundred times as far, so that another direction would be seen in the score."""
@@ -219,6 +222,7 @@ def test_two_ranks_search_along_the_random_direction_of_one(fit, tmp_path, strat
 # --- shards ---------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("strategy", "options"),
     [(FSDP1, [*AVERAGE, "0.5"]), (FSDP2, [*AVERAGE, "0.5"])],

@@ -24,6 +24,7 @@ from conftest import (
     launch,
     launch_environment,
     load_any,
+    slow_but,
     student_of,
     torchrun,
     torchrun_command,
@@ -96,8 +97,12 @@ def alone(tmp_path_factory, dealt):
 
 @pytest.mark.parametrize(
     ("strategy", "preset"),
-    [(DDP, "line_search"), (FSDP2, "line_search"), (FSDP1, "line_search"), (FSDP2, "auto")],
-    ids=["ddp", "fsdp2", "fsdp1", "fsdp2-auto"],
+    [
+        pytest.param(DDP, "line_search", marks=pytest.mark.slow, id="ddp"),
+        pytest.param(FSDP2, "line_search", marks=pytest.mark.slow, id="fsdp2"),
+        pytest.param(FSDP1, "line_search", marks=pytest.mark.slow, id="fsdp1"),
+        pytest.param(FSDP2, "auto", id="fsdp2-auto"),
+    ],
 )
 def test_two_processes_draw_the_same_rollouts_and_end_at_the_same_weights(
     tmp_path, dealt, alone, strategy, preset
@@ -160,7 +165,7 @@ def test_ranks_with_unequally_many_tiles_take_the_step_of_one_at_full_width(
     assert difference < 1e-6
 
 
-@pytest.mark.parametrize("rollouts", ["part", "held_out", "fresh"])
+@pytest.mark.parametrize("rollouts", slow_but("held_out", "part", "fresh"))
 def test_two_processes_judge_candidates_on_the_same_completions(tmp_path, dealt, rollouts):
     score = ["--trainer.callbacks+=callbacks.EffOPD", "--trainer.callbacks.schedule", "every 1"]
     score += ["--trainer.callbacks.score", "opd.scores.TeacherKL"]
@@ -184,8 +189,12 @@ HELD_OUT = ["opd.scores.TeacherKL", "--trainer.callbacks.score.rollouts", "held_
 
 @pytest.mark.parametrize(
     ("strategy", "score"),
-    [(FSDP2, ACCURACY), (FSDP2, PART), (FSDP2, HELD_OUT), (FSDP1, ACCURACY)],
-    ids=["fsdp2-accuracy", "fsdp2-part", "fsdp2-held_out", "fsdp1-accuracy"],
+    [
+        pytest.param(FSDP2, ACCURACY, marks=pytest.mark.slow, id="fsdp2-accuracy"),
+        pytest.param(FSDP2, PART, marks=pytest.mark.slow, id="fsdp2-part"),
+        pytest.param(FSDP2, HELD_OUT, id="fsdp2-held_out"),
+        pytest.param(FSDP1, ACCURACY, marks=pytest.mark.slow, id="fsdp1-accuracy"),
+    ],
 )
 def test_unequal_completions_and_a_rank_without_prompts_do_not_deadlock(tmp_path, strategy, score):
     """Five prompts in batches of two: rank 1 has none in the last; nor has it a question of one.
@@ -285,6 +294,7 @@ def sharded_run(tmp_path_factory):
     return launch(2, tmp_path_factory.mktemp("sharded") / "run", *COUNTED, steps=2)
 
 
+@pytest.mark.slow
 def test_a_checkpoint_goes_on_with_another_number_of_processes(fit):
     """One file, two shards, one shard, two shards; FSDP1 and FSDP2 read each other's."""
     run = fit("run", *LINE_SEARCH, steps=1)
@@ -297,6 +307,7 @@ def test_a_checkpoint_goes_on_with_another_number_of_processes(fit):
     assert len(losses(run)) == 4
 
 
+@pytest.mark.slow
 def test_gradients_are_summed_once_a_step_or_once_a_micro_batch(tmp_path, sharded_run):
     """By a reduce-scatter for each of four layers and the rest; the sum is the same."""
     every = launch(2, tmp_path / "every", *COUNTED, "--model.gradient_sync", "every", steps=2)
@@ -455,6 +466,7 @@ def test_a_checkpoint_of_another_optimizer_is_refused_in_one_line(tmp_path, shar
     assert "momentum_buffer" in printed
 
 
+@pytest.mark.slow
 def test_sigterm_on_one_rank_saves_the_step_and_the_resumed_run_ends_alike(tmp_path, undisturbed):
     run = tmp_path / "run"
     process = kill.start(run)
@@ -468,6 +480,7 @@ def test_sigterm_on_one_rank_saves_the_step_and_the_resumed_run_ends_alike(tmp_p
     assert_same(kill.final_state(run), kill.final_state(undisturbed))
 
 
+@pytest.mark.slow
 def test_three_random_kills_and_resumes_are_bit_identical(tmp_path, undisturbed):
     """Of one run; tests/kill.py does as many as you like."""
     kill.check(1, first_seed=0, folder=tmp_path, undisturbed=undisturbed, deaths=3)

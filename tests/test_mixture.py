@@ -299,6 +299,7 @@ def test_all_may_be_given(fit, mixture):
     assert "rollout/tokens" not in row or float(row["rollout/tokens"]) == 0
 
 
+@pytest.mark.slow
 def test_two_processes_mix_as_one_does(tmp_path, fit, mixture):
     own = [*mixture, "--data.batch_size", "6"]
     (one,), (two,) = (

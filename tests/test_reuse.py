@@ -8,15 +8,14 @@ import pytest
 import torch
 from conftest import (
     CPU,
-    DDP,
-    FSDP1,
-    FSDP2,
     ROOT,
+    STRATEGIES,
     assert_same,
     launch,
     load,
     load_any,
     run_fit,
+    slow_but,
     student_of,
 )
 from test_distributed import dealt, largest_difference, summary  # noqa: F401 - a fixture
@@ -487,15 +486,15 @@ def test_the_preset_runs_with_searches(fit):
     assert json.loads((folder / "summary.json").read_text())["extrapolation"]
 
 
-@pytest.mark.parametrize("strategy", [DDP, FSDP2, FSDP1], ids=["ddp", "fsdp2", "fsdp1"])
-def test_two_processes_reuse_alike(tmp_path, dealt, alone, strategy):  # noqa: F811 - the fixture
+@pytest.mark.parametrize("name", slow_but("fsdp2", *STRATEGIES))
+def test_two_processes_reuse_alike(tmp_path, dealt, alone, name):  # noqa: F811 - the fixture
     """To float32 rounding; what is undone on one rank is undone on all."""
-    two = launch(2, tmp_path / "two", *dealt, *REUSE, *MUCH, *strategy, steps=3)
+    two = launch(2, tmp_path / "two", *dealt, *REUSE, *MUCH, *STRATEGIES[name], steps=3)
     for ours, theirs in zip(rows_of(two), rows_of(alone), strict=True):
         assert ours == pytest.approx(theirs, rel=1e-3, abs=1e-6)
     assert {row["reuse/undone"] for row in rows_of(two)} == {0, 1}
-    for name in ("train_tokens", "teacher_tokens", "search_tokens"):
-        assert summary(two)["cost"][name] == summary(alone)["cost"][name]
+    for tokens in ("train_tokens", "teacher_tokens", "search_tokens"):
+        assert summary(two)["cost"][tokens] == summary(alone)["cost"][tokens]
     students = [student_of(load_any(folder)) for folder in (two, alone)]
     difference = largest_difference(*students)
     print(f"weights differ by at most {difference:.1e}")

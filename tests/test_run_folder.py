@@ -542,6 +542,7 @@ def test_a_second_ctrl_c_stops_at_once(tmp_path):
     assert process.exitcode == -signal.SIGINT
 
 
+@pytest.mark.slow
 def test_ctrl_c_under_torchrun(tmp_path):
     """It reaches the launcher alone, which passes it on."""
     process = subprocess.Popen(

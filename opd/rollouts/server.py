@@ -197,7 +197,7 @@ class VLLMServer(RolloutEngine):
         taken = [pool.submit(server.post, "/collective_rpc", call) for server in self._servers]
         workers = sum(model.workers for model in self._models)
         try:
-            connections = weight_stream.accept(listener, workers, key, self.timeout, taken)
+            connections = weight_stream.accept(listener, workers, key, self.timeout / 2, taken)
         except OSError as error:
             for future in taken:
                 if future.done():

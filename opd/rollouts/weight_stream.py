@@ -42,7 +42,7 @@ def accept(
         listener: Where they connect.
         workers: How many there are.
         key: What each says first.
-        seconds: To wait for them, and later for each to take what it is sent, at most.
+        seconds: To wait for them, at most; and twice as long for each to take what it is sent.
         asked: Of whoever was asked to connect: done before all have connected, it has failed.
 
     Raises:
@@ -58,7 +58,7 @@ def accept(
             if time.monotonic() > deadline or any(one.done() for one in asked):
                 raise
             continue
-        connection.settimeout(seconds)
+        connection.settimeout(2 * seconds)
         if hmac.compare_digest(bytes(_read(connection, KEY_BYTES)), key.encode()):
             connections.append(connection)
     return connections

@@ -9,7 +9,15 @@ import statistics
 
 import pytest
 import torch
-from conftest import DDP, FSDP2, TEXTS, assert_same, byte_level_tokenizer, launch, load
+from conftest import (
+    STRATEGIES,
+    TEXTS,
+    assert_same,
+    byte_level_tokenizer,
+    launch,
+    load,
+    slow_but,
+)
 from tokenizers import Tokenizer, decoders, pre_tokenizers
 from tokenizers import models as tokenizer_models
 from transformers import PreTrainedTokenizerFast
@@ -124,18 +132,18 @@ def test_training_is_bit_for_bit_the_same_with_and_without(fit):
     assert metrics[0] == metrics[1]
 
 
-@pytest.mark.parametrize("strategy", [DDP, FSDP2], ids=["ddp", "fsdp2"])
-def test_two_processes_write_the_prompts_that_one_writes(fit, tmp_path, strategy):
+@pytest.mark.parametrize("name", slow_but("fsdp2", "ddp"))
+def test_two_processes_write_the_prompts_that_one_writes(fit, tmp_path, name):
     """Batches of 4 and 5 prompts wanted; a teacher that is sharded does not speak."""
     options = ["--samples.held_out", "5", "--data.validation_batch_size", "4"]
     one, two = (
         fit("one", *options, steps=1),
-        launch(2, tmp_path / "two", *options, *strategy, steps=1),
+        launch(2, tmp_path / "two", *options, *STRATEGIES[name], steps=1),
     )
-    files = ["step_000000", "step_000001"] + ["teacher"] * (strategy is DDP)
-    assert names(two) == [f"{name}.jsonl" for name in files]
-    for name in files:
-        ours, expected = read(two, name), read(one, name)
+    files = ["step_000000", "step_000001"] + ["teacher"] * (name == "ddp")
+    assert names(two) == [f"{file}.jsonl" for file in files]
+    for file in files:
+        ours, expected = read(two, file), read(one, file)
         assert [record["row"] for record in ours] == list(range(5))
         for mine, theirs in zip(ours, expected, strict=True):
             assert mine["completion"] == theirs["completion"]

@@ -47,6 +47,7 @@ def longest(folder) -> list[int]:
     return [int(float(row["rollout/length_max"])) for row in rows]
 
 
+@pytest.mark.slow
 def test_each_step_has_its_length_whether_resumed_or_not_and_validation_the_whole(fit):
     straight = fit("straight", *GROWS, steps=5)
     assert longest(straight) == [2, 4, 6, 8, 8]

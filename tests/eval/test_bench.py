@@ -94,6 +94,7 @@ def test_sides_that_differ_are_told(tmp_path, monkeypatch):
     command._agree(TINY, tmp_path, {"ours": "", "trl": ""}, 1)
 
 
+@pytest.mark.slow
 def test_ours_alone_is_told_by_phase_with_a_trace(tiny_workload, tmp_path, capsys):
     options = ["--peer", "none", "--workloads", "small", "--repeats", "1"]
     assert main(["bench", *options, "--output", str(tmp_path)]) == 0

@@ -69,6 +69,7 @@ def test_results_are_in_lm_evals_layout(undisturbed):
     assert f"{average:.4f}" in (undisturbed / "results.md").read_text()
 
 
+@pytest.mark.slow
 def test_kill_9_and_the_same_command_give_the_undisturbed_numbers(undisturbed, tmp_path):
     folder = tmp_path / "out"
     command = [sys.executable, "-m", "opd.cli", *arguments(folder)]

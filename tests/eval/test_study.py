@@ -224,6 +224,7 @@ def test_what_no_study_can_be_made_of_is_said_before_anything_runs(tmp_path, opt
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.slow
 def test_after_a_failure_no_trial_begins(tmp_path):
     waiting = {f"trial{i}": ([], []) for i in range(20)}
     with pytest.raises(UserError, match=r"trial\d+ failed \(opd fit: error: it is broken\)"):
@@ -231,6 +232,7 @@ def test_after_a_failure_no_trial_begins(tmp_path):
     assert len(list(tmp_path.glob("*.log"))) < 10
 
 
+@pytest.mark.slow
 def test_a_study_that_is_killed_leaves_no_trial_behind(tmp_path):
     """Which would still write where the same command, given again, goes on."""
     study = subprocess.Popen([sys.executable, hand_made.__file__, str(tmp_path)])

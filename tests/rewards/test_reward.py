@@ -185,6 +185,7 @@ def test_a_run_logs_the_reward_and_learns_from_it(fit):
     assert "rollout/reward" not in plain[0]
 
 
+@pytest.mark.slow
 def test_two_processes_give_the_rewards_that_one_gives(tmp_path, fit):
     own = [*REWARDED, "test_reward.Length", "--model.reward.advantage", "opd.rewards.Centred"]
     own += ["--data.batch_size", "6", "--trainer.log_every_n_steps", "1"]

@@ -307,6 +307,7 @@ def test_a_step_and_its_weights_of_tokens_are_of_sampled_ones(tiny):
 # --- runs -----------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_runs_with_searches_resume_and_ranks(tmp_path, fit):
     """A wrong sum is asked again; a resumed run, and two processes, end alike."""
     whole = fit("whole", *CONVERSATIONS, *AUTO, steps=3)

@@ -170,6 +170,7 @@ def test_a_run_samples_each_step_with_the_weights_before_the_last_one(fit, embed
     assert embedded.received == 1 + 2  # after step 1; after step 2, for what validates
 
 
+@pytest.mark.slow
 def test_a_run_is_that_of_the_other_engine_with_searches_and_after_a_resume(fit, embedded):
     server = [*AUTO, *SERVER, "--model.engine.url", embedded.url]
     plain = fit("plain", *AUTO, steps=3)
@@ -180,6 +181,7 @@ def test_a_run_is_that_of_the_other_engine_with_searches_and_after_a_resume(fit,
         torch.testing.assert_close(student_of(load(run))[name], weight, atol=1e-4, rtol=1e-3)
 
 
+@pytest.mark.slow
 def test_two_ranks_with_shards_are_one(tmp_path, fit, embedded):
     second = FakeServer("embedded:base")
     urls = ["--model.engine.url", f"[{embedded.url}, {second.url}]"]
@@ -190,6 +192,7 @@ def test_two_ranks_with_shards_are_one(tmp_path, fit, embedded):
     second.close()
 
 
+@pytest.mark.slow
 def test_two_ranks_sample_ahead_alike_where_one_has_no_prompts(tmp_path, fit, embedded):
     """Batches of 8 and 1 in turn: of the second, the other rank has none."""
     nine = tmp_path / "nine.jsonl"
