@@ -67,7 +67,7 @@ def serve(
         others: Further options of vllm serve, after --.
 
     Raises:
-        UserError: vLLM is not installed, or there is no such model.
+        UserError: vLLM is not installed, or cannot serve the model; or there is none.
     """
     os.environ["VLLM_SERVER_DEV_MODE"] = "1"  # it has the routes by which weights come
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
@@ -101,8 +101,12 @@ def serve(
         parsed = parser.parse_args(["serve", folder, *named, *others])
         if hasattr(parsed, "enable_scale_out"):  # token ids in and out; older ones always do it
             parsed.enable_scale_out = True
-        command.validate(parsed)
-        command.cmd(parsed)
+        try:
+            command.validate(parsed)
+            command.cmd(parsed)
+        except Exception as error:  # of whatever kind; what vLLM has logged says more
+            reason = " ".join(str(error).split())[:300]
+            raise UserError(f"vLLM does not serve {model} ({reason})") from error
 
 
 def _base(source: str, folder: str) -> AbstractContextManager[str]:

@@ -10,7 +10,6 @@ from test_reuse import column
 from test_step import batch_of
 
 from opd import stages
-from opd.embedded.environment import AskAgain
 from opd.errors import UserError
 from opd.metrics import rollout_metrics, token_metrics
 from opd.module import OPDModule
@@ -26,6 +25,7 @@ from opd.rollouts import (
     rollout_records,
     verify,
 )
+from opd.rollouts.environments import AskAgain
 from opd.rollouts.rollouts import INSERTED
 from opd.step import StepRequest, accumulate_gradients, take_step
 

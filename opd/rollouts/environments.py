@@ -5,8 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from opd.prompts import Prompt
-from opd.rollouts import Environment
-from opd.rollouts.conversations import Message
+from opd.rollouts.conversations import Environment, Message
 
 
 class AskAgain(Environment):
