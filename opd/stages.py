@@ -182,11 +182,10 @@ def mixed(
     for i, is_fixed in enumerate(own):
         rows[is_fixed].append(i)
     sampled, fixed = (prompts.select(of) for of in rows)
-    limit = min(module.sampler.max_new_tokens, max_new_tokens or module.sampler.max_new_tokens)
-    sampler = dataclasses.replace(module.sampler, max_new_tokens=limit)
+    copied, sampler, _ = _asked(module, fixed, seed, copies, None, max_new_tokens)
     return merged(
         generate(module, sampled, seed, copies=copies, max_new_tokens=max_new_tokens),
-        given(fixed.repeat(copies), sampler),
+        given(copied, sampler),
         [is_fixed for is_fixed in own for _ in range(copies)],
         sampler.pad_token_id,
     )
@@ -212,8 +211,9 @@ def drifted(module: Distillation, reading: Reading) -> Reading:
     if not module.objective.needs_drift:
         return reading
     micro = reading.micro
-    numbers = tokens.TILE_NUMBERS.get(micro.lengths.device.type, 2**26)
-    tile = module.tile_tokens or max(numbers // module.teachers.vocabulary, 1)
+    width = module.student.get_output_embeddings().in_features
+    device = micro.lengths.device.type
+    tile = module.tile_tokens or tokens.tile_size(width, module.teachers.vocabulary, device)
     with memory.needed_for("the teacher's reading"):
         logq_y = tokens.teacher_logprobs(reading.opinions[TEACHER], micro.tokens, tile=tile)
     columns = {**micro.columns, "drift": drift(micro.spread(logq_y), micro.engine_logprobs)}

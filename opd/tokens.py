@@ -90,6 +90,18 @@ def compare(
         return Compared(total, tiles.joined())
 
 
+def tile_size(width: int, vocabulary: int, device: str) -> int:
+    """Return how many tokens a tile has where nobody says: see :data:`TILE_NUMBERS`.
+
+    Args:
+        width: H, of the head.
+        vocabulary: V, of the head.
+        device: Its type.
+    """
+    least = int(width * LEAST_SHARE)
+    return max(TILE_NUMBERS.get(device, 2**26) // vocabulary, least, 1)
+
+
 @torch.no_grad()
 def teacher_logprobs(opinion: Opinion, y: Tensor, *, tile: int) -> Tensor:
     """Let a teacher say log q(y) of N sampled tokens, tile by tile; all ranks together.
@@ -171,8 +183,7 @@ class _Tiles:
             next tile is begun, if it is wanted; the sum of the loss.
         """
         size, device = len(head.weight), hidden.device.type
-        least = int(head.weight.shape[1] * LEAST_SHARE)
-        tile = self.tile or max(TILE_NUMBERS.get(device, 2**26) // size, least, 1)
+        tile = self.tile or tile_size(head.weight.shape[1], size, device)
         few = max(ROWS_NUMBERS[device] // size, 1) if device in ROWS_NUMBERS else tile
         buffer = Buffer()
         for rows in _cut(len(hidden), tile):

@@ -1523,7 +1523,7 @@ MUTANTS = [
     mixture("())[:limit]", "())"),
     mixture("own[-1] in sampler.eos_token_ids", "True"),
     mixture("next(of_fixed if own else of_sampled)", "next(of_sampled if own else of_fixed)"),
-    stages("(fixed.repeat(copies), sampler)", "(fixed, sampler)", MIXTURE),
+    stages("given(copied, sampler)", "given(fixed, sampler)", MIXTURE),
     stages('found["moved"] *= sampled', "pass", MIXTURE),
     stages("if SAMPLED in rollouts.columns:", "if False:", MIXTURE),
     stages("values[ENGINE_GAP][sampled]}", "values[ENGINE_GAP]}", MIXTURE),

@@ -64,7 +64,7 @@ COMMANDS = {
     ),
     "export": Command("turn a checkpoint into a Hugging Face folder", "opd.cli.export:export"),
     "serve": Command(
-        "a vLLM server for rollouts (opd.rollouts.VLLMServer)",
+        "a vLLM server that samples for a student, or reads as its teacher",
         "opd.cli.serve:serve",
         passes_on="others",
     ),

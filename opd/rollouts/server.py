@@ -14,7 +14,6 @@ it is not bit for bit the one that was not stopped.
 
 from __future__ import annotations
 
-import logging
 import secrets
 import socket
 from collections.abc import Sequence
@@ -38,8 +37,6 @@ from opd.servers import Server, or_lost
 from opd.sharding import unwrapped
 from opd.weights import Weights
 from opd.world import gather, rank, together
-
-log = logging.getLogger(__name__)
 
 Answers = list[dict[str, Any]]
 SIZES = ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads")
