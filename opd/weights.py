@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 from torch import Tensor, nn
 
-from opd.sharding import discard_gathered, is_sharded, local_shards, to_host
+from opd.sharding import discard_gathered, is_sharded, local_shards, to_host, whole_layers
 
 if TYPE_CHECKING:
     from opd.world import World
@@ -44,6 +44,7 @@ class Weights:
 
     def __init__(self, owner: nn.Module) -> None:
         self._owner = owner
+        self._shapes: dict[str, torch.Size] = {}
         self.version = 0
 
     @property
@@ -79,6 +80,42 @@ class Weights:
         sizes[world.rank] = torch.tensor([shard.numel() for shard in self.shards(names)])
         starts: list[int] = world.sum(sizes)[: world.rank].sum(dim=0).tolist()
         return starts
+
+    def shapes(self) -> dict[str, torch.Size]:
+        """Return the shapes of whole parameters; the first time, a collective if they are sharded.
+
+        Under FSDP1 a shard is flat, and its parameter's shape cannot be told from it.
+        """
+        if not self._shapes:
+            for layer in whole_layers(self._owner):
+                self._shapes |= {name: tensor.shape for name, tensor in layer.items()}
+        return self._shapes
+
+    def whole(
+        self, names: Sequence[str], shards: Sequence[Tensor], world: World
+    ) -> Iterator[tuple[Tensor, slice]]:
+        """Put the shards of all ranks together, one tensor after the other.
+
+        If weights are sharded, a collective for each; all ranks must go through it to the end.
+
+        Args:
+            names: Of the parameters.
+            shards: What this rank holds of them, or of something that is sharded alike.
+            world: The ranks.
+
+        Yields:
+            A whole tensor, which shares memory with the shard if that is whole; and which part of
+            it, flattened, this rank holds.
+        """
+        shapes, starts = self.shapes(), self.starts(names, world)
+        for name, shard, start in zip(names, shards, starts, strict=True):
+            part = slice(start, start + shard.numel())
+            if not self.sharded:
+                yield shard, part
+                continue
+            flat = torch.zeros(shapes[name].numel(), dtype=shard.dtype, device=shard.device)
+            flat[part] = shard.flatten()
+            yield world.sum(flat).view(shapes[name]), part
 
     @contextmanager
     def edit(self, names: Sequence[str] | None = None) -> Iterator[list[Tensor]]:
