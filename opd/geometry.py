@@ -1,0 +1,203 @@
+"""The geometry of an update dW = W - W_0: how large it is, how low its rank, where it points.
+
+What section 4 of the paper (arXiv 2605.11739) finds in the weights is computed here, for one matrix
+at a time: its spectrum (4.5), what is left of it in subspaces (4.6), the angle between its singular
+directions and those of another checkpoint (4.7), and updates with another norm (4.8). ``opd
+analyze`` does it for whole models, ``callbacks.UpdateGeometry`` during a run.
+
+Everything is computed in float64. A matrix whose smaller side has at most :data:`EXACT` rows is
+decomposed exactly. Of a larger one all singular values are exact, to :data:`GRAM_ERROR` of the
+largest, and singular vectors, where only some are wanted, come from a randomised decomposition
+(Halko et al., arXiv 0909.4061) with an error that is measured and stated.
+
+Shapes: a matrix is [m, n], r = min(m, n); u [m, k], s [k] in descending order, v [n, k].
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+EXACT = 512  # smaller side of a matrix
+GRAM_ERROR = 2.0**-24  # of singular values that are square roots of eigenvalues in float64
+OVERSAMPLED = 10  # directions beyond those wanted
+WANTED_ERROR = 1e-3  # of a randomised decomposition
+ITERATIONS = (4, 16)  # of the subspace, until its error is as wanted
+
+
+@dataclass(frozen=True)
+class Spectrum:
+    """What the singular values s_1 >= s_2 >= ... of an update say (2605.11739, section 4.5).
+
+    Attributes:
+        norm: Frobenius norm, sqrt(sum s_i^2).
+        spectral_norm: s_1.
+        spectral_ratio: s_1 / Frobenius norm, in (0, 1]: 1 for rank one.
+        effective_rank: exp(-sum p_i log p_i), p_i = s_i / sum s: between 1 and r.
+        top_ratio: sqrt(sum_{i <= ceil(r/100)} s_i^2 / sum s_i^2), in (0, 1]: how much of the norm
+            the largest hundredth of the singular values has.
+    """
+
+    norm: float
+    spectral_norm: float
+    spectral_ratio: float
+    effective_rank: float
+    top_ratio: float
+
+    @staticmethod
+    def of(s: Tensor) -> Spectrum:
+        """Make it of all singular values of a matrix, [r]; of zeros, ratios and rank are NaN."""
+        s = s.double()
+        squares = s.square()
+        total = squares.sum()
+        p = s / s.sum()
+        top = squares[: math.ceil(len(s) / 100)].sum()
+        return Spectrum(
+            norm=float(total.sqrt()),
+            spectral_norm=float(s[0]),
+            spectral_ratio=float(s[0] / total.sqrt()),
+            effective_rank=float(torch.special.entr(p).sum().exp()),
+            top_ratio=float((top / total).sqrt()),
+        )
+
+
+@dataclass(frozen=True)
+class Decomposition:
+    """The k largest singular values of a matrix and their directions.
+
+    Attributes:
+        u: Left singular directions, [m, k].
+        s: Singular values, [k], descending.
+        v: Right singular directions, [n, k].
+        error: Of |A v_i - s_i u_i| and |A^T u_i - s_i v_i| the largest, over s_1. Each s_i is that
+            close, as a part of s_1, to a singular value of the matrix; 0 where all are exact.
+    """
+
+    u: Tensor
+    s: Tensor
+    v: Tensor
+    error: float
+
+    def part(self, first: int, last: int | None = None) -> Tensor:
+        """Return sum_{first <= i < last} s_i u_i v_i^T, counted from 0, [m, n]."""
+        kept = slice(first, last)
+        product: Tensor = (self.u[:, kept] * self.s[kept]) @ self.v[:, kept].T
+        return product
+
+
+def singular_values(matrix: Tensor) -> Tensor:
+    """Return all singular values of a matrix, [r], descending, float64.
+
+    Of a large one they are roots of the eigenvalues of A A^T or A^T A, whichever is smaller, which
+    takes a third of the time: exact to :data:`GRAM_ERROR` times the largest.
+    """
+    matrix = matrix.double()
+    if min(matrix.shape) <= EXACT:
+        exact: Tensor = torch.linalg.svdvals(matrix)
+        return exact
+    gram = matrix @ matrix.T if matrix.shape[0] <= matrix.shape[1] else matrix.T @ matrix
+    values: Tensor = torch.linalg.eigvalsh(gram)
+    return values.clamp(min=0).flip(0).sqrt()
+
+
+def decompose(matrix: Tensor, k: int | None = None) -> Decomposition:
+    """Decompose a matrix.
+
+    Args:
+        matrix: [m, n].
+        k: How many directions are wanted; None: all r of them, exactly. Of a small matrix, or if
+            more than a quarter of them are wanted, they are exact too; else randomised, from a
+            fixed seed.
+    """
+    matrix = matrix.double()
+    r = min(matrix.shape)
+    k = r if k is None else min(k, r)
+    if r <= EXACT or k + OVERSAMPLED > r // 4:
+        u, s, vh = torch.linalg.svd(matrix, full_matrices=False)
+        return Decomposition(u[:, :k], s[:k], vh[:k].T, 0.0)
+    for iterations in ITERATIONS:
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(0)
+            u, s, v = (
+                part[..., :k] for part in torch.svd_lowrank(matrix, k + OVERSAMPLED, iterations)
+            )
+        left, right = matrix @ v - u * s, matrix.T @ u - v * s
+        residual = torch.stack([left.norm(dim=0), right.norm(dim=0)]).max()
+        error = float(residual / s[0].clamp(min=torch.finfo(s.dtype).tiny))
+        if error <= WANTED_ERROR:
+            break
+    return Decomposition(u, s, v, error)
+
+
+def cosines(one: Tensor, other: Tensor) -> Tensor:
+    """Return |cos| of the angles between columns, [m, k] and [m, k] -> [k].
+
+    Signs of singular directions mean nothing (section 4.7: lock-in).
+    """
+    one, other = one.double(), other.double()
+    found: Tensor = (one * other).sum(dim=0).abs() / (one.norm(dim=0) * other.norm(dim=0))
+    return found
+
+
+def cosine(one: Sequence[Tensor], other: Sequence[Tensor]) -> float:
+    """Return the cosine between two updates, each a sequence of tensors; NaN where one is 0."""
+    pairs = list(zip(one, other, strict=True))
+    product = sum(float((a.double() * b.double()).sum()) for a, b in pairs)
+    squares = [sum(float(t.double().square().sum()) for t in ts) for ts in (one, other)]
+    length = math.sqrt(math.prod(squares))
+    return product / length if length else math.nan
+
+
+def share(r: int, percent: float) -> int:
+    """Return how many of r singular values are the given percentage, at least one."""
+    return max(1, min(r, round(r * percent / 100)))
+
+
+def rescaled(update: Tensor, norm: float) -> Tensor:
+    """Return the update with another Frobenius norm; 0 stays 0."""
+    own = float(update.double().norm())
+    return update * (norm / own) if own else update
+
+
+def norm_matched(update: Tensor, final_norm: float, strength: float) -> Tensor:
+    """Return dW_e (1 + b (|dW_f| - |dW_e|) / |dW_e|) (section 4.8).
+
+    Args:
+        update: dW_e, of an early checkpoint.
+        final_norm: |dW_f|, of the same matrix at the end.
+        strength: b: 0 leaves the update as it is, 1 gives it the final norm.
+    """
+    own = float(update.double().norm())
+    return rescaled(update, own + strength * (final_norm - own))
+
+
+def aligned(directions: Sequence[Tensor]) -> list[Tensor]:
+    """Give singular directions of consecutive checkpoints, [m] each, the sign of the one before."""
+    found: list[Tensor] = []
+    for direction in directions:
+        flip = bool(found) and float(direction @ found[-1]) < 0
+        found.append(-direction if flip else direction)
+    return found
+
+
+def principal_components(rows: Tensor) -> tuple[Tensor, float]:
+    """Project points onto the plane in which they spread most (PCA).
+
+    Args:
+        rows: [points, dimensions].
+
+    Returns:
+        [points, 2], and the share of the variance in the plane, (l_1 + l_2) / sum l; 1 if all
+        points are the same.
+    """
+    centred = rows.double() - rows.double().mean(dim=0)
+    u, s, _ = torch.linalg.svd(centred, full_matrices=False)
+    plane = torch.zeros(len(rows), 2, dtype=torch.float64, device=rows.device)
+    size = min(2, len(s))
+    plane[:, :size] = u[:, :size] * s[:size]
+    total = float(s.square().sum())
+    return plane, float(s[:2].square().sum()) / total if total else 1.0

@@ -1,0 +1,185 @@
+"""The geometry of updates: against closed forms, SciPy and invariants."""
+
+import math
+
+import numpy as np
+import pytest
+import scipy.linalg
+import torch
+
+from opd import geometry
+from opd.geometry import Spectrum
+
+SHAPES = [(40, 25), (25, 40), (30, 30), (7, 1), (600, 530)]  # the last is beyond EXACT
+
+
+def random_matrix(*shape, seed=0):
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+
+
+def with_values(values, m, n, seed=0):
+    """A matrix whose singular values, and directions, are known."""
+    u, _ = torch.linalg.qr(random_matrix(m, len(values), seed=seed))
+    v, _ = torch.linalg.qr(random_matrix(n, len(values), seed=seed + 1))
+    s = torch.tensor(values, dtype=torch.float64)
+    return (u * s) @ v.T, u, s, v
+
+
+# --- spectra --------------------------------------------------------------------------------------
+
+
+def test_a_spectrum_of_known_values():
+    """s = 4, 3 and 198 zeros, two of which are in the upper hundredth of 200."""
+    spectrum = Spectrum.of(torch.tensor([4.0, 3.0] + [0.0] * 198))
+    assert spectrum.norm == 5.0
+    assert spectrum.spectral_norm == 4.0
+    assert spectrum.spectral_ratio == 0.8
+    p = [4 / 7, 3 / 7]
+    assert spectrum.effective_rank == pytest.approx(math.exp(-sum(x * math.log(x) for x in p)))
+    assert spectrum.top_ratio == 1.0
+    assert Spectrum.of(torch.tensor([4.0, 3.0] + [0.0] * 98)).top_ratio == pytest.approx(0.8)
+    assert Spectrum.of(torch.tensor([4.0, 3.0] + [0.0] * 99)).top_ratio == 1.0  # ceil(1.01) = 2
+
+
+@pytest.mark.parametrize("r", [1, 2, 64])
+def test_equal_values_have_full_rank_and_one_value_has_rank_one(r):
+    equal = Spectrum.of(torch.full((r,), 3.0))
+    assert equal.effective_rank == pytest.approx(r)
+    assert equal.spectral_ratio == pytest.approx(1 / math.sqrt(r))
+    alone = Spectrum.of(torch.tensor([3.0] + [0.0] * (r - 1)))
+    assert alone.effective_rank == pytest.approx(1)
+    assert alone.spectral_ratio == 1.0
+
+
+def test_an_update_of_nothing_has_no_ratio():
+    spectrum = Spectrum.of(torch.zeros(4))
+    assert (spectrum.norm, spectrum.spectral_norm) == (0.0, 0.0)
+    assert math.isnan(spectrum.spectral_ratio)
+    assert math.isnan(spectrum.effective_rank)
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_singular_values_are_those_of_scipy(shape):
+    matrix = random_matrix(*shape)
+    wanted = scipy.linalg.svdvals(matrix.numpy())
+    found = geometry.singular_values(matrix.float()).numpy()
+    np.testing.assert_allclose(found, wanted, atol=1e-6 * wanted[0])
+
+
+def test_a_large_matrix_of_low_rank_has_no_further_values():
+    matrix, _, s, _ = with_values([5.0, 2.0, 0.5], 700, 600)
+    found = geometry.singular_values(matrix)
+    assert torch.allclose(found[:3], s)
+    assert found[3:].max() <= geometry.GRAM_ERROR * 5
+
+
+# --- decompositions -------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("shape", [(40, 25), (25, 40), (900, 600), (600, 900)])
+def test_known_directions_are_found_and_the_error_says_how_well(shape):
+    matrix, u, s, v = with_values([9.0, 5.0, 3.0, 1.0], *shape)
+    matrix += 1e-3 * random_matrix(*shape, seed=5) / math.sqrt(max(shape))
+    found = geometry.decompose(matrix, 3)
+    assert found.u.shape == (shape[0], 3)
+    assert found.v.shape == (shape[1], 3)
+    assert torch.allclose(found.s, s[:3], rtol=1e-3)
+    assert geometry.cosines(found.u, u[:, :3]).min() > 0.999
+    assert geometry.cosines(found.v, v[:, :3]).min() > 0.999
+    exact = torch.tensor(scipy.linalg.svdvals(matrix.numpy())[:3])
+    assert ((found.s - exact).abs() <= found.error * exact[0] + 1e-12).all()
+    assert found.error <= geometry.WANTED_ERROR
+    assert (found.error == 0) == (min(shape) <= geometry.EXACT)
+
+
+@pytest.mark.parametrize("shape", [(1200, 600), (600, 1200)])
+def test_a_flat_spectrum_states_an_error_that_holds(shape):
+    """Where directions cannot be told apart, the error must not claim that they could."""
+    matrix = random_matrix(*shape)
+    found = geometry.decompose(matrix, 20)
+    exact = torch.tensor(scipy.linalg.svdvals(matrix.numpy()))
+    nearest = (found.s[:, None] - exact).abs().min(dim=1).values
+    assert found.error > geometry.WANTED_ERROR
+    assert (nearest <= found.error * exact[0]).all()
+    for left, right in [(matrix @ found.v, found.u), (matrix.T @ found.u, found.v)]:
+        assert ((left - right * found.s).norm(dim=0) <= found.error * found.s[0] * 1.001).all()
+
+
+def test_a_decomposition_leaves_the_random_state_alone():
+    before = torch.random.get_rng_state()
+    first = geometry.decompose(random_matrix(600, 600), 5)
+    assert torch.equal(torch.random.get_rng_state(), before)
+    torch.manual_seed(3)
+    assert torch.equal(geometry.decompose(random_matrix(600, 600), 5).u, first.u)
+
+
+@pytest.mark.parametrize("shape", [(40, 25), (25, 40)])
+def test_the_top_and_the_rest_give_the_update_back_and_share_its_norm(shape):
+    matrix = random_matrix(*shape)
+    parts = geometry.decompose(matrix)
+    for k in (0, 1, 7, 25):
+        top, rest = parts.part(0, k), parts.part(k)
+        assert torch.allclose(top + rest, matrix)
+        norm = top.norm().square() + rest.norm().square()
+        assert norm == pytest.approx(matrix.norm().square())
+        assert torch.linalg.matrix_rank(top) == k
+    assert torch.equal(geometry.decompose(matrix, 3).u, parts.u[:, :3])
+
+
+def test_more_than_a_quarter_of_a_large_matrix_is_exact():
+    matrix = random_matrix(600, 520)
+    found = geometry.decompose(matrix, 200)
+    assert found.error == 0.0
+    wanted = scipy.linalg.svdvals(matrix.numpy())[:200]
+    np.testing.assert_allclose(found.s.numpy(), wanted, rtol=1e-9)
+
+
+# --- angles, norms --------------------------------------------------------------------------------
+
+
+def test_known_angles():
+    e = torch.eye(3)
+    turned = torch.stack([e[0], (e[1] + e[2]) / math.sqrt(2), -e[2]], dim=1)
+    assert geometry.cosines(e, turned).tolist() == pytest.approx([1.0, math.sqrt(0.5), 1.0])
+
+
+def test_the_cosine_of_updates_of_several_tensors():
+    one = [torch.tensor([3.0, 0.0]), torch.tensor([[0.0]])]
+    other = [torch.tensor([3.0, 0.0]), torch.tensor([[4.0]])]
+    assert geometry.cosine(one, other) == pytest.approx(0.6)
+    assert geometry.cosine(one, [-t for t in one]) == pytest.approx(-1.0)
+    assert math.isnan(geometry.cosine(one, [torch.zeros(2), torch.zeros(1, 1)]))
+
+
+@pytest.mark.parametrize(
+    ("r", "percent", "wanted"), [(200, 10, 20), (25, 10, 2), (4, 1, 1), (4, 100, 4), (7, 50, 4)]
+)
+def test_shares_of_a_rank(r, percent, wanted):
+    assert geometry.share(r, percent) == wanted
+
+
+def test_norms_are_matched():
+    update = torch.tensor([[3.0, 4.0]])
+    assert torch.allclose(geometry.rescaled(update, 10.0), 2 * update)
+    assert torch.equal(geometry.rescaled(torch.zeros(2), 10.0), torch.zeros(2))
+    # |dW_e| = 5, |dW_f| = 15: b = 0.5 goes half of the way, to 10
+    for strength, factor in [(0.0, 1.0), (0.5, 2.0), (1.0, 3.0), (1.2, 3.4)]:
+        found = geometry.norm_matched(update, 15.0, strength)
+        assert torch.allclose(found, factor * update)
+
+
+def test_directions_follow_each_other():
+    a, b = torch.tensor([1.0, 0.0]), torch.tensor([-0.8, 0.6])
+    found = geometry.aligned([a, b, -b, -a])
+    assert [d.tolist() for d in found] == [a.tolist(), (-b).tolist(), (-b).tolist(), a.tolist()]
+
+
+def test_points_in_a_plane_and_a_little_out_of_it():
+    plane = torch.tensor(
+        [[2.0, 0, 0], [-2, 0, 0], [0, 1, 0], [0, -1, 0], [0, 0, 0.5], [0, 0, -0.5]]
+    )
+    points, explained = geometry.principal_components(plane + 7)
+    assert explained == pytest.approx((8 + 2) / (8 + 2 + 0.5))
+    assert points.abs()[:, 0].tolist() == pytest.approx([2, 2, 0, 0, 0, 0], abs=1e-6)
+    assert geometry.principal_components(torch.ones(3, 4))[1] == 1.0
+    assert geometry.principal_components(torch.ones(1, 4))[0].tolist() == [[0.0, 0.0]]
