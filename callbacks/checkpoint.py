@@ -10,6 +10,7 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
+import torch
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.utilities.exceptions import SIGTERMException
@@ -111,6 +112,13 @@ class RunCheckpoint(ModelCheckpoint):
         return previous != current and place in Path(previous).absolute().parents
 
     # --- saving ---------------------------------------------------------------------------------
+
+    def _monitor_candidates(self, trainer: Trainer) -> dict[str, Tensor]:
+        """Return what a name is made of, the step too, which Lightning takes from what was logged.
+
+        That is the last validation's: a checkpoint would bear, and take, an earlier one's name.
+        """
+        return super()._monitor_candidates(trainer) | {"step": torch.tensor(trainer.global_step)}
 
     def on_train_batch_start(
         self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int

@@ -7,6 +7,7 @@ from lightning.pytorch import Trainer
 
 from callbacks import RunSummary, SampleWriter
 from opd import OPDModule, PromptDataModule
+from opd.checkpoints import read_step
 from opd.errors import UserError
 from opd.metrics_rows import read_metrics
 
@@ -54,6 +55,16 @@ def test_a_run_resumed_from_an_earlier_step_writes_each_step_once(fit):
     back = ["--ckpt_path", str(folder / "checkpoints" / "step=000002.ckpt"), "--overwrite", "true"]
     fit("run", *often, *back, steps=3)
     assert files_of(folder) == straight
+
+
+def test_a_checkpoint_bears_the_name_of_its_own_step(fit):
+    """Whenever there was a validation, which logs a step of its own."""
+    often = ["--checkpoint.every_n_train_steps", "1", "--checkpoint.save_top_k", "-1"]
+    folder = fit("run", *often, "--trainer.val_check_interval", "2", steps=5)
+    paths = [p for p in (folder / "checkpoints").iterdir() if p.name != "last.ckpt"]
+    steps = {path.name: read_step(path) for path in paths}
+    assert steps == {f"step={step:06d}.ckpt": step for step in range(1, 6)}
+    assert read_step(folder / "checkpoints" / "last.ckpt") == 5
 
 
 def test_the_seconds_of_the_last_validation_are_in_the_summary(vanilla):
