@@ -16,6 +16,9 @@ from matplotlib.figure import Figure
 from eval.runs import Point, Run
 
 DPI = 110
+# Told apart by all (Okabe and Ito 2008, "Color universal design"), and by shape in grey.
+COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
+MARKERS = "osDvPX*d"
 
 
 def png(figure: Figure) -> bytes:

@@ -99,10 +99,8 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
     """
     if path.is_dir():
         found = {
-            key.removeprefix(f"{STATE_DICT}."): torch.empty(size.size, dtype=size.properties.dtype)
-            for key, size in shard_metadata(path).state_dict_metadata.items()
-            if key.startswith(f"{STATE_DICT}.{STUDENT_PREFIX}")
-            and isinstance(size, TensorStorageMetadata)
+            STUDENT_PREFIX + name: torch.empty(meta.size, dtype=meta.properties.dtype)
+            for name, meta in student_metadata(path).items()
         }
         read_shards(path, {STATE_DICT: found}, no_dist=True)
     else:
@@ -163,6 +161,20 @@ def find_misfit(wanted: Mapping[str, Tensor], found: Mapping[str, Tensor]) -> st
         if ours != theirs:
             return f"{name.removeprefix(STUDENT_PREFIX)} is {theirs} there and {ours} here"
     return None
+
+
+def student_metadata(path: Path) -> dict[str, TensorStorageMetadata]:
+    """Read which weights of the student a folder holds, by name.
+
+    Raises:
+        UserError: It cannot be read.
+    """
+    prefix = f"{STATE_DICT}.{STUDENT_PREFIX}"
+    return {
+        key.removeprefix(prefix): meta
+        for key, meta in shard_metadata(path).state_dict_metadata.items()
+        if key.startswith(prefix) and isinstance(meta, TensorStorageMetadata)
+    }
 
 
 def shard_metadata(path: Path) -> Metadata:

@@ -13,14 +13,11 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import LogLocator, NullFormatter
 
-from eval.figures import panels
+from eval.figures import COLORS, MARKERS, panels
 from eval.runs import Run
 from eval.study.grid import Trial
 from eval.study.outcomes import Group, Median
 
-# Told apart by all (Okabe and Ito 2008, "Color universal design"), and by shape in grey.
-COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
-MARKERS = "osDvPX*d"
 UNKNOWN: Any = {"marker": "^", "markersize": 8, "markerfacecolor": "white"}  # it is more
 
 

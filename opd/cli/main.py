@@ -16,7 +16,7 @@ import signal
 import sys
 import typing
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from opd.cli import ranks
@@ -32,6 +32,21 @@ NOBODY_READS = 128 + signal.SIGPIPE
 
 
 @dataclass(frozen=True)
+class Several:
+    """An option that takes several values.
+
+    Attributes:
+        count: How many; "+": one or more, and it cannot be left out.
+        metavar: What help calls them.
+        help: What they are.
+    """
+
+    count: int | str
+    metavar: str | tuple[str, ...]
+    help: str
+
+
+@dataclass(frozen=True)
 class Command:
     """A command of the front door.
 
@@ -40,7 +55,7 @@ class Command:
         function: ``module:function`` that runs it; None: LightningCLI does.
         positional: Name of the argument that is given without an option, if any.
         runs_others: Whether it runs further commands, as a YAML file says.
-        pairs: Options that take two values.
+        several: Options that take several values, by name.
         passes_on: Argument of the function that takes what stands after ``--``.
     """
 
@@ -48,7 +63,7 @@ class Command:
     function: str | None = None
     positional: str | None = None
     runs_others: bool = False
-    pairs: tuple[str, ...] = ()
+    several: Mapping[str, Several] = field(default_factory=dict)
     passes_on: str | None = None
 
 
@@ -60,7 +75,9 @@ COMMANDS = {
         "sample completions and write them, with what the teacher thinks of each token, as JSONL"
     ),
     "evaluate": Command(
-        "evaluate a model on lm-eval tasks", "eval.evaluate:evaluate", pairs=("compare",)
+        "evaluate a model on lm-eval tasks",
+        "eval.evaluate:evaluate",
+        several={"compare": Several(2, ("A", "B"), "Two folders.")},
     ),
     "export": Command("turn a checkpoint into a Hugging Face folder", "opd.cli.export:export"),
     "serve": Command(
@@ -70,6 +87,17 @@ COMMANDS = {
     ),
     "report": Command(
         "one HTML page with curves, tables and rollouts", "eval.report:report", "runs"
+    ),
+    "analyze": Command(
+        "what updates look like: spectra, directions, what parts of them do",
+        "eval.analyze.command:analyze",
+        several={
+            "checkpoints": Several(
+                *("+", "CHECKPOINT"),
+                "What the base became, in order; a run folder stands for all of its checkpoints. "
+                "Those of several runs as LABEL=CHECKPOINT.",
+            )
+        },
     ),
     "bench": Command("speed and memory of a step, beside TRL's", "eval.bench.command:bench"),
     "study": Command(
@@ -227,10 +255,15 @@ def run_command(name: str, args: list[str]) -> Any:
         help_ = f"YAML file with these options, or one of {names}"
         parser.add_argument("--config", action=recipes.StudyAction, help=help_)
         skip.add("opd")
-    for option in command.pairs:
-        parser.add_argument(f"--{option}", nargs=2, metavar=("A", "B"), help="Two folders.")
-        skip.add(option)
-    parser.add_function_arguments(function, skip=skip)
+    parser.add_function_arguments(function, skip=skip | set(command.several))
+    for option, takes in command.several.items():
+        parser.add_argument(
+            f"--{option}",
+            nargs=takes.count,
+            metavar=takes.metavar,
+            required=takes.count == "+",
+            help=takes.help,
+        )
     options = parser.instantiate(parser.parse_args(_as_named(args, function))).as_dict()
     options.pop("config", None)
     _check_null(options, function)

@@ -1,0 +1,150 @@
+"""What updates look like without running the model: sections 4.2, 4.5 and 4.7 of 2605.11739.
+
+Models are gone through matrix by matrix: of each, the base and all checkpoints are read, and what
+is kept are numbers. A row is a mapping from column to value.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from eval.analyze.updates import MATRICES, Checkpoint, Updates
+from opd import geometry
+from opd.errors import UserError
+
+Row = dict[str, Any]
+GROUPS = (*MATRICES, "embedding", "head", "other")
+MEASURES = ("norm", "spectral_norm", "spectral_ratio", "effective_rank", "top_ratio")
+
+
+@dataclass
+class Spectra:
+    """Tables of updates.
+
+    Attributes:
+        norms: A row per checkpoint: the norm of dW, over all tensors and by group.
+        matrices: A row per checkpoint and matrix: its spectrum.
+        directions: A row per checkpoint and matrix, of runs of several checkpoints: the cosines of
+            its left singular directions with those at the end; of all, ``cosine_mean``.
+        planes: A row per checkpoint and matrix: u_1 in the plane of its first two principal
+            components over the run, and how much of the variance is in there.
+    """
+
+    norms: list[Row] = field(default_factory=list)
+    matrices: list[Row] = field(default_factory=list)
+    directions: list[Row] = field(default_factory=list)
+    planes: list[Row] = field(default_factory=list)
+
+
+def tensor_norms(updates: Updates) -> dict[tuple[str, int], dict[str, float]]:
+    """Return the norm of dW of every tensor, by label and step, and by name.
+
+    Raises:
+        UserError: A checkpoint is the base, or holds NaN.
+    """
+    found = {}
+    for checkpoint in updates.checkpoints:
+        norms = {name: updates.norm(checkpoint, name) for name in updates.places}
+        if not any(norms.values()):
+            raise UserError(
+                f"--checkpoints {checkpoint.tensors.source}: its weights are those of "
+                f"{updates.base.source}; there is no update to analyse"
+            )
+        found[checkpoint.label, checkpoint.step] = norms
+    return found
+
+
+def norm_rows(updates: Updates, norms: dict[tuple[str, int], dict[str, float]]) -> list[Row]:
+    """Return a row per checkpoint: |dW| of all tensors, and of each group."""
+    rows = []
+    for checkpoint in updates.checkpoints:
+        of = norms[checkpoint.label, checkpoint.step]
+        row = _who(checkpoint) | {"norm": math.hypot(*of.values())}
+        for group in GROUPS:
+            parts = [value for name, value in of.items() if updates.places[name].group == group]
+            row[group] = math.hypot(*parts)
+        rows.append(row)
+    return rows
+
+
+def matrix_rows(updates: Updates, directions: int) -> Iterator[Spectra]:
+    """Go through all matrices of MLP and attention.
+
+    Args:
+        updates: What is analysed.
+        directions: Singular directions that are followed, k = 1, ..., 20 in the paper; 0: none.
+
+    Yields:
+        The rows of one matrix.
+    """
+    for name in updates.matrices:
+        found = Spectra()
+        for run in updates.runs.values():
+            follow = bool(directions) and len(run) > 1
+            leading: list[geometry.Decomposition] = []
+            for checkpoint in run:
+                delta = updates.delta(checkpoint, name)
+                spectrum = geometry.Spectrum.of(geometry.singular_values(delta))
+                found.matrices.append(_where(updates, checkpoint, name) | asdict(spectrum))
+                if follow and spectrum.norm:
+                    leading.append(geometry.decompose(delta, directions))
+            if follow and len(leading) == len(run):
+                found.directions += _direction_rows(updates, run, name, leading)
+                found.planes += _plane_rows(updates, run, name, [d.u[:, 0] for d in leading])
+        yield found
+
+
+def _direction_rows(
+    updates: Updates,
+    run: Sequence[Checkpoint],
+    name: str,
+    leading: Sequence[geometry.Decomposition],
+) -> list[Row]:
+    rows = []
+    for checkpoint, one in zip(run, leading, strict=True):
+        cosines = geometry.cosines(one.u, leading[-1].u)
+        row = _where(updates, checkpoint, name)
+        row |= {"cosine_mean": float(cosines.mean()), "error": one.error}
+        row |= {f"cosine_{k}": float(value) for k, value in enumerate(cosines, start=1)}
+        rows.append(row)
+    return rows
+
+
+def _plane_rows(
+    updates: Updates, run: Sequence[Checkpoint], name: str, first: Sequence[Tensor]
+) -> list[Row]:
+    points, explained = geometry.principal_components(torch.stack(geometry.aligned(first)))
+    return [
+        _where(updates, checkpoint, name) | {"x": float(x), "y": float(y), "explained": explained}
+        for checkpoint, (x, y) in zip(run, points.tolist(), strict=True)
+    ]
+
+
+def mean_rows(matrices: Sequence[Row], measures: Sequence[str] = MEASURES) -> list[Row]:
+    """Average over the matrices of each checkpoint; those that were not moved are left out."""
+    found: dict[tuple[str, int], list[Row]] = {}
+    for row in matrices:
+        found.setdefault((row["run"], row["step"]), []).append(row)
+    means = []
+    for rows in found.values():
+        moved = [row for row in rows if row.get("norm", 1.0) > 0]
+        mean = {k: rows[0][k] for k in ("run", "step", "checkpoint")} | {"matrices": len(moved)}
+        mean |= {m: math.fsum(r[m] for r in moved) / len(moved) for m in measures if moved}
+        means.append(mean)
+    return means
+
+
+def _who(checkpoint: Checkpoint) -> Row:
+    return {"run": checkpoint.label, "step": checkpoint.step, "checkpoint": checkpoint.name}
+
+
+def _where(updates: Updates, checkpoint: Checkpoint, name: str) -> Row:
+    place = updates.places[name]
+    about = {"matrix": name, "layer": place.layer, "kind": place.kind, "group": place.group}
+    return _who(checkpoint) | about
