@@ -1,0 +1,212 @@
+r"""Runs OPD and RL from one base, analyses both, and says what agrees with the paper.
+
+    python -m eval.results.command
+
+or, of a pair of yours, with a study whose methods are called ``opd`` and ``rl``, with one learning
+rate each and several checkpoints that are kept; and with what scores weights::
+
+    python -m eval.results.command --study my_study.yaml --base MODEL --tasks TASKS \
+      --teacher MODEL --prompts DATA --output DIR
+
+It ends with ``results.md``, ``results.html`` and the figures of ``opd analyze``, means over seeds.
+What has been finished is not done again.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import html
+import json
+import sys
+from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+from eval.analyze.pages import ANALYSES, RESULTS, Row, contents
+from eval.demo import opd
+from eval.files import write_files
+from eval.report import html_table, image, text_table
+from eval.results.findings import OPD, RL, Answer, Finding, answered, last, verdict
+from eval.study.grid import Trial
+from opd.errors import UserError
+
+TABLES = ("norms", "matrices", "directions", "planes", "spectra", "lock_in", *ANALYSES)
+NUMBERS = ("step", "layer", "matrices", "percent", "centre")  # whole ones, beside names
+KEYS = (  # what a row is about
+    *("run", "step", "matrix", "layer", "kind", "group"),
+    *("a", "weights", "centre", "matrices", "part", "percent", "b"),
+)
+MEASURES = {
+    "spectral_norm": "spectral norm",
+    "spectral_ratio": "spectral norm / Frobenius norm",
+    "effective_rank": "effective rank",
+    "top_ratio": "norm of the top 1%",
+}
+# RL / OPD at 1.5B, 4B, 8B and 14B parameters (2605.11739, table 1)
+PAPER = {
+    "spectral_norm": ".094 / .113, .007 / .009, .004 / .005, .056 / .063",
+    "spectral_ratio": ".332 / .396, .197 / .257, .327 / .368, .244 / .281",
+    "effective_rank": "964 / 778, 1908 / 1587, 2754 / 2341, 3174 / 2937",
+    "top_ratio": ".781 / .923, .792 / .934, .885 / .947, .812 / .945",
+}
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run all of it; returns an exit code."""
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    for name, default, about in [
+        ("study", "study/results", "YAML with methods opd and rl"),
+        ("base", "embedded:base", "what both begin with"),
+        ("tasks", "arithmetic", "lm-eval tasks that score weights"),
+        ("limit", "128", "problems and prompts of a score"),
+        ("teacher", "embedded:teacher", "model that the KL is taken to"),
+        ("prompts", "embedded:test", "prompts that it is taken on"),
+        ("max_new_tokens", "32", "longest completion of a score"),
+        ("output", "runs/results", "folder for everything"),
+    ]:
+        parser.add_argument(f"--{name}", default=default, help=f"{about} (default: {default})")
+    options = vars(parser.parse_args(argv))
+    output, study = Path(options.pop("output")), options.pop("study")
+    try:
+        opd("study", "--config", study, "--output", str(output / "study"))
+        trials = by_seed(output / "study")
+        with ThreadPoolExecutor(2) as pool:
+            jobs = [pool.submit(_analyze, output, seed, of, options) for seed, of in trials.items()]
+            found = {seed: job.result() for seed, job in zip(trials, jobs, strict=True)}
+        write_files({output / name: content for name, content in results(found, output).items()})
+    except UserError as error:
+        print(f"eval.results: error: {error}", file=sys.stderr)
+        return 2
+    print((output / "results.md").read_text("utf-8"))
+    return 0
+
+
+def by_seed(study: Path) -> dict[int, dict[str, Path]]:
+    """Return the runs of a study, by seed and method.
+
+    Raises:
+        UserError: They are not one of opd and one of rl for every seed.
+    """
+    found: dict[int, dict[str, Path]] = {}
+    for trial in json.loads((study / "results.json").read_text("utf-8"))["trials"]:
+        about = trial["trial"]
+        method, seed = about["method"], about["seed"]
+        name = Trial(method, about["learning_rate"], seed).name
+        if method in found.setdefault(seed, {}) or not (study / name).is_dir():
+            raise UserError(f"--study: {method} needs one learning rate, and no grid")
+        found[seed][method] = study / name
+    if any(runs.keys() != {OPD, RL} for runs in found.values()):
+        raise UserError(f"--study: its methods must be called {OPD} and {RL}")
+    return found
+
+
+def _analyze(
+    output: Path, seed: int, runs: Mapping[str, Path], options: Mapping[str, str]
+) -> dict[str, list[Row]]:
+    folder = output / f"seed{seed}"
+    if not (folder / RESULTS[0]).is_file():
+        sources = [f"{label}={runs[label]}" for label in (OPD, RL)]
+        given = [word for name, value in options.items() for word in (f"--{name}", value)]
+        opd("analyze", "--checkpoints", *sources, *given, "--output", str(folder), threads=1)
+    return read_tables(folder)
+
+
+def read_tables(folder: Path) -> dict[str, list[Row]]:
+    """Read the tables that ``opd analyze`` has written."""
+    found = {}
+    for name in TABLES:
+        path = folder / f"{name}.csv"
+        if path.is_file():
+            with path.open(newline="") as file:
+                found[name] = [
+                    {key: _value(key, text) for key, text in row.items() if text}
+                    for row in csv.DictReader(file)
+                ]
+    return found
+
+
+def _value(key: str, text: str) -> Any:
+    if key in NUMBERS:
+        return int(text)
+    try:
+        return float(text)
+    except ValueError:
+        return text
+
+
+def mean_over_seeds(tables: Sequence[Sequence[Row]]) -> list[Row]:
+    """Average the numbers of rows that are about the same thing, in the order of the first seed."""
+    found: dict[tuple[Any, ...], list[Row]] = {}
+    for rows in tables:
+        for row in rows:
+            found.setdefault(tuple(row.get(key) for key in KEYS), []).append(row)
+    means = []
+    for rows in found.values():
+        mean = dict(rows[0])
+        for name, value in rows[0].items():
+            if name not in KEYS and isinstance(value, float):
+                mean[name] = sum(row[name] for row in rows) / len(rows)
+        means.append(mean)
+    return means
+
+
+def results(found: Mapping[int, Mapping[str, list[Row]]], output: Path) -> dict[str, str | bytes]:
+    """Lay everything out: files by name."""
+    seeds = ", ".join(map(str, found))
+    names = [name for name in TABLES if all(name in tables for tables in found.values())]
+    means = {name: mean_over_seeds([tables[name] for tables in found.values()]) for name in names}
+    means["planes"] = next(iter(found.values()))["planes"]  # a plane of one seed is none of another
+    chosen = [name for name in ANALYSES if name == "layers" or name in means]
+    about = f"Means over seeds {seeds}; the plane of u_1 is of the first."
+    files = contents(chosen, means, about)
+    table = paper_table(found)
+    answers = list(answered(found))
+    sections = [
+        ("What the paper finds, and what is found here", findings_table(answers)),
+        ("Table 1 of the paper: RL / OPD", table),
+    ]
+    text = ["# OPD beside RL", "", about, ""]
+    for title, rows in sections:
+        text += [f"## {title}", "", text_table(*rows), ""]
+    page = str(files.pop("analysis.html"))
+    files["analysis.md"] = str(files["analysis.md"])
+    head = "".join(f"<h2>{html.escape(t)}</h2>{html_table(*rows)}" for t, rows in sections)
+    study = output / "study" / "results.png"
+    if study.is_file():
+        head += f"<h2>Accuracy</h2>{image('cost of both', study.read_bytes())}"
+    files["results.html"] = page.replace("<h2>Norms</h2>", f"{head}<h2>Norms</h2>", 1)
+    files["results.md"] = "\n".join(text)
+    return files
+
+
+def findings_table(
+    answers: Sequence[tuple[Finding, Mapping[int, Answer]]],
+) -> tuple[list[str], list[list[str]]]:
+    """Lay findings out, a row each."""
+    header = ["the paper's finding", "section", "here", "numbers, seed by seed"]
+    rows = [
+        [f.says, f.section, verdict(of), "; ".join(answer.numbers for answer in of.values())]
+        for f, of in answers
+    ]
+    return header, rows
+
+
+def paper_table(
+    found: Mapping[int, Mapping[str, list[Row]]],
+) -> tuple[list[str], list[list[str]]]:
+    """Lay table 1 out: spectra of the last updates, mean and range over seeds."""
+    rows = []
+    for measure, name in MEASURES.items():
+        cells = []
+        for run in (RL, OPD):
+            values = [float(last(t["spectra"], run)[0][measure]) for t in found.values()]
+            mean = sum(values) / len(values)
+            cells.append(f"{mean:.3g} ({min(values):.3g} to {max(values):.3g})")
+        rows.append([name, *cells, PAPER[measure]])
+    return ["mean over matrices", "RL", "OPD", "paper, RL / OPD at 1.5B, 4B, 8B, 14B"], rows
+
+
+if __name__ == "__main__":
+    sys.exit(main())
