@@ -12,7 +12,6 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from typing import Any
 
 import torch
 from safetensors import safe_open
@@ -26,7 +25,7 @@ INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
 HEAD = "lm_head.weight"
 
-Shapes = Mapping[str, tuple[int, ...]]
+Shapes = dict[str, tuple[int, ...]]
 
 
 class Tensors(ABC):
@@ -46,20 +45,21 @@ class Tensors(ABC):
 
 
 class _Files(Tensors):
-    """Safetensors files of a folder."""
+    """Safetensors files of a folder; open while they are read, or all of them would be mapped."""
 
-    def __init__(self, source: str, paths: list[Path], stack: ExitStack) -> None:
+    def __init__(self, source: str, paths: list[Path]) -> None:
         self.source = source
-        self._files: dict[str, Any] = {}
+        self.shapes = {}
+        self._paths: dict[str, Path] = {}
         for path in paths:
-            file = stack.enter_context(safe_open(path, framework="pt"))
-            self._files |= dict.fromkeys(file.keys(), file)
-        self.shapes = {
-            name: tuple(file.get_slice(name).get_shape()) for name, file in self._files.items()
-        }
+            with safe_open(path, framework="pt") as file:
+                for name in file.keys():  # noqa: SIM118 - it is no mapping
+                    self.shapes[name] = tuple(file.get_slice(name).get_shape())
+                    self._paths[name] = path
 
     def read(self, name: str) -> Tensor:
-        tensor: Tensor = self._files[name].get_tensor(name)
+        with safe_open(self._paths[name], framework="pt") as file:
+            tensor: Tensor = file.get_tensor(name)
         return tensor
 
 
@@ -117,7 +117,7 @@ def opened(
         elif checkpoints.is_checkpoint(path):
             yield _Held(source, checkpoints.read_tensors(path))
         else:
-            yield _Files(source, weight_files(source, folder), stack)
+            yield _Files(source, weight_files(source, folder))
 
 
 def weight_files(source: str, folder: Path) -> list[Path]:
