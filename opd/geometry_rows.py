@@ -62,17 +62,19 @@ def read_rows(path: Path) -> list[MatrixRow]:
     Raises:
         UserError: It is not a geometry.csv, or damaged; says in which line.
     """
-    rows: list[MatrixRow] = []
     try:
         with path.open(newline="", encoding="utf-8") as file:
-            reader = csv.reader(file)
-            if next(reader, []) != COLUMNS:
-                raise UserError(f"{path} line 1: not a geometry.csv: expected {','.join(COLUMNS)}")
-            for step, name, *numbers in reader:
-                rows.append(MatrixRow(int(step), name, *map(float, numbers)))
-    except (csv.Error, UnicodeDecodeError, ValueError, TypeError) as error:
-        raise UserError(
-            f"{path} line {len(rows) + 2}: damaged: expected a step, a name and "
-            f"{len(COLUMNS) - 2} numbers"
-        ) from error
+            header, *lines = list(csv.reader(file)) or [[]]
+    except (csv.Error, UnicodeDecodeError) as error:
+        raise UserError(f"{path}: not a geometry.csv ({error})") from error
+    if header != COLUMNS:
+        raise UserError(f"{path} line 1: not a geometry.csv: expected {','.join(COLUMNS)}")
+    rows = []
+    for i, cells in enumerate(lines, 2):
+        try:
+            step, name, *numbers = cells
+            rows.append(MatrixRow(int(step), name, *map(float, numbers)))
+        except (ValueError, TypeError) as error:
+            expected = f"a step, a name and {len(COLUMNS) - 2} numbers"
+            raise UserError(f"{path} line {i}: damaged: expected {expected}") from error
     return rows

@@ -147,7 +147,7 @@ def test_two_ranks_measure_their_whole_update_since_w_0_resumed_or_not(tmp_path,
 @pytest.mark.slow
 @pytest.mark.parametrize("strategy", [FSDP2, FSDP1, DDP], ids=["fsdp2", "fsdp1", "ddp"])
 def test_two_ranks_find_the_directions_of_one(fit, tmp_path, strategy):
-    """A constant clock is on no other process: with share 1, steps 1 and 2 are measured."""
+    """After the first step and the last, whatever it takes."""
     runs = [
         fit("one", *GEOMETRY, steps=2),
         launch(2, tmp_path / "two", *GEOMETRY, *strategy, steps=2),
