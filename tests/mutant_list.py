@@ -707,7 +707,7 @@ MUTANTS = [
     # eval: harness and memory
     runs('if is_score and not metric.endswith("_stderr")', "if is_score", HARNESS),
     runs('and metric != "sample_len"', "", HARNESS),
-    runs('and not column.endswith("/before")', ""),
+    runs(' if not name.endswith("/before")', ""),
     harness('"take_first_k", "k": copies', '"take_first_k", "k": 1'),
     harness('"repeats": copies', '"repeats": 1'),
     harness("limit=settings.limit,", "limit=None,"),
