@@ -14,8 +14,9 @@ from opd.errors import UserError
 from opd.geometry_rows import COLUMNS, MatrixRow, read_rows, write_rows
 
 KINDS = ["self_attn.q_proj", "mlp.down_proj"]
-LOGGED = {  # step: update_norm, effective_rank, cosine_previous
+LOGGED = {  # by step; resumed after the fourth, and so without cosine_first
     1: {"update_norm": 0.125, "effective_rank": 40.5},
+    4: {"cosine_first": 0.75},
     8: {"update_norm": 0.25, "effective_rank": 30.25, "cosine_previous": -0.5},
 }
 
@@ -54,6 +55,7 @@ def test_a_run_knows_its_series_and_the_matrices_of_its_last_step(measured):
     assert run.geometry == {
         "update_norm": [(1, 0.125), (8, 0.25)],
         "effective_rank": [(1, 40.5), (8, 30.25)],
+        "cosine_first": [(4, 0.75)],
         "cosine_previous": [(8, -0.5)],
     }
     assert [(matrix.step, matrix.norm) for matrix in run.matrices] == [
