@@ -137,7 +137,7 @@ class UpdateGeometry(HoldsWeights, WatchesAccelerators):
         """
         super().on_train_start(trainer, pl_module)
         t, path = trainer.global_step, self._path(trainer)
-        reads = trainer.is_global_zero and trainer.ckpt_path is not None and path.is_file()
+        reads = trainer.is_global_zero and path.is_file()
         found = World(trainer.strategy).together(lambda: read_rows(path) if reads else [])
         self._rows = [row for row in found if row.step <= t]  # what comes after is done again
         self._listed_step = t

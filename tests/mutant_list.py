@@ -987,8 +987,7 @@ MUTANTS = [
     measuring('"cosine_first": self._first}', '"cosine_first": self._previous}'),
     measuring("and not self._resumed:", ":", f"{UPDATE} -k resumed_run"),
     measuring("if row.step <= t]", "]", f"{UPDATE} -k resumed_run"),
-    measuring("if row.step < t] + new", "] + new", why="what a resume does again is left out"),
-    measuring("trainer.ckpt_path is not None and path", "path", f"{UPDATE} -k taken_over"),
+    measuring("if row.step < t] + new", "] + new", f"{UPDATE} -k with_a_search"),
     measuring("if not self.overwrite:", "if False:", f"{UPDATE} -k earlier"),
     measuring(
         "if not Accelerator.any_acts_after(trainer):", "if True:", f"{UPDATE} -k with_a_search"

@@ -163,6 +163,8 @@ def test_the_folder_of_a_run_is_guarded_and_taken_over(fit, tmp_path):
     folder = fit("run", *GEOMETRY, steps=1)
     assert listed(folder) == [1]
     (folder / "table.csv").write_text("mine")
+    fit("run", *GEOMETRY, "--overwrite", "true", steps=2)
+    assert listed(folder) == [1, 2]
     fit("run", "--overwrite", "true", steps=1)
     assert not (folder / "geometry.csv").exists()
     assert (folder / "table.csv").exists()
@@ -182,7 +184,7 @@ class Guided(LightningModule):
     def __init__(self, displacements: list[dict[str, list]], seconds=lambda: None) -> None:
         super().__init__()
         self.mlp = nn.ParameterDict({name: torch.full((2, 2), 8.0) for name in ("up", "down")})
-        self.scale = nn.Parameter(torch.zeros(2))
+        self.mlp["scale"] = nn.Parameter(torch.zeros(2))  # no matrix
         self.displacements = displacements
         self.seconds = seconds
 
@@ -218,8 +220,8 @@ def test_spectra_and_cosines_of_a_trajectory_by_hand(tmp_path, monkeypatch):
     """
     monkeypatch.setattr(NO_TIME, lambda: 0.0)
     steps = [
-        {"mlp.up": [[1.0, 0.0], [0.0, 0.0]], "scale": [2.0, 2.0]},
-        {"mlp.up": [[3.0, 4.0], [0.0, 0.0]], "scale": [-7.0, 0.0]},
+        {"mlp.up": [[1.0, 0.0], [0.0, 0.0]], "mlp.scale": [2.0, 2.0]},
+        {"mlp.up": [[3.0, 4.0], [0.0, 0.0]], "mlp.scale": [-7.0, 0.0]},
         {"mlp.up": [[0.0, 0.0], [0.0, 3.0]], "mlp.down": [[-4.0, 0.0], [0.0, 0.0]]},
     ]
     one, two, three = run_by_hand(tmp_path, Guided(steps)).values()
