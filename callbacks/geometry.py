@@ -61,7 +61,8 @@ class UpdateGeometry(HoldsWeights, WatchesAccelerators):
 
     Args:
         share: The most that it takes of the seconds of the run's steps: after a measurement it
-            waits until its own are again below share x theirs. The last one is always made.
+            waits until its own, with those of one more, are again below share x theirs. The first
+            one and that of the end are always made.
         every_n_steps: It measures after multiples of so many steps.
         parameters: Which matrices: attention_and_mlp, all, or glob patterns.
         anchor_device: Where its copies live: parameters (beside them), or cpu (pinned where there
@@ -101,6 +102,7 @@ class UpdateGeometry(HoldsWeights, WatchesAccelerators):
         self._step_began = 0.0
         self._seconds_of_steps = 0.0
         self._own_seconds = 0.0
+        self._last_seconds = 0.0  # of these, what the last measurement has taken
         # Of the matrices, this rank's shards: weights at the measurement before, displacements
         self._before: list[Tensor] = []
         self._previous: list[Tensor] | None = None
@@ -184,7 +186,7 @@ class UpdateGeometry(HoldsWeights, WatchesAccelerators):
         self._seconds_of_steps += perf_counter() - self._step_began
         if trainer.global_step % self.every_n_steps:
             return
-        due = self._own_seconds <= self.share * self._seconds_of_steps
+        due = self._own_seconds + self._last_seconds <= self.share * self._seconds_of_steps
         if World(trainer.strategy).broadcast(due):  # ranks' clocks differ
             self._measure(trainer)
 
@@ -208,8 +210,8 @@ class UpdateGeometry(HoldsWeights, WatchesAccelerators):
             self._list(trainer)
             if DRAWING_SHARE * self.share * self._seconds_of_steps > DRAWING:
                 self._draw(trainer)
-        metrics["seconds"] = perf_counter() - start
-        self._own_seconds += metrics["seconds"]
+        self._last_seconds = metrics["seconds"] = perf_counter() - start
+        self._own_seconds += self._last_seconds
         logs.log(trainer, {f"geometry/{name}": value for name, value in metrics.items()})
 
     def _decompose(self, world: World) -> dict[str, Spectrum]:
