@@ -6,9 +6,10 @@ In a configuration::
       callbacks+: callbacks.UpdateGeometry
 
 or ``--trainer.callbacks+=callbacks.UpdateGeometry`` on the command line. Scalars are logged as
-``geometry/*``; ``geometry.csv`` has a row for each matrix, after steps 1, 2, 4, 8, ... and at the
-end; ``opd report`` draws both. What is computed stands in ``opd/geometry.py``: the spectra of
-arXiv 2605.11739, section 4.5, and angles between the run's own displacements.
+``geometry/*``; ``geometry.csv`` has a row for each matrix, from the first measurement after or at
+each of the steps 1, 2, 4, 8, ... and from the last; ``opd report`` draws both. What is computed
+stands in ``opd/geometry.py``: the spectra of arXiv 2605.11739, section 4.5, and angles between the
+run's own displacements.
 """
 
 from __future__ import annotations
@@ -56,8 +57,9 @@ class UpdateGeometry(HoldsWeights, WatchesAccelerators):
 
     It holds W_0, a copy of all trained weights, which is in every checkpoint; of the chosen
     matrices one more copy, and two displacements in bfloat16, which are in none: three copies in
-    all. So a resumed run goes on with the same W_0, but its displacements begin anew, and it logs
-    no cosine_first. Resumed from a run without this callback, W_0 are the weights it begins with.
+    all, and half of one more while it measures. So a resumed run goes on with the same W_0, but its
+    displacements begin anew, and it logs no cosine_first. Resumed from a run without this callback,
+    W_0 are the weights it begins with.
 
     Args:
         share: The most that it takes of the seconds of the run's steps: after a measurement it
