@@ -5,6 +5,7 @@ from callbacks.averaging import AveragedWeights
 from callbacks.benchmarks import Benchmarks
 from callbacks.checkpoint import RunCheckpoint
 from callbacks.effopd import EffOPD
+from callbacks.geometry import UpdateGeometry
 from callbacks.horizon import Horizon
 from callbacks.lookahead import Lookahead
 from callbacks.samples import SampleWriter
@@ -20,4 +21,5 @@ __all__ = [
     "RunCheckpoint",
     "RunSummary",
     "SampleWriter",
+    "UpdateGeometry",
 ]

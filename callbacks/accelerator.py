@@ -1,4 +1,4 @@
-"""What all callbacks share that move the weights between steps.
+"""What all callbacks share that have tensors beside the weights, or move them between steps.
 
 An accelerator acts in ``on_train_batch_end``, after the optimizer's step and before checkpoints. It
 has tensors of its own beside the weights (an anchor, an average), which are part of the module, so
@@ -39,7 +39,7 @@ class WatchesAccelerators:
 
 
 class HoldsWeights(Callback):
-    """Has tensors of its own beside the weights; there is one such callback in a run at most.
+    """Has tensors of its own beside the weights.
 
     Args:
         parameters: Which weights: all, attention_and_mlp, or glob patterns.
@@ -48,7 +48,7 @@ class HoldsWeights(Callback):
 
     Attributes:
         label: Its tensors are ``label_anchor`` in the module.
-        names: Names of the weights that it moves.
+        names: Names of the weights that it has them beside.
     """
 
     label: ClassVar[str]
@@ -64,17 +64,7 @@ class HoldsWeights(Callback):
         self._resumed = False
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Make the anchor a part of the module; not every strategy restores before on_fit_start.
-
-        Raises:
-            UserError: Another one would move the same weights.
-        """
-        names = [type(c).__name__ for c in callbacks_of(trainer) if isinstance(c, HoldsWeights)]
-        if len(names) > 1:
-            raise UserError(
-                f"trainer.callbacks: {' and '.join(names)} would both move the weights, each "
-                "unaware of the other; keep one of them"
-            )
+        """Make the anchor a part of the module; not every strategy restores before on_fit_start."""
         own = getattr(pl_module, "weights", None)
         self.weights = own if isinstance(own, Weights) else Weights(pl_module)
         self.anchor = self.weights.companion(f"{self.label}_anchor")
@@ -87,7 +77,9 @@ class HoldsWeights(Callback):
         """
         self.weights.shards()  # whatever is gathered is let go
         parameters = self.weights.parameters()
-        self.names = extrapolation.select_parameters(list(parameters), self.parameters)
+        self.names = extrapolation.select_parameters(
+            list(parameters), self.parameters, type(self).__name__
+        )
         restored = {name: self.anchor[name] for name, _ in self.anchor.keys_by_parameter()}
         if missing := sorted(set(self.names) - restored.keys() if restored else ()):
             raise UserError(
@@ -120,7 +112,25 @@ class HoldsWeights(Callback):
         self._resumed = True
 
 
-class Accelerator(HoldsWeights, ABC):
+class MovesWeights(HoldsWeights):
+    """Moves the weights; there is one such callback in a run at most."""
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Make the anchor a part of the module.
+
+        Raises:
+            UserError: Another one would move the same weights.
+        """
+        names = [type(c).__name__ for c in callbacks_of(trainer) if isinstance(c, MovesWeights)]
+        if len(names) > 1:
+            raise UserError(
+                f"trainer.callbacks: {' and '.join(names)} would both move the weights, each "
+                "unaware of the other; keep one of them"
+            )
+        super().setup(trainer, pl_module, stage)
+
+
+class Accelerator(MovesWeights, ABC):
     """Moves the weights between steps.
 
     Args:
@@ -162,6 +172,12 @@ class Accelerator(HoldsWeights, ABC):
     def acts_after(self, t: int) -> bool:
         """Whether it acts, or has just acted, after step t: whatever order callbacks have."""
         return self.due(t) or (bool(self.history) and self.history[-1]["step"] == t)
+
+    @staticmethod
+    def any_acts_after(trainer: Trainer) -> bool:
+        """Whether an accelerator of a run acts, or has just acted, after the step it has taken."""
+        found = [c for c in callbacks_of(trainer) if isinstance(c, Accelerator)]
+        return any(callback.acts_after(trainer.global_step) for callback in found)
 
     def step_request(self, t: int) -> StepRequest:
         """Say what is needed of step t, before it is taken."""

@@ -21,12 +21,12 @@ from typing import Any, ClassVar
 import torch
 from lightning.pytorch import LightningModule, Trainer
 
-from callbacks.accelerator import HoldsWeights
+from callbacks.accelerator import MovesWeights
 from opd.errors import UserError
 from opd.weights import exchanged
 
 
-class AveragedWeights(HoldsWeights):
+class AveragedWeights(MovesWeights):
     """Has the average of the weights after each step judged and saved, instead of the weights.
 
     Between steps the student is the average: validation, benchmarks, checkpoints and exports have

@@ -8,7 +8,6 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 
 from callbacks.accelerator import Accelerator, WatchesAccelerators
 from opd import extrapolation, logs
-from opd.compatibility import callbacks_of
 from opd.errors import UserError
 from opd.module import OPDModule
 from opd.sharding import gathered
@@ -109,8 +108,7 @@ class Benchmarks(Callback, WatchesAccelerators):
         batch_idx: int,
     ) -> None:
         t = trainer.global_step
-        accelerators = [c for c in callbacks_of(trainer) if isinstance(c, Accelerator)]
-        if self.around_searches and any(c.acts_after(t) for c in accelerators):
+        if self.around_searches and Accelerator.any_acts_after(trainer):
             return  # has been done
         if self.due(t) or t == trainer.max_steps:
             self._evaluate(trainer, pl_module)

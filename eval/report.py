@@ -10,6 +10,7 @@ from pathlib import Path
 from eval import rollouts_page
 from eval.figures import bench_curves, curves, png
 from eval.files import write_files
+from eval.geometry import geometry_curves, heat_maps
 from eval.runs import Point, Run, check_target, read_runs
 from opd.errors import UserError
 
@@ -49,6 +50,7 @@ def report(runs: list[str], output: str, target: float = 0.95) -> None:
             _runs_section(records, picture, target),
             _benchmarks_section(records),
             _searches_section(records),
+            _geometry_section(records),
             rollouts_page.rollouts_section(records),
             _versions_section(records),
             "</html>",
@@ -169,6 +171,43 @@ def _searches_section(runs: Sequence[Run]) -> str:
         summary = f"{html.escape(run.name)}: {len(rows)} searches, {accepted} accepted"
         parts.append(f"<details><summary>{summary}</summary>{table}</details>")
     return "<h2>Extrapolations</h2>" + "".join(parts) if parts else ""
+
+
+def geometry_table(runs: Sequence[Run]) -> tuple[list[str], list[list[str]]]:
+    """Lay out the last measurements of updates: the header and one row per run that has any."""
+    columns = {
+        "norm": "update_norm",
+        "spectral norm": "spectral_norm",
+        "of the matrix's norm": "spectral_ratio",
+        "effective rank": "effective_rank",
+        "top 1%": "top_ratio",
+    }
+    rows = []
+    for run in runs:
+        if run.geometry:
+            last = {name: points[-1] for name, points in run.geometry.items()}
+            values = [f"{last[name][1]:.3g}" if name in last else "-" for name in columns.values()]
+            rows.append([run.name, str(max(step for step, _ in last.values())), *values])
+    return ["run", "step", *columns], rows
+
+
+def _geometry_section(runs: Sequence[Run]) -> str:
+    header, rows = geometry_table(runs)
+    if not rows:
+        return ""
+    parts = [
+        f"<h2>Geometry of the update</h2>{html_table(header, rows)}",
+        "<p><small>W_t - W_0: the norm is that of all trained weights, the others are means over "
+        "matrices: the largest singular value, what part of the matrix's norm it is, the effective "
+        "rank, and what part of the norm the largest hundredth of the singular values has. "
+        "(arXiv 2605.11739, section 4.)</small></p>",
+    ]
+    curved = geometry_curves({run.name: run.geometry for run in runs if run.geometry})
+    parts.append(image("geometry of the updates by optimizer steps", png(curved)))
+    if mapped := {run.name: run.matrices for run in runs if run.matrices}:
+        parts.append(image("norms of the updates by layer and matrix", png(heat_maps(mapped))))
+        parts.append("<p><small>Each run has its own scale of colours.</small></p>")
+    return "".join(parts)
 
 
 def _versions_section(runs: Sequence[Run]) -> str:

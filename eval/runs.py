@@ -11,7 +11,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from opd import geometry_rows
 from opd.errors import UserError
+from opd.geometry_rows import MatrixRow
 from opd.metrics_rows import read_metrics
 
 PHASES = ("rollout", "teacher", "train", "search")
@@ -72,6 +74,8 @@ class Run:
         summary: summary.json; empty for a folder with only lm-eval results.
         benchmarks: lm-eval scores by ``task/metric``, from ``evaluation/results.json``.
         benches: Scores on the way, by ``task/metric``: (step, value) in order.
+        geometry: What callbacks.UpdateGeometry has logged, by metric: (step, value) in order.
+        matrices: Its last rows in geometry.csv, all of one step.
     """
 
     name: str
@@ -80,6 +84,8 @@ class Run:
     summary: dict[str, Any] = field(default_factory=dict)
     benchmarks: dict[str, float] = field(default_factory=dict)
     benches: dict[str, list[tuple[int, float]]] = field(default_factory=dict)
+    geometry: dict[str, list[tuple[int, float]]] = field(default_factory=dict)
+    matrices: list[MatrixRow] = field(default_factory=list)
 
     @property
     def searches(self) -> list[dict[str, Any]]:
@@ -150,6 +156,10 @@ def read_run(folder: Path) -> Run:
         run.summary = _read_json(summary, SUMMARY)
         run.points = read_points(metrics)
         run.benches = read_benches(metrics)
+        run.geometry = read_series(metrics, "geometry/")
+        if (matrices := folder / geometry_rows.FILE).is_file():
+            rows = geometry_rows.read_rows(matrices)
+            run.matrices = [row for row in rows if row.step == rows[-1].step]
     elif not run.benchmarks:
         raise UserError(f"{folder}: {_why_not(folder)}; expected a folder that opd fit has written")
     return run
@@ -236,14 +246,25 @@ def read_benches(metrics: Path) -> dict[str, list[tuple[int, float]]]:
     Raises:
         UserError: It is damaged.
     """
+    series = read_series(metrics, "bench/")
+    return {name: points for name, points in series.items() if not name.endswith("/before")}
+
+
+def read_series(metrics: Path, prefix: str) -> dict[str, list[tuple[int, float]]]:
+    """Read what has been logged under names with a prefix, by the rest of the name.
+
+    Returns:
+        (step, value) in order.
+
+    Raises:
+        UserError: It is damaged.
+    """
     found: dict[str, list[tuple[int, float]]] = {}
     for row in read_metrics(metrics):
         for column in row:
-            if column.startswith("bench/") and not column.endswith("/before"):
-                value = _number(row, column, metrics)
-                found.setdefault(column.removeprefix("bench/"), []).append(
-                    (int(row["step"]), value)
-                )
+            if column.startswith(prefix):
+                point = int(row["step"]), _number(row, column, metrics)
+                found.setdefault(column.removeprefix(prefix), []).append(point)
     return found
 
 

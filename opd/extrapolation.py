@@ -457,13 +457,16 @@ def _beside(targets: Sequence[Tensor], tensors: Sequence[Tensor]) -> list[Tensor
     return [t.to(target.device) for t, target in zip(tensors, targets, strict=True)]
 
 
-def select_parameters(names: Sequence[str], spec: str | Sequence[str]) -> list[str]:
-    """Choose the parameters that a search moves.
+def select_parameters(
+    names: Sequence[str], spec: str | Sequence[str], whose: str = "EffOPD"
+) -> list[str]:
+    """Choose the parameters that a search moves, or that are looked at.
 
     Args:
         names: Names of all trainable parameters.
         spec: ``all``; ``attention_and_mlp``, every name that contains one of the published code's
             words; or glob patterns such as ``*.layers.*``, of which one must match.
+        whose: The callback's name, for the message.
 
     Raises:
         UserError: Nothing matches.
@@ -478,6 +481,6 @@ def select_parameters(names: Sequence[str], spec: str | Sequence[str]) -> list[s
     if not chosen:
         examples = ", ".join(list(names)[:2])
         raise UserError(
-            f"EffOPD.parameters {spec!r} matches no parameter; names are like {examples}"
+            f"{whose}.parameters {spec!r} matches no parameter; names are like {examples}"
         )
     return chosen

@@ -16,7 +16,7 @@ Shapes: a matrix is [m, n], r = min(m, n); u [m, k], s [k] in descending order, 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -93,9 +93,12 @@ def singular_values(matrix: Tensor) -> Tensor:
     """Return all singular values of a matrix, [r], descending, float64.
 
     Of a large one they are roots of the eigenvalues of A A^T or A^T A, whichever is smaller, which
-    takes a third of the time: exact to :data:`GRAM_ERROR` times the largest.
+    takes a third of the time: exact to :data:`GRAM_ERROR` times the largest. If some number of the
+    matrix is not finite, none of them is known: they are NaN.
     """
     matrix = matrix.double()
+    if not matrix.isfinite().all():
+        return matrix.new_full((min(matrix.shape),), math.nan)
     if min(matrix.shape) <= EXACT:
         exact: Tensor = torch.linalg.svdvals(matrix)
         return exact
@@ -143,13 +146,25 @@ def cosines(one: Tensor, other: Tensor) -> Tensor:
     return found
 
 
-def cosine(one: Sequence[Tensor], other: Sequence[Tensor]) -> float:
-    """Return the cosine between two updates, each a sequence of tensors; NaN where one is 0."""
-    pairs = list(zip(one, other, strict=True))
-    product = sum(float((a.double() * b.double()).sum()) for a, b in pairs)
-    squares = [sum(float(t.double().square().sum()) for t in ts) for ts in (one, other)]
-    length = math.sqrt(math.prod(squares))
-    return product / length if length else math.nan
+def cosine(
+    one: Iterable[Tensor],
+    other: Iterable[Tensor],
+    reduce_sum: Callable[[Tensor], Tensor] = lambda tensor: tensor,
+) -> float:
+    """Return the cosine between two updates; NaN where one is 0.
+
+    Args:
+        one: Its tensors, perhaps this rank's shards.
+        other: Likewise, on the same devices.
+        reduce_sum: Sums a tensor over ranks if they hold shards; then a collective.
+    """
+    sums = torch.zeros(3, dtype=torch.float64)
+    for a, b in zip(one, other, strict=True):
+        a, b = a.double(), b.double()
+        sums += torch.stack([(a * b).sum(), a.square().sum(), b.square().sum()]).cpu()
+    product, *squares = reduce_sum(sums).tolist()
+    length = math.sqrt(squares[0]) * math.sqrt(squares[1])
+    return float(product / length) if length else math.nan
 
 
 def share(r: int, percent: float) -> int:

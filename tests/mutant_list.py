@@ -239,6 +239,13 @@ WEIGHTED = "tests/objectives/test_weighted.py"
 weighted = of("opd/objectives/weighted.py", WEIGHTED)
 HORIZON = "tests/callbacks/test_horizon.py"
 horizon = of("callbacks/horizon.py", HORIZON)
+UPDATE = "tests/callbacks/test_update_geometry.py"
+BY_HAND = f"{UPDATE} -k 'by_hand or before_and or share or way'"
+measuring = of("callbacks/geometry.py", BY_HAND)
+MATRICES = "tests/eval/test_geometry_report.py"
+geometry_figures = of("eval/geometry.py", MATRICES)
+geometry_rows = of("opd/geometry_rows.py", MATRICES)
+geometry = of("opd/geometry.py", "tests/test_geometry.py")
 top_k = of("opd/objectives/top_k.py", "tests/objectives/test_top_k.py")
 distributions = of("opd/objectives/distributions.py", UNIT_METRICS)
 rollouts = of("opd/rollouts/rollouts.py", TOKENS)
@@ -700,7 +707,7 @@ MUTANTS = [
     # eval: harness and memory
     runs('if is_score and not metric.endswith("_stderr")', "if is_score", HARNESS),
     runs('and metric != "sample_len"', "", HARNESS),
-    runs('and not column.endswith("/before")', ""),
+    runs(' if not name.endswith("/before")', ""),
     harness('"take_first_k", "k": copies', '"take_first_k", "k": 1'),
     harness('"repeats": copies', '"repeats": 1'),
     harness("limit=settings.limit,", "limit=None,"),
@@ -961,6 +968,76 @@ MUTANTS = [
     horizon("done = min(t - 1, steps)", "done = t - 1"),
     horizon("math.ceil(math.log2", "math.floor(math.log2"),
     horizon("self.end = self.end or longest", "self.end = longest"),
+    measuring("self._last_seconds <= self.share", "0.0 <= self.share"),
+    measuring("self._last_seconds <= self.share", "self._last_seconds < self.share"),
+    measuring("self._seconds_of_steps += perf_counter() - self._step_began", "pass"),
+    measuring("self._own_seconds += self", "self._own_seconds = self"),
+    measuring("        self._step_began = perf_counter()\n", "        pass\n"),
+    measuring("if trainer.global_step % self.every_n_steps:", "if False:"),
+    measuring("if self._measured_step != trainer.global_step:", "if False:"),
+    measuring("self._listed_step.bit_length() < ", "0 < "),
+    measuring("DRAWING_SHARE * self.share *", "self.share *"),
+    measuring("if self._spectra and trainer.is_global_zero:", "if False:"),
+    measuring("if len(shapes[name]) == 2]", "]"),
+    measuring("self.weights.shards(self.names),", "self.weights.shards(self.matrices),"),
+    measuring(
+        "extrapolation.copy_weights(self._before, weights)", "pass", f"{UPDATE} -k before_and"
+    ),
+    measuring("self._previous = displacement\n", "pass\n"),
+    measuring("nanmean()", "mean()"),
+    measuring('"cosine_first": self._first}', '"cosine_first": self._previous}'),
+    measuring("and not self._resumed:", ":", f"{UPDATE} -k resumed_run"),
+    measuring("if row.step <= t]", "]", f"{UPDATE} -k resumed_run"),
+    measuring("if row.step < t] + new", "] + new", f"{UPDATE} -k with_a_search"),
+    measuring("if not self.overwrite:", "if False:", f"{UPDATE} -k earlier"),
+    measuring(
+        "if not Accelerator.any_acts_after(trainer):", "if True:", f"{UPDATE} -k with_a_search"
+    ),
+    measuring(
+        "        self._after_step(trainer)\n\n    def on_train_end",
+        "        pass\n\n    def on_train_end",
+        f"{UPDATE} -k with_a_search",
+    ),
+    measuring("numbers[j] =", "numbers[i] =", f"{UPDATE} -k 'ranks and fsdp2'"),
+    measuring("(i + 1) % world.size == 0 or i + 1 == count", "i + 1 == count", why="more memory"),
+    measuring("i % world.size == world.rank:", "True:", f"{UPDATE} -k 'ranks and fsdp2'"),
+    measuring(
+        "return world.sum if self.weights.sharded else lambda own: own",
+        "return lambda own: own",
+        f"{UPDATE} -k 'ranks and fsdp2'",
+    ),
+    measuring(
+        "return world.sum if self.weights.sharded else lambda own: own",
+        "return world.sum",
+        f"{UPDATE} -k 'ranks and ddp'",
+    ),
+    measuring("key=lambda name: cost[name], reverse=True", "", why="slower"),
+    of("callbacks/accelerator.py", f"{UPDATE} -k with_a_search")(
+        "if isinstance(c, MovesWeights)]", "if isinstance(c, HoldsWeights)]"
+    ),
+    of("opd/cli/run_folder.py", f"{UPDATE} -k taken_over")("(metrics|geometry)", "metrics"),
+    of("opd/cli/fit.py", f"{UPDATE} -k 'taken_over or resumed_run'")(
+        "RunSummary | SampleWriter | UpdateGeometry)", "RunSummary | SampleWriter)"
+    ),
+    runs("if row.step == rows[-1].step]", "]", MATRICES),
+    runs("column.startswith(prefix)", "True", MATRICES),
+    report('if name in last else "-"', 'if name in last else "0"', MATRICES),
+    report(
+        "max(step for step, _ in last.values())", "min(step for step, _ in last.values())", MATRICES
+    ),
+    geometry_rows("if header != COLUMNS:", "if False:"),
+    geometry_rows("enumerate(lines, 2)", "enumerate(lines, 1)"),
+    geometry_rows("except (ValueError, TypeError)", "except ValueError"),
+    geometry_rows("os.replace(temporary, path)", "path.write_bytes(temporary.read_bytes())"),
+    geometry_figures(
+        "layers = sorted({layer", "layers = list({layer", why="sets of small integers"
+    ),
+    geometry_figures("== 1)", "<= len(kinds))"),
+    geometry_figures("if norm > middle", "if norm < middle", why="looks"),
+    geometry_figures('"marker": MARKERS[i % len(MARKERS)]', '"marker": "o"'),
+    geometry("if not matrix.isfinite().all():", "if False:"),
+    geometry("reduce_sum(sums).tolist()", "sums.tolist()"),
+    geometry("math.sqrt(squares[0]) * math.sqrt(squares[1])", "math.sqrt(squares[0])"),
     step("max_new_tokens=min(limits, default=None)", "max_new_tokens=max(limits, default=None)"),
     step("t, request.max_new_tokens)", "t)", HORIZON),
     stages("None and max_new_tokens < sampler.max_new_tokens:", "None:", HORIZON),

@@ -73,6 +73,15 @@ def test_a_large_matrix_of_low_rank_has_no_further_values():
     assert found[3:].max() <= geometry.GRAM_ERROR * 5
 
 
+@pytest.mark.parametrize("size", [4, 600])
+def test_of_a_matrix_that_is_not_finite_no_singular_value_is_known(size):
+    matrix = torch.ones(size, size)
+    matrix[1, 2] = math.inf
+    found = geometry.singular_values(matrix)
+    assert found.shape == (size,)
+    assert found.isnan().all()
+
+
 # --- decompositions -------------------------------------------------------------------------------
 
 
@@ -149,6 +158,14 @@ def test_the_cosine_of_updates_of_several_tensors():
     assert geometry.cosine(one, other) == pytest.approx(0.6)
     assert geometry.cosine(one, [-t for t in one]) == pytest.approx(-1.0)
     assert math.isnan(geometry.cosine(one, [torch.zeros(2), torch.zeros(1, 1)]))
+
+
+def test_the_cosine_of_shards_is_that_of_the_whole_where_sums_are_added_up():
+    """[3, 0] with [3, 4], an element on each of two ranks; this is the first."""
+    other_rank = torch.tensor([0.0, 0.0, 16.0], dtype=torch.float64)
+    mine = [torch.tensor([3.0])], [torch.tensor([3.0])]
+    assert geometry.cosine(*mine) == 1.0
+    assert geometry.cosine(*mine, lambda own: own + other_rank) == pytest.approx(0.6)
 
 
 @pytest.mark.parametrize(

@@ -25,7 +25,7 @@ from lightning.pytorch.loggers import Logger, TensorBoardLogger
 from lightning.pytorch.utilities import rank_zero_only
 from tensorboard.compat.proto.summary_pb2 import Summary  # type: ignore[import-untyped]
 
-from callbacks import RunCheckpoint, RunSummary, SampleWriter
+from callbacks import RunCheckpoint, RunSummary, SampleWriter, UpdateGeometry
 from opd import checkpoints
 from opd.cli import explain, ranks, recipes, run_folder
 from opd.compatibility import callbacks_of
@@ -245,7 +245,7 @@ class OPDCLI(LightningCLI):
                 ) from error
             raise
         for callback in callbacks_of(trainer):
-            if isinstance(callback, RunSummary | SampleWriter):
+            if isinstance(callback, RunSummary | SampleWriter | UpdateGeometry):
                 callback.overwrite = True  # what may go, the run folder decides
         return trainer
 

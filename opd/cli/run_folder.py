@@ -34,7 +34,7 @@ OUTPUT_VARIABLE = "OPD_OUTPUT"  # tells ranks that a launcher starts which folde
 MARKER = ".opd-run"
 EVENTS_SUFFIX = ".opd"  # of TensorBoard files, which other programs call by the same name
 NAMES = re.compile(
-    r"\.opd-run|config\.yaml|hparams\.yaml|metrics\.csv(\.tmp)?|summary\.json(\.tmp)?"
+    r"\.opd-run|config\.yaml|hparams\.yaml|(metrics|geometry)\.csv(\.tmp)?|summary\.json(\.tmp)?"
     rf"|events\.out\.tfevents\..*{re.escape(EVENTS_SUFFIX)}"
 )
 SAMPLES = {
