@@ -457,13 +457,16 @@ def _beside(targets: Sequence[Tensor], tensors: Sequence[Tensor]) -> list[Tensor
     return [t.to(target.device) for t, target in zip(tensors, targets, strict=True)]
 
 
-def select_parameters(names: Sequence[str], spec: str | Sequence[str]) -> list[str]:
+def select_parameters(
+    names: Sequence[str], spec: str | Sequence[str], owner: str = "EffOPD"
+) -> list[str]:
     """Choose the parameters that a search moves.
 
     Args:
         names: Names of all trainable parameters.
         spec: ``all``; ``attention_and_mlp``, every name that contains one of the published code's
             words; or glob patterns such as ``*.layers.*``, of which one must match.
+        owner: Whose option it is.
 
     Raises:
         UserError: Nothing matches.
@@ -478,6 +481,6 @@ def select_parameters(names: Sequence[str], spec: str | Sequence[str]) -> list[s
     if not chosen:
         examples = ", ".join(list(names)[:2])
         raise UserError(
-            f"EffOPD.parameters {spec!r} matches no parameter; names are like {examples}"
+            f"{owner}.parameters {spec!r} matches no parameter; names are like {examples}"
         )
     return chosen

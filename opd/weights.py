@@ -8,7 +8,7 @@ have changed. Both are settled here: edits happen in :meth:`Weights.edit`, and e
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -92,7 +92,7 @@ class Weights:
         return self._shapes
 
     def whole(
-        self, names: Sequence[str], shards: Sequence[Tensor], world: World
+        self, names: Sequence[str], shards: Iterable[Tensor], world: World
     ) -> Iterator[tuple[Tensor, slice]]:
         """Put the shards of all ranks together, one tensor after the other.
 
@@ -100,7 +100,8 @@ class Weights:
 
         Args:
             names: Of the parameters.
-            shards: What this rank holds of them, or of something that is sharded alike.
+            shards: What this rank holds of them, or of something that is sharded alike; asked for
+                one by one.
             world: The ranks.
 
         Yields:
