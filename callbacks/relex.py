@@ -5,7 +5,7 @@ In a configuration::
     trainer:
       callbacks+:
         class_path: callbacks.RELEX
-        init_args: {every: 2, at: 8, target: 24}
+        init_args: {every: 2, at: 8, target: 16}
 
 Of each tensor's displacements the first direction is kept, which leaves noise behind; how far the
 weights have come along it is regressed on the step. No score: a comparison for EffOPD, which asks
@@ -79,11 +79,13 @@ class RELEX(Once):
                 d.copy_(w.to(a.device) - a)
             return {}, {}
         earlier = [self.companions[f"displacement_{i}"].shards(self.names) for i in range(seen)]
+        world = World(trainer.strategy)
         if not seen:
-            log.warning("RELEX: nothing was seen before step %d, so there is no line", self.at)
+            if not world.rank:
+                log.warning("RELEX: nothing was seen before step %d, so there is no line", self.at)
             self.let_go(self.at)
             return {"coefficient": 0.0}, {"coefficient": 0.0}
-        reduce_sum = World(trainer.strategy).sum if self.weights.sharded else lambda sums: sums
+        reduce_sum = world.sum if self.weights.sharded else lambda sums: sums
         with self.weights.edit(self.names) as weights:
             rows = displacements(weights, anchor, earlier)
             grams = reduce_sum(torch.stack([linear.gram(each) for each in rows]))

@@ -5,7 +5,7 @@ In a configuration::
     trainer:
       callbacks+:
         class_path: callbacks.TwoPoint
-        init_args: {first: 4, second: 8, target: 24}
+        init_args: {first: 4, second: 8, target: 16}
 
 The weight extrapolation of "On the Linearity of LLMs' RLVR Training", within a run: a comparison
 for EffOPD, which asks a score how far to go.
@@ -19,7 +19,8 @@ from lightning.pytorch import LightningModule, Trainer
 
 from callbacks.once import Once
 from opd.errors import UserError
-from opd.extrapolation import copy_weights, direction_norm
+from opd.extrapolation import copy_weights
+from opd.linear import move_to
 from opd.weights import Device
 from opd.world import World
 
@@ -80,10 +81,11 @@ class TwoPoint(Once):
             copy_weights(anchor, self.weights.shards(self.names))
             return {}, {}
         reduce_sum = World(trainer.strategy).sum if self.weights.sharded else lambda sums: sums
-        norm = direction_norm(self.weights.shards(self.names), anchor, reduce_sum)
         coefficient = (self.target - self.second) / (self.second - self.first)
         with self.weights.edit(self.names) as weights:
-            for w, a in zip(weights, anchor, strict=True):
-                w.lerp_(a.to(w.device), -coefficient)
+            targets = (
+                w.lerp(a.to(w.device), -coefficient) for w, a in zip(weights, anchor, strict=True)
+            )
+            move = move_to(weights, anchor, targets, reduce_sum)
         self.let_go(trainer.global_step)
-        return {"coefficient": coefficient}, {"coefficient": coefficient, "direction_norm": norm}
+        return {"coefficient": coefficient}, move.metrics()

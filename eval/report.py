@@ -165,7 +165,9 @@ def _searches_section(runs: Sequence[Run]) -> str:
             for search in run.searches
         ]
         table = html_table(["step", "coefficient", "candidates: score", "seconds", "tokens"], rows)
-        decided = [kept for search in run.searches if (kept := search.get("coefficient")) is not None]
+        decided = [
+            kept for search in run.searches if (kept := search.get("coefficient")) is not None
+        ]
         accepted = sum(map(bool, decided))
         summary = f"{html.escape(run.name)}: {len(decided)} searches, {accepted} accepted"
         parts.append(f"<details><summary>{summary}</summary>{table}</details>")

@@ -15,6 +15,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from opd import memory
 from opd.randomness import own_randomness
 
 AT_A_TIME = 2**22  # numbers of each observation that are multiplied at a time
@@ -62,14 +63,18 @@ def move_to(
         anchor: The anchor, on the same or another device.
         targets: Their new values, asked for one by one: a target may be made of its weight.
         reduce_sum: Sums a tensor over ranks if they hold shards; called once, then a collective.
+
+    Raises:
+        UserError: There was not enough memory, and some weights have moved.
     """
     sums = torch.zeros(3, dtype=torch.float64, device=weights[0].device)
-    for w, a, target in zip(weights, anchor, targets, strict=True):
-        direction, move = w.double() - a.to(w.device), target.double() - w
-        sums += torch.stack(
-            [(move * direction).sum(), direction.square().sum(), move.square().sum()]
-        )
-        w.copy_(target)
+    with memory.needed_for("a move of the weights", weights_change=True):
+        for w, a, target in zip(weights, anchor, targets, strict=True):
+            direction, move = w.double() - a.to(w.device), target.double() - w
+            sums += torch.stack(
+                [(move * direction).sum(), direction.square().sum(), move.square().sum()]
+            )
+            w.copy_(target)
     along, squares, moved = reduce_sum(sums).tolist()
     return Move(along / squares if squares else 0.0, squares**0.5, moved**0.5)
 
@@ -141,8 +146,8 @@ def combine(anchor: Tensor, displacements: Sequence[Tensor], factors: Sequence[f
 def first_component(displacement: Tensor, aligned_with: Tensor | None) -> tuple[Tensor, Tensor]:
     """First singular vectors of a matrix's displacement, the left as long as all (2510.00553).
 
-    dW = sum_i s_i u_i v_i^T. AlphaRL looks at x = a s_1 u_1, where a = ||dW||_F / s_1 is the norm of
-    the whole over that of its rank-1 part: so x = ||dW||_F u_1.
+    dW = sum_i s_i u_i v_i^T. AlphaRL looks at x = a s_1 u_1, where a = ||dW||_F / s_1 is the norm
+    of the whole over that of its rank-1 part: so x = ||dW||_F u_1.
 
     Args:
         displacement: dW [m, n].
