@@ -22,6 +22,7 @@ from conftest import (
 
 from opd import optimization, stages
 from opd.directions import random_anchor
+from opd.metrics_rows import read_metrics
 from opd.randomness import normal
 from opd.rollouts import TransformersEngine
 from opd.weights import Weights
@@ -264,14 +265,21 @@ def test_controls_hold_on_two_ranks_and_go_on_bit_for_bit(fit, tmp_path, strateg
     ours, theirs = (load_any(folder)["state_dict"] for folder in (resumed, straight))
     assert_same(ours, theirs)
     assert max((one[n] - ours[n]).abs().max().item() for n in one) < 1e-5
-    moved, expected = (coefficients_of(folder) for folder in (straight, single))
+    moved, expected = (moves_of(folder) for folder in (straight, single))
     assert moved == pytest.approx(expected, rel=1e-3)
     assert 0 not in moved
 
 
-def coefficients_of(folder) -> list[float]:
+def moves_of(folder) -> list[float]:
+    """Coefficients, and how long W - anchor was, of what an accelerator has moved."""
     found = json.loads((folder / "summary.json").read_text())["extrapolation"]
-    return [entry["coefficient"] for entry in found if "coefficient" in entry]
+    lengths = [
+        float(value)
+        for row in read_metrics(folder / "metrics.csv")
+        for name, value in row.items()
+        if name.endswith("/direction_norm")
+    ]
+    return [*(entry["coefficient"] for entry in found if "coefficient" in entry), *lengths]
 
 
 # --- an oracle ------------------------------------------------------------------------------------
