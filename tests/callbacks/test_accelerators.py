@@ -201,6 +201,12 @@ def test_alphaopd_moves_nothing_if_scores_say_nothing(caplog):
     assert callback.history[-1]["coefficient"] == 0
 
 
+def test_momentum_begins_with_nothing():
+    """Weights are 1 at first: W_2 = 1 + 2 D, s = b = -2 D, and W = 1 + 0.5 (1 + 2) D."""
+    weight, _ = on_a_plane(SNOO(k=2, learning_rate=0.5, momentum=0.5), steps=2)
+    torch.testing.assert_close(weight, 1 + 1.5 * torch.outer(LEFT, RIGHT))
+
+
 # --- options --------------------------------------------------------------------------------------
 
 
