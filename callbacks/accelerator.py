@@ -13,10 +13,12 @@ from __future__ import annotations
 
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
 
+import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
+from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 
 from opd import extrapolation, logs, memory
@@ -45,61 +47,77 @@ class HoldsWeights(Callback):
         parameters: Which weights: all, attention_and_mlp, or glob patterns.
         anchor_device: Where its tensors beside the weights live: parameters (beside them), or cpu
             (pinned where there is a GPU).
+        beside: What it has beside the anchor, a tensor for each weight; zero at first.
 
     Attributes:
-        label: Its tensors are ``label_anchor`` in the module.
+        label: Its tensors are ``label_anchor``, and likewise of ``beside``, in the module.
         names: Names of the weights that it has them beside.
+        companions: Its tensors: ``anchor``, and those of ``beside``.
     """
 
     label: ClassVar[str]
 
     def __init__(
-        self, parameters: str | list[str] = "all", anchor_device: Device = "parameters"
+        self,
+        parameters: str | list[str] = "all",
+        anchor_device: Device = "parameters",
+        beside: Sequence[str] = (),
     ) -> None:
         self.parameters = parameters
         self.anchor_device: Device = anchor_device
         self.names: list[str] = []
         self.weights: Weights
-        self.anchor: Companion
+        self.companions: dict[str, Companion] = {}
+        self._beside = beside
         self._resumed = False
 
+    @property
+    def anchor(self) -> Companion:
+        """Where the weights have been before."""
+        return self.companions["anchor"]
+
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Make the anchor a part of the module; not every strategy restores before on_fit_start."""
+        """Make its tensors a part of the module, before a strategy restores them."""
         own = getattr(pl_module, "weights", None)
         self.weights = own if isinstance(own, Weights) else Weights(pl_module)
-        self.anchor = self.weights.companion(f"{self.label}_anchor")
+        self.companions = {
+            name: self.weights.companion(f"{self.label}_{name}")
+            for name in ("anchor", *self._beside)
+        }
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Take W_0 as the anchor, or the one that a checkpoint has brought.
+        """Take W_0 as the anchor, or the one that a checkpoint has brought; and so of the others.
 
         Raises:
-            UserError: ``parameters`` matches nothing, or the checkpoint's anchor belongs to others.
+            UserError: ``parameters`` matches nothing, or the checkpoint's tensors belong to others.
         """
         self.weights.shards()  # whatever is gathered is let go
         parameters = self.weights.parameters()
         self.names = extrapolation.select_parameters(
             list(parameters), self.parameters, type(self).__name__
         )
-        restored = {name: self.anchor[name] for name, _ in self.anchor.keys_by_parameter()}
+        wrapper = trainer.strategy.model
+        for kind, companion in self.companions.items():
+            self._begin(kind, parameters)
+            if isinstance(wrapper, DistributedDataParallel):  # which sends buffers around
+                keys = [key for _, key in companion.keys_by_parameter()]
+                wrapper.parameters_to_ignore.update(f"{self.label}_{kind}.{key}" for key in keys)
+
+    def _begin(self, kind: str, parameters: Mapping[str, Tensor]) -> None:
+        """Fill the tensors of one kind, where no checkpoint has."""
+        companion = self.companions[kind]
+        restored = {name: companion[name] for name, _ in companion.keys_by_parameter()}
         if missing := sorted(set(self.names) - restored.keys() if restored else ()):
             raise UserError(
-                f"the checkpoint's anchor of {type(self).__name__} lacks {missing[0]}: resume with "
+                f"the checkpoint's {kind} of {type(self).__name__} lacks {missing[0]}: resume with "
                 f"the same {type(self).__name__}.parameters"
             )
-        self.anchor.replace(
-            {
-                name: copy_of(
-                    restored.get(name, parameters[name]).detach(),
-                    parameters[name],
-                    self.anchor_device,
-                )
-                for name in self.names
-            }
-        )
-        wrapper = trainer.strategy.model
-        if isinstance(wrapper, DistributedDataParallel):  # which sends buffers around
-            keys = [key for _, key in self.anchor.keys_by_parameter()]
-            wrapper.parameters_to_ignore.update(f"{self.label}_anchor.{key}" for key in keys)
+        tensors = {}
+        for name in self.names:
+            weight = parameters[name].detach()
+            first = weight if kind == "anchor" else torch.zeros_like(weight)
+            tensors[name] = copy_of(restored.get(name, first), weight, self.anchor_device)
+        companion.replace(tensors)
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Take W as the anchor if the checkpoint that was resumed knows of this callback not."""
@@ -116,7 +134,7 @@ class MovesWeights(HoldsWeights):
     """Moves the weights; there is one such callback in a run at most."""
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Make the anchor a part of the module.
+        """Make its tensors a part of the module.
 
         Raises:
             UserError: Another one would move the same weights.
@@ -136,16 +154,21 @@ class Accelerator(MovesWeights, ABC):
     Args:
         parameters: As of HoldsWeights.
         anchor_device: As of HoldsWeights.
+        beside: As of HoldsWeights.
 
     Attributes:
         label: Its metrics are ``label/...``; its tensors are ``label_anchor`` in the module.
-        history: What it has done, a mapping per time.
+        history: What it has done, a mapping per time. One that has a ``coefficient`` c has moved
+            the weights, by c (W - anchor) along that direction, or has refused to (0).
     """
 
     def __init__(
-        self, parameters: str | list[str] = "all", anchor_device: Device = "parameters"
+        self,
+        parameters: str | list[str] = "all",
+        anchor_device: Device = "parameters",
+        beside: Sequence[str] = (),
     ) -> None:
-        super().__init__(parameters, anchor_device)
+        super().__init__(parameters, anchor_device, beside)
         self.history: list[dict[str, Any]] = []
 
     # --- what an accelerator says ---------------------------------------------------------------

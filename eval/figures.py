@@ -119,7 +119,9 @@ def _curve(axis: Axes, run: Run, x: str, y: str, color: str) -> None:
         linewidth=1.6,
     )
     for search in run.searches if x == "step" else []:
-        accepted = bool(search.get("coefficient"))
+        if search.get("coefficient") is None:  # an accelerator has only looked
+            continue
+        accepted = bool(search["coefficient"])
         axis.plot(
             search["step"],
             _interpolate(points, search["step"], y),

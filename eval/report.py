@@ -157,7 +157,7 @@ def _searches_section(runs: Sequence[Run]) -> str:
         rows = [
             [
                 str(search["step"]),
-                f"{search['coefficient']:g}" if search.get("coefficient") else "refused",
+                _coefficient(search.get("coefficient")),
                 ", ".join(
                     f"{c['coefficient']:g}: {c['score']:.3f}" for c in search.get("candidates", [])
                 ),
@@ -167,8 +167,11 @@ def _searches_section(runs: Sequence[Run]) -> str:
             for search in run.searches
         ]
         table = html_table(["step", "coefficient", "candidates: score", "seconds", "tokens"], rows)
-        accepted = sum(bool(search.get("coefficient")) for search in run.searches)
-        summary = f"{html.escape(run.name)}: {len(rows)} searches, {accepted} accepted"
+        decided = [
+            kept for search in run.searches if (kept := search.get("coefficient")) is not None
+        ]
+        accepted = sum(map(bool, decided))
+        summary = f"{html.escape(run.name)}: {len(decided)} searches, {accepted} accepted"
         parts.append(f"<details><summary>{summary}</summary>{table}</details>")
     return "<h2>Extrapolations</h2>" + "".join(parts) if parts else ""
 
@@ -208,6 +211,11 @@ def _geometry_section(runs: Sequence[Run]) -> str:
         parts.append(image("norms of the updates by layer and matrix", png(heat_maps(mapped))))
         parts.append("<p><small>Each run has its own scale of colours.</small></p>")
     return "".join(parts)
+
+
+def _coefficient(kept: float | None) -> str:
+    """Say what an accelerator has done; it may only have looked."""
+    return "-" if kept is None else f"{kept:g}" if kept else "refused"
 
 
 def _versions_section(runs: Sequence[Run]) -> str:

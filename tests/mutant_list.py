@@ -282,6 +282,16 @@ NORMAL = f"{CONTROLS}::test_numbers_are_normal"
 ORACLE = f"{CONTROLS}::test_an_oracle_judges_by_the_validation_prompts_and_pays_for_it"
 ON_A_LINE = "tests/callbacks/test_effopd.py -k on_a_line"
 lookahead = of("callbacks/lookahead.py", ON_A_LINE)
+ACCELERATORS = "tests/callbacks/test_accelerators.py"
+LINEAR = "tests/test_linear.py"
+snoo = of("callbacks/snoo.py", f"{ACCELERATORS} -k 'snoo or outer or no_sense'")
+two_point = of("callbacks/two_point.py", ACCELERATORS)
+relex = of("callbacks/relex.py", ACCELERATORS)
+alphaopd = of("callbacks/alphaopd.py", ACCELERATORS)
+once = of("callbacks/once.py", ACCELERATORS)
+linear = of("opd/linear.py", LINEAR)
+RELEX_LATE = f"{ACCELERATORS} -k late"
+ON_TWO = f"{CONTROLS}::test_controls_hold_on_two_ranks_and_go_on_bit_for_bit"
 averaging = of("callbacks/averaging.py", AVERAGES)
 directions = of("opd/directions.py", f"{CONTROLS} -k a_random_direction")
 
@@ -643,8 +653,11 @@ MUTANTS = [
     report("_seconds(reached) if", "_seconds(run.points[-1]) if"),
     report("run.benchmarks[n]:.3f", "run.benchmarks[n]:.1f"),
     report("c['score']:.3f", "c['coefficient']:.3f"),
-    report("{search['coefficient']:g}", "{search['seconds']:g}"),
-    report('accepted = sum(bool(search.get("coefficient"))', 'accepted = sum(bool(search["step"])'),
+    report("{kept:g}", "{-kept:g}"),
+    report('"-" if kept is None else', '"refused" if kept is None else'),
+    report("accepted = sum(map(bool, decided))", "accepted = len(decided)"),
+    report("{len(decided)} searches", "{len(rows)} searches"),
+    figures('if search.get("coefficient") is None:', "if False:"),
     # eval: figures
     figures('(axes[1, 0], "seconds"', '(axes[1, 0], "tokens"'),
     figures('(axes[0, 1], "step", "reverse_kl"', '(axes[0, 1], "step", "accuracy"'),
@@ -1189,9 +1202,7 @@ MUTANTS = [
         'self.weights.copy(self.names, "parameters")',
         EFFOPD,
     ),
-    accelerator(
-        "                    self.anchor_device,\n", '                    "parameters",\n', EFFOPD
-    ),
+    accelerator("weight, self.anchor_device)", 'weight, "parameters")', EFFOPD),
     # draws
     randomness("(positions + 1)", "positions", RANDOM),
     randomness("_shift_right(bits, 11)", "_shift_right(bits, 12)", RANDOM),
@@ -1405,6 +1416,67 @@ MUTANTS = [
     gradient("(logp_y.detach().exp() < below)", "(logp_y.detach().exp() > below)"),
     lookahead("s.lerp_(f.to(s.device), self.alpha)", "s.lerp_(f.to(s.device), 1 - self.alpha)"),
     lookahead("f.copy_(s)", "pass"),
+    accelerator('if kind == "anchor" else', "if True else", ACCELERATORS),
+    accelerator(
+        'f"{self.label}_{kind}.{key}" for',
+        'f"{kind}.{key}" for',
+        why="all ranks have the same there",
+    ),
+    snoo("copy_weights(slow, fast)", "pass"),
+    snoo("return t % self.k == 0", "return t % self.k == 1"),
+    snoo("b.mul_(momentum).add_(s)", "b.mul_(momentum).sub_(s)"),
+    snoo("s.add_(b, alpha=momentum)", "b"),
+    snoo("alpha=learning_rate", "alpha=1"),
+    snoo("not 0 <= momentum < 1", "False"),
+    snoo("self.weights.sharded else", "False else", f"{ON_TWO}[fsdp2-snoo]"),
+    two_point("(self.target - self.second) /", "(self.target - self.first) /"),
+    two_point("-coefficient)", "coefficient)"),
+    two_point("if trainer.global_step == self.first:", "if False:"),
+    two_point("trainer.global_step > self.first:", "trainer.global_step > self.second:"),
+    two_point("if not self._resumed and", "if"),
+    two_point("self.weights.sharded else", "False else", f"{ON_TWO}[fsdp2-two_point]"),
+    relex("d.copy_(w.to(a.device) - a)", "d.copy_(w)", ACCELERATORS),
+    relex("if not seen:", "if False:"),
+    relex("if target <= at:", "if target < at:"),
+    relex("[*self.observed, self.at]", "list(range(seen + 1))"),
+    relex("if self.weights.sharded else", "if False else", f"{ON_TWO}[fsdp2-relex]"),
+    alphaopd("len(shapes[name]) == 2", "True"),
+    alphaopd('entry["score"] for entry', "0.0 for entry"),
+    alphaopd("yield w\n", "yield w * 0\n"),
+    alphaopd("self.score.release()", "pass"),
+    alphaopd('| {"points": self._points}', '| {"points": {}}'),
+    alphaopd("if not any(", "if any("),
+    alphaopd("rank_one[start :", "rank_one[0 :", f"{ON_TWO}[fsdp2-alphaopd]"),
+    alphaopd(
+        "world.sum if self.weights", "world.sum if not self.weights", f"{ON_TWO}[fsdp2-alphaopd]"
+    ),
+    once("return t in self.steps", "return t + 1 in self.steps"),
+    once("if self.observed != expected:", "if False:"),
+    once("if t >= self.steps[-1] and not", "if t > self.steps[-1] and not"),
+    once("self.observed[0] <= s <= t", "s <= t", RELEX_LATE),
+    once("self.let_go(t)", "pass"),
+    once("at < 2 * every or", ""),
+    once("or at % every", ""),
+    linear("(move * direction).sum(), direction", "(move * move).sum(), direction"),
+    linear("if squares else 0.0", ""),
+    linear("= reduce_sum(sums)", "= sums"),
+    linear("weights_change=True", "weights_change=False"),
+    linear("            w.copy_(target)\n", ""),
+    linear("range(0, rows[0].numel(), AT_A_TIME)", "range(0, AT_A_TIME, AT_A_TIME)"),
+    linear("vectors[..., -1]", "vectors[..., 0]"),
+    linear("target - t.mean()", "target"),
+    linear("1 / len(t) +", ""),
+    linear("if total else 0.0", ""),
+    linear("copy=True)", "copy=False)"),
+    linear("matrix.norm() * left", "left"),
+    linear('with own_randomness(matrix.device, "svd"):', "if True:"),
+    linear("niter=ITERATIONS", "niter=0"),
+    linear("< 0:\n        return -x, -v_1", "< 0:\n        return -x, v_1"),
+    linear("torch.dot(x, aligned_with) < 0", "torch.dot(x, aligned_with) > 0"),
+    linear("x - mean, y - middle", "x, y - middle"),
+    linear("(target - middle)", "target"),
+    linear("if not length > 0:", "if False:"),
+    linear("y @ t / length", "y @ t"),
     averaging("self.averaged > 1", "True"),
     averaging("share = 1 - self.decay", "share = self.decay"),
     averaging("with exchanged(self._module, self.anchor):", "if True:"),

@@ -234,8 +234,9 @@ def test_help_of_what_needs_no_training_does_not_load_lightning():
     subprocess.run([sys.executable, "-c", script], check=True, capture_output=True)
 
 
-NAMES = "controls/average, controls/exopd, controls/fixed_negative, controls/lookahead, "
-NAMES += "controls/oracle, controls/prodigy, controls/random_direction, controls/schedule_free, "
+NAMES = "controls/alphaopd, controls/average, controls/exopd, controls/fixed_negative, "
+NAMES += "controls/lookahead, controls/oracle, controls/prodigy, controls/random_direction, "
+NAMES += "controls/relex, controls/schedule_free, controls/snoo, controls/two_point, "
 NAMES += "conversations, effopd/auto, effopd/label_free, effopd/line_search, effopd/paper, "
 NAMES += "effopd/published_code, long, "
 NAMES += "paper/code_1.7b, paper/code_4b, paper/math_1.7b, paper/math_4b, quickstart, reuse, "

@@ -1,12 +1,14 @@
 """What EffOPD is to be compared with: each control against what its paper writes."""
 
 import functools
+import itertools
 import json
 import math
 
 import pytest
 import torch
 from conftest import (
+    DDP,
     FSDP1,
     FSDP2,
     ROOT,
@@ -20,6 +22,7 @@ from conftest import (
 
 from opd import optimization, stages
 from opd.directions import random_anchor
+from opd.metrics_rows import read_metrics
 from opd.randomness import normal
 from opd.rollouts import TransformersEngine
 from opd.weights import Weights
@@ -29,6 +32,14 @@ SCHEDULE_FREE = ["--model.optimizer", "schedulefree.AdamWScheduleFree"]
 PRODIGY = ["--model.optimizer", "prodigyopt.Prodigy", "--model.optimizer.lr"]
 AVERAGE = ["--trainer.callbacks+=callbacks.AveragedWeights", "--trainer.callbacks.decay"]
 LOOKAHEAD = ["--trainer.callbacks+=callbacks.Lookahead", "--trainer.callbacks.k", "2"]
+
+
+def accelerator(name: str, **options: object) -> list[str]:
+    words = [(f"--trainer.callbacks.{key}", str(value)) for key, value in options.items()]
+    return [f"--trainer.callbacks+=callbacks.{name}", *itertools.chain(*words)]
+
+
+LABEL_FREE = {"score": "opd.scores.TeacherKL", "target": -0.1}
 
 
 @pytest.mark.parametrize("path", PRESETS, ids=[path.stem for path in PRESETS])
@@ -43,6 +54,10 @@ RESUMED = {
     "average": [*AVERAGE, "0.5"],
     "mean": [*AVERAGE, "null"],
     "lookahead": LOOKAHEAD,
+    "snoo": accelerator("SNOO", k=1),
+    "two_point": accelerator("TwoPoint", first=1, second=4, target=6),
+    "relex": accelerator("RELEX", every=2, at=4, target=6),
+    "alphaopd": accelerator("AlphaOPD", every=1, at=4, **LABEL_FREE),
 }
 
 
@@ -225,17 +240,46 @@ def test_two_ranks_search_along_the_random_direction_of_one(fit, tmp_path, strat
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("strategy", "options"),
-    [(FSDP1, [*AVERAGE, "0.5"]), (FSDP2, [*AVERAGE, "0.5"])],
-    ids=["fsdp1-average", "fsdp2-average"],
+    [
+        (FSDP1, [*AVERAGE, "0.5"]),
+        (FSDP2, [*AVERAGE, "0.5"]),
+        (FSDP1, accelerator("SNOO", k=1)),
+        (FSDP2, accelerator("SNOO", k=1)),
+        (FSDP2, accelerator("TwoPoint", first=1, second=3, target=5)),
+        (FSDP2, accelerator("RELEX", every=1, at=3, target=5)),
+        (FSDP2, accelerator("AlphaOPD", every=1, at=3, **LABEL_FREE)),
+        (FSDP1, accelerator("AlphaOPD", every=1, at=3, **LABEL_FREE)),
+        (DDP, accelerator("SNOO", k=1)),
+    ],
+    ids=[
+        *("fsdp1-average", "fsdp2-average", "fsdp1-snoo", "fsdp2-snoo", "fsdp2-two_point"),
+        *("fsdp2-relex", "fsdp2-alphaopd", "fsdp1-alphaopd", "ddp-snoo"),
+    ],
 )
 def test_controls_hold_on_two_ranks_and_go_on_bit_for_bit(fit, tmp_path, strategy, options):
-    one = student_of(load(fit("one", *options, steps=3)))
+    single = fit("one", *options, steps=3)
     straight = launch(2, tmp_path / "straight", *options, *strategy, steps=3)
     launch(2, tmp_path / "resumed", *options, *strategy, steps=2)
     resumed = launch(2, tmp_path / "resumed", *options, *strategy, "--ckpt_path", "last", steps=3)
+    one = student_of(load(single))
     ours, theirs = (load_any(folder)["state_dict"] for folder in (resumed, straight))
     assert_same(ours, theirs)
     assert max((one[n] - ours[n]).abs().max().item() for n in one) < 1e-5
+    moved, expected = (moves_of(folder) for folder in (straight, single))
+    assert moved == pytest.approx(expected, rel=1e-3)
+    assert 0 not in moved
+
+
+def moves_of(folder) -> list[float]:
+    """Coefficients, and how long W - anchor was, of what an accelerator has moved."""
+    found = json.loads((folder / "summary.json").read_text())["extrapolation"]
+    lengths = [
+        float(value)
+        for row in read_metrics(folder / "metrics.csv")
+        for name, value in row.items()
+        if name.endswith("/direction_norm")
+    ]
+    return [*(entry["coefficient"] for entry in found if "coefficient" in entry), *lengths]
 
 
 # --- an oracle ------------------------------------------------------------------------------------

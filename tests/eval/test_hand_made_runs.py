@@ -26,7 +26,11 @@ def tortoise(tmp_path) -> Path:
             4: (2.0, 1.0, 3.0, 4.0, 150.0, 400, 50, 900, 400),
             8: (4.0, 2.0, 6.0, 4.0, 200.0, 800, 50, 900, 800),
         },
-        [search(2, 4.0, (2.0, 0.5), (4.0, 0.625)), search(3, 0.0, (2.0, -1.5))],
+        [
+            {"step": 1, "seconds": 0.125, "tokens": 0},  # an accelerator has only looked
+            search(2, 4.0, (2.0, 0.5), (4.0, 0.625)),
+            search(3, 0.0, (2.0, -1.5)),
+        ],
     )
 
 
@@ -113,6 +117,7 @@ def test_report_says_what_the_runs_cost_and_reached(tortoise, tmp_path):
     assert "tortoise: 2 searches, 1 accepted" in page
     assert cells(page, "<h2>Extrapolations") == [
         ["step", "coefficient", "candidates: score", "seconds", "tokens"],
+        ["1", "-", "", "0.12", "0"],
         ["2", "4", "2: 0.500, 4: 0.625", "0.50", "2,234"],
         ["3", "refused", "2: -1.500", "0.75", "3,234"],
     ]
