@@ -282,7 +282,7 @@ def test_a_path_of_a_checkout_elsewhere_is_told_the_name(capsys, tmp_path, monke
     line = error_of(capsys, "fit", "--config", "configs/effopd/paper.yaml")
     assert line.endswith("there is no such file here; by name it is effopd/paper")
     line = error_of(capsys, "study", "--config", "quickstart")
-    assert line.endswith("there are study/auto, study/controls, study/long, study/quickstart")
+    assert line.endswith("study/controls, study/long, study/quickstart, study/results")
 
 
 @pytest.mark.parametrize(
