@@ -7,7 +7,7 @@ import torch
 
 from opd.errors import UserError
 from opd.objectives import ByEntropy, ClippedPolicyGradient, Distributions, PolicyGradient, Weighted
-from opd.objectives.policy_gradient import clipped_surrogate
+from opd.objectives.policy_gradient import clipped_surrogate, k3
 from opd.rollouts import Tokens
 
 V = 7
@@ -85,14 +85,24 @@ def test_the_penalty_is_k3_of_the_token_sampled():
     torch.testing.assert_close(whole["rl/kl"], found["rl/kl"])
 
 
+def test_the_penalty_does_not_overflow():
+    """The logarithm of r/p is kept within 20; beyond, it has no slope."""
+    logp, logr = torch.zeros(2, requires_grad=True), torch.tensor([19.0, 1000.0])
+    found = k3(logp.double(), logr.double())
+    assert found.tolist() == pytest.approx([math.exp(19) - 20, math.exp(20) - 21])
+    assert torch.autograd.grad(found.sum(), logp)[0].tolist() == pytest.approx(
+        [1 - math.exp(19), 0]
+    )
+
+
 def test_the_penalty_is_the_kl_to_the_reference_on_average():
     student, reference = logits(3, 1).log_softmax(-1), logits(4, 1).log_softmax(-1)
     every = torch.arange(V)
     tokens = Tokens(every, student[0], torch.zeros(V).double())
     both = Distributions(student.expand(V, V), {"reference": reference.expand(V, V)})
-    k3 = ClippedPolicyGradient(kl=1.0).measure(both, tokens)["rl/kl"]
+    of_each = ClippedPolicyGradient(kl=1.0).measure(both, tokens)["rl/kl"]
     exact = (student[0].exp() * (student[0] - reference[0])).sum().item()
-    assert (student[0].exp() * k3).sum().item() == pytest.approx(exact)
+    assert (student[0].exp() * of_each).sum().item() == pytest.approx(exact)
 
 
 def test_who_is_asked():

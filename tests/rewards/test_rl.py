@@ -197,13 +197,13 @@ class SecondOfTwo(World):
 
 def test_prompts_are_taken_in_the_order_of_all_ranks(tiny, monkeypatch):
     """This rank's prompts are the 2nd, 4th, 6th and 8th; rounds of three: 1 2 3, 4 5 6."""
-    module = module_of(tiny, RewardTerm(Rows({1, 2}), dynamic=3))
+    module = module_of(tiny, RewardTerm(Rows({2}), dynamic=3))
     ranks = SecondOfTwo([4, 1, 1])  # it has four prompts, and finds one in each round
     monkeypatch.setattr(OPDModule, "world", property(lambda _: ranks))
     found, rows = sample_until(module, batch_of(module), 1, None, 3)
-    assert rows == [1, 2]  # 1 + 0, then 1 + 2
-    assert [p.row for p in found.prompts.prompts] == [1] * COPIES + [2] * COPIES
-    assert module.train_metrics.compute()["rollout/dropped_fraction"] == pytest.approx(1 / 3)
+    assert rows == [2]  # 1 + 0, then 1 + 1, so that its last prompt is not sampled
+    assert [p.row for p in found.prompts.prompts] == [2] * COPIES
+    assert module.train_metrics.compute()["rollout/dropped_fraction"] == pytest.approx(2 / 3)
 
 
 def test_a_step_from_which_nothing_can_be_learnt_leaves_the_weights(tiny):
@@ -290,6 +290,23 @@ def test_two_processes_give_the_numbers_of_one(tmp_path, run, strategy, recipe):
     for name in names:
         ours, theirs = ([float(row[name]) for row in of] for of in (two, one))
         assert ours == pytest.approx(theirs, rel=2e-4, abs=1e-6), name
+
+
+class Nothing(Reward):
+    """The same for all: nothing can be learnt."""
+
+    def __call__(self, rollouts, texts):
+        return [0.5] * len(texts)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("strategy", [DDP, FSDP2], ids=["ddp", "fsdp2"])
+def test_two_processes_take_a_step_from_which_nothing_can_be_learnt(tmp_path, strategy):
+    nothing = [*FEWEST, "--model.reward.of", "test_rl.Nothing"]
+    folder = launch(2, tmp_path / "two", *strategy, *DAPO, *SMALL, *nothing)
+    rows = [row for row in read_metrics(folder / "metrics.csv") if "optim/grad_norm" in row]
+    assert [float(row["rollout/dropped_fraction"]) for row in rows] == [1, 1]
+    assert [float(row["optim/grad_norm"]) for row in rows] == [0, 0]
 
 
 def test_predictions_and_validation_need_no_teacher(tmp_path, capsys):
