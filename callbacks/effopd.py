@@ -132,6 +132,7 @@ class EffOPD(Accelerator):
             raise UserError(
                 "EffOPD.learning_rate=carry needs opd's module, which asks for its rate"
             )
+        self.score.check(pl_module)
         super().on_fit_start(trainer, pl_module)
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:

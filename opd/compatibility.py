@@ -25,7 +25,7 @@ REFUSED: dict[type[lightning.Callback], str] = {
     BaseFinetuning: NO_PHASES,
 }
 # Prefixes of metrics that this package alone logs
-LOGGED = ("val", "opd", "rollout", "optim", "reuse")
+LOGGED = ("val", "opd", "rl", "rollout", "optim", "reuse")
 
 
 def callbacks_of(trainer: Trainer) -> list[lightning.Callback]:

@@ -1,4 +1,4 @@
-"""Held-out prompts: how good the student is, and what it and its teachers say.
+"""Held-out prompts: how good the student is, and what it and its teachers, if any, say.
 
 The same random numbers every time, so that two validations differ by the weights alone.
 """

@@ -31,15 +31,17 @@ TOKEN_METRICS = (
     "opd/teacher_logprob",
     ENGINE_GAP,
 )
+WITHOUT_TEACHER = ("opd/student_entropy", ENGINE_GAP)  # of these, those that need none
 ROLLOUT_MEANS = ("rollout/length_mean", "rollout/truncated_fraction", "rollout/accuracy")
 FIXED_FRACTION = "opd/fixed_fraction"  # where there is a mixture
 REWARD_METRIC = "rollout/reward"  # where there is a reward
+DROPPED_FRACTION = "rollout/dropped_fraction"  # where there is dynamic sampling
 ROLLOUT_SUMS = ("rollout/tokens",)
 ROLLOUT_MAXIMA = ("rollout/length_max",)
 
 
 def token_metrics(both: Distributions, tokens: Tokens) -> dict[str, Tensor]:
-    r"""Diagnose every token; what a teacher of sampled tokens cannot tell is left out.
+    r"""Diagnose every token; what no teacher tells, or one of sampled tokens cannot, is left out.
 
     Args:
         both: What student and teacher think.
@@ -55,9 +57,11 @@ def token_metrics(both: Distributions, tokens: Tokens) -> dict[str, Tensor]:
     """
     values = {
         "opd/student_entropy": both.student_entropy,
-        "opd/teacher_logprob": _teacher_logprob(both, tokens),
         ENGINE_GAP: (of_sampled(both.log_p, tokens.y) - tokens.logmu_y).abs(),
     }
+    if TEACHER not in both.opinions:
+        return values
+    values["opd/teacher_logprob"] = _teacher_logprob(both, tokens)
     if both.log_q.ndim == 2:
         overlap, advantage = overlap_at_k(both.log_p, both.log_q, OVERLAP_K)
         values |= {
@@ -104,10 +108,10 @@ def sampled_kl(log_p_y: Tensor, logmu_y: Tensor) -> Tensor:
 
 def prediction(both: Distributions, tokens: Tokens) -> dict[str, Tensor]:
     """Measure what predictions.jsonl holds of every token, [n] each."""
-    values = {
-        "student_logprob": of_sampled(both.log_p, tokens.y),
-        "teacher_logprob": _teacher_logprob(both, tokens),
-    }
+    values = {"student_logprob": of_sampled(both.log_p, tokens.y)}
+    if TEACHER not in both.opinions:
+        return values
+    values |= {"teacher_logprob": _teacher_logprob(both, tokens)}
     return values | ({"reverse_kl": both.reverse_kl} if both.log_q.ndim == 2 else {})
 
 

@@ -1,4 +1,4 @@
-"""OPDModule: a student, its frozen teachers, and Lightning's hooks around their steps.
+"""OPDModule: a student, its frozen teachers, if any, and Lightning's hooks around their steps.
 
 What a step is stands in ``opd/step.py``; how student and teacher are compared, in
 ``opd/tokens.py``. Here are the options, the models, and what is logged when.
@@ -25,12 +25,14 @@ from opd.errors import UserError
 from opd.evaluation import evaluate, predict
 from opd.ledger import Ledger
 from opd.metrics import (
+    DROPPED_FRACTION,
     FIXED_FRACTION,
     REWARD_METRIC,
     ROLLOUT_MAXIMA,
     ROLLOUT_MEANS,
     ROLLOUT_SUMS,
     TOKEN_METRICS,
+    WITHOUT_TEACHER,
     StepMetrics,
 )
 from opd.mixture import Mixture
@@ -39,7 +41,7 @@ from opd.objectives.probe import check_objective
 from opd.prompts import PromptBatch, PromptDataModule, pad_token_id
 from opd.prompts.format import Reader
 from opd.randomness import random_state, restore_random_state
-from opd.reuse import Reuse
+from opd.reuse import Reuse, reuse_name
 from opd.rewards.reward import RewardTerm
 from opd.rollouts import (
     GapAlarm,
@@ -70,21 +72,23 @@ def _adamw(params: Any) -> torch.optim.Optimizer:
 
 
 TRAIN_METRICS = (
-    *("opd/loss", *TOKEN_METRICS, *ROLLOUT_MEANS, *ROLLOUT_SUMS, *ROLLOUT_MAXIMA),
+    *("opd/loss", *ROLLOUT_MEANS, *ROLLOUT_SUMS, *ROLLOUT_MAXIMA),
     *("optim/lr", "optim/grad_norm"),
 )
 REUSE_METRICS = ("reuse/steps", "reuse/undone", "reuse/ratio")
 
 
 class OPDModule(LightningModule):
-    """On-policy distillation of a student from one or several frozen teachers.
+    """On-policy distillation of a student from one or several frozen teachers; or RL, from rewards.
 
     Args:
         student: The model to train: hub id, perhaps with @REVISION (branch, tag or commit), folder,
             checkpoint, GGUF file, or one of the built-in: embedded:base, embedded:base-long.
         teacher: The model that it learns from, named alike, or http://HOST:PORT of a server of it
             that ``opd serve --role teacher`` has started; or several, as a mapping from the name
-            that a prompt's ``teacher`` field holds to a model.
+            that a prompt's ``teacher`` field holds to a model. None: there is none, for objectives
+            that ask none, as ClippedPolicyGradient; then nothing of a teacher is logged. Where
+            there is one all the same, such a run logs how far the student is from it.
         objective: Loss per token. None: ReverseKL, the paper's.
         reference: The frozen model that some objectives, as ExOPD, compare the teacher with, named
             like a model. None: the student as it comes, loaded once more.
@@ -105,7 +109,7 @@ class OPDModule(LightningModule):
         verifier: Finds and checks the answers of prompts that have one: AnswerVerifier, whose
             options need no class_path, or opd.rewards.ProgramVerifier, for programs with tests.
         reward: Adds the advantage of a reward to the teacher's, for objectives that look at it, as
-            PolicyGradient. None: the teacher's alone.
+            PolicyGradient; ClippedPolicyGradient has no other. None: the teacher's alone.
         mixture: Train some prompts on the completions that come with them. None: all are sampled.
         micro_batch_tokens: Positions per forward and backward, padding and prompts included. Bounds
             memory; does not change the loss.
@@ -137,7 +141,7 @@ class OPDModule(LightningModule):
     def __init__(
         self,
         student: str,
-        teacher: str | dict[str, str],
+        teacher: str | dict[str, str] | None = None,
         objective: Objective | None = None,
         reference: str | None = None,
         optimizer: OptimizerCallable = _adamw,
@@ -181,11 +185,16 @@ class OPDModule(LightningModule):
         ]:
             if value <= 0:
                 raise UserError(f"model.{name}={value} must be above 0")
-        if not teacher:
-            raise UserError("model.teacher names no model")
+        if teacher is not None and not teacher:
+            raise UserError("model.teacher names no model; null says that there is none")
         self.student_source = student
-        self.teacher_sources = {DEFAULT: teacher} if isinstance(teacher, str) else teacher
+        self.teacher_sources = {DEFAULT: teacher} if isinstance(teacher, str) else teacher or {}
         self.objective = objective or ReverseKL()
+        if self.objective.needs_reward and reward is None:
+            raise UserError(
+                f"model.objective {type(self.objective).__name__} learns from a reward alone; name "
+                "one, as --model.reward.of opd.rewards.Correctness"
+            )
         self.reference_source = None
         if REFERENCE in self.objective.needs:
             self.reference_source = reference or student
@@ -197,6 +206,14 @@ class OPDModule(LightningModule):
         self.optimizer = optimizer
         self.scheduler = scheduler
         self.reuse = reuse if reuse is not None and reuse.steps > 1 else None
+        if self.reuse is not None and self.reuse.held_out and TEACHER not in self.objective.needs:
+            raise UserError(
+                f"model.reuse.held_out={self.reuse.held_out}: further steps are judged by the KL "
+                f"to a teacher, from which {type(self.objective).__name__} does not learn; set "
+                "--model.reuse.held_out 0"
+            )
+        if not self.teacher_sources:
+            self._check_without_teacher(teacher_dtype, teacher_offload)
         self.adapter = adapter
         self.strict_loading = adapter is None  # its base is in no checkpoint
         self.rollouts_per_prompt = rollouts_per_prompt
@@ -223,16 +240,23 @@ class OPDModule(LightningModule):
             )
         if reward is not None:
             reward.check_copies(rollouts_per_prompt)
+            if reward.dynamic is not None and self.engine.staleness:
+                raise UserError(
+                    "model.reward.dynamic samples in rounds, and model.engine samples all prompts "
+                    "of the next step meanwhile; set its staleness to 0"
+                )
         self.micro_batch_tokens = micro_batch_tokens
         self.tile_tokens = tile_tokens
         self.max_grad_norm = max_grad_norm
         self.update_norm = update_norm
+        self._token_metrics = TOKEN_METRICS if self.teacher_sources else WITHOUT_TEACHER
         self._logged = (
             *TRAIN_METRICS,
+            *self._token_metrics,
             *self.objective.metrics,
             *self._further_metrics,
             *(["optim/update_norm"] if update_norm else []),
-            *(REUSE_METRICS if self.reuse is not None else []),
+            *(self._reuse_metrics if self.reuse is not None else []),
         )
         self.teacher_dtype: models.Dtype = teacher_dtype
         self.teacher_offload = teacher_offload
@@ -262,6 +286,20 @@ class OPDModule(LightningModule):
         self._saved_options: optimization.Options | None = None  # as a checkpoint was saved with
         self._measured: dict[str, float] = {}  # of the last step
         self._compared = False  # how student and teachers render prompts
+
+    def _check_without_teacher(self, dtype: models.Dtype, offload: bool) -> None:
+        """Refuse what would ask a teacher that there is not."""
+        name = type(self.objective).__name__
+        if TEACHER in self.objective.needs or self.objective.needs_drift:
+            raise UserError(
+                f"model.teacher is null, and objective {name} learns from one; name it, as "
+                "--model.teacher MODEL, or learn from rewards (--config rl/grpo)"
+            )
+        if self.reference_source is None and (offload or dtype != "float32"):
+            raise UserError(
+                "model.teacher is null, and model.teacher_dtype or model.teacher_offload says how "
+                "to keep one; take it out"
+            )
 
     def configure_callbacks(self) -> list[Callback]:
         """None; the first of Lightning's hooks, and so the place to refuse what cannot work."""
@@ -306,11 +344,17 @@ class OPDModule(LightningModule):
 
     @property
     def _further_metrics(self) -> list[str]:
-        found = {REWARD_METRIC: self.reward, FIXED_FRACTION: self.mixture}
+        found: dict[str, object] = {REWARD_METRIC: self.reward, FIXED_FRACTION: self.mixture}
+        if self.reward is not None:
+            found[DROPPED_FRACTION] = self.reward.dynamic
         return [name for name, of in found.items() if of is not None]
 
+    @property
+    def _reuse_metrics(self) -> list[str]:
+        return [*REUSE_METRICS, *map(reuse_name, self.objective.metrics)]
+
     def _make_metrics(self, train_sets: Sequence[str], validation_sets: Sequence[str]) -> None:
-        names = [*TOKEN_METRICS, *ROLLOUT_MEANS]
+        names = [*self._token_metrics, *ROLLOUT_MEANS]
         several = self.teacher_sources if len(self.teacher_sources) > 1 else ()
         teachers = [f"teacher/{name}" for name in several]
         train, held_out = (
@@ -392,9 +436,14 @@ class OPDModule(LightningModule):
         """Return where teachers come from and their own tokenizers, by what prompts call them.
 
         Raises:
-            UserError: Their vocabulary is not the student's.
+            UserError: There is none, or their vocabulary is not the student's.
         """
         found: dict[str | None, Reader] = {}
+        if not self.teacher_sources:
+            raise UserError(
+                "data.format.teacher_rendering own: model.teacher is null, so that nobody reads "
+                "it; take it out"
+            )
         for name, source in self.teacher_sources.items():
             model = TeacherServer.at(source).model if is_served(source) else source
             own = models.load_tokenizer(model, trust_remote_code=self.trust_remote_code)
@@ -428,6 +477,12 @@ class OPDModule(LightningModule):
         trained = data.train_prompts if isinstance(data, PromptDataModule) else []
         if self.reward is not None:
             self.reward.of.check(trained)
+            size = data.batch_size if isinstance(data, PromptDataModule) else None
+            if size is not None and size < (self.reward.dynamic or 0):
+                raise UserError(
+                    f"model.reward.dynamic={self.reward.dynamic}: more prompts than a step may "
+                    f"sample, data.batch_size={size}; raise that, to several times as many"
+                )
         if self.mixture is not None:
             self.mixture.check(trained)
         elif self.world.rank == 0 and any(prompt.completion_ids for prompt in trained):

@@ -12,7 +12,7 @@ search of EffOPD, one checkpoint. The teachers read a batch once.
 
 **The first step** is ordinary OPD, on the completions that are not held out, and is never undone.
 All metrics of tokens, ``optim/lr`` and ``optim/grad_norm`` are its own; ``optim/update_norm`` is of
-all steps together.
+all steps together, and what an objective measures is logged of further steps as ``reuse/...`` too.
 
 **Further steps** are off-policy: mu has sampled, and the student p is another by now. A token's
 loss is weighed by the ratio p / mu, as it is before the step and truncated at 5 (:data:`CAP`), of
@@ -104,6 +104,11 @@ def sampled_logprobs(both: Distributions, tokens: Tokens) -> Mapping[str, Tensor
 def ratios(both: Distributions, tokens: Tokens) -> Mapping[str, Tensor]:
     """Measure ``ratio`` = min(p(y) / mu(y), CAP), [n]."""
     return {"ratio": importance_weight(of_sampled(both.log_p, tokens.y), tokens.logmu_y, CAP)}
+
+
+def reuse_name(metric: str) -> str:
+    """Say what a metric of an objective is called where it is of further steps."""
+    return f"reuse/{metric.partition('/')[2]}"
 
 
 def importance_weights(

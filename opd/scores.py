@@ -36,6 +36,13 @@ class CandidateScore(ABC):
 
     knows_moved: ClassVar[bool] = False
 
+    def check(self, module: Any) -> None:  # noqa: B027 - any module may do
+        """Called before a run.
+
+        Raises:
+            UserError: It cannot judge this module.
+        """
+
     def request(self) -> StepRequest:
         """Say what it needs of a step after which there will be a search."""
         return StepRequest()
@@ -159,6 +166,14 @@ class TeacherKL(CandidateScore):
         self.num_examples = num_examples
         self.divergence = divergence
         self._readings: list[Reading] = []
+
+    def check(self, module: OPDModule) -> None:
+        """Refuse a module without a teacher."""
+        if not module.teachers:
+            raise UserError(
+                "TeacherKL judges by the teacher, and model.teacher is null; use "
+                "opd.scores.AnswerAccuracy"
+            )
 
     def request(self) -> StepRequest:
         """Ask the step to keep what the search will need of it."""

@@ -34,7 +34,7 @@ from opd.objectives.weighted import drift
 from opd.prompts import Prompt, PromptBatch
 from opd.randomness import derive_seed
 from opd.reuse import Reuse, importance_weights, sampled_logprobs
-from opd.rewards.reward import REWARD, RewardTerm
+from opd.rewards.reward import ADVANTAGE, REWARD, RewardTerm, equal_shares
 from opd.rollouts import (
     SAMPLED,
     GapAlarm,
@@ -45,7 +45,7 @@ from opd.rollouts import (
     cut_into_micro_batches,
     records,
 )
-from opd.teachers import TEACHER, Opinion, Teachers
+from opd.teachers import DEFAULT, TEACHER, Opinion, Teachers
 from opd.tokens import Compared, Measure
 from opd.weights import Weights
 from opd.world import World
@@ -193,7 +193,7 @@ def mixed(
 
 def micro_batches(module: Distillation, rollouts: Rollouts) -> list[Rollouts]:
     """Cut rollouts by the token budget and by teacher, on all ranks alike; a collective."""
-    by_teacher: dict[str, list[Rollouts]] = {name: [] for name in module.teachers}
+    by_teacher: dict[str, list[Rollouts]] = {name: [] for name in module.teachers or (DEFAULT,)}
     name_of = module.teachers.name_of
     for micro in cut_into_micro_batches(rollouts, module.micro_batch_tokens, name_of):
         by_teacher[name_of(micro.prompts.prompts[0])].append(micro)
@@ -201,7 +201,7 @@ def micro_batches(module: Distillation, rollouts: Rollouts) -> list[Rollouts]:
 
 
 def read(module: Distillation, micro: Rollouts, *, reference: bool = False) -> Reading:
-    """Let the teacher of a micro-batch read it, and the reference of the objective, if asked."""
+    """Let its teacher, if there is one, read a micro-batch; and the reference, if asked."""
     with memory.needed_for("the teacher's reading"):
         return Reading(micro, module.teachers.read(micro, reference=reference))
 
@@ -322,6 +322,11 @@ def reward(module: Distillation, term: RewardTerm, rollouts: Rollouts) -> None:
     values = columns[REWARD][torch.tensor(known, dtype=torch.bool)].double()
     metrics = module.train_metrics
     metrics.update({REWARD_METRIC: values}, members(module, metrics, prompts))
+
+
+def share_equally(module: Distillation, rollouts: Rollouts) -> None:
+    """Let completions count alike, however long they are, by their advantages; a collective."""
+    rollouts.columns[ADVANTAGE] *= equal_shares(rollouts.counts, module.world.sum).float()
 
 
 def count_tokens(

@@ -1,9 +1,10 @@
 """One step of on-policy distillation, t = ``trainer.global_step`` after it (paper: 2605.11739).
 
 1. prompts, for the whole step on this rank
-2. rollouts: the engine samples completions with the student as it is, as long as is asked for
+2. rollouts: the engine samples completions with the student as it is, as long as is asked for;
+   with ``model.reward`` they are rewarded, and with ``model.reward.dynamic`` sampled in rounds
 3. micro-batches: completions sorted by length, cut by a budget of positions
-4. teachers read each micro-batch
+4. teachers, if there are any, read each micro-batch
 5. the objective's loss per token is summed and divided by the token count of the *global* batch:
    all ranks, all micro-batches
 6. one backward per micro-batch; then clip and optimizer; with ``model.reuse`` several times, for
@@ -33,10 +34,11 @@ from torch import Tensor
 from opd import memory, optimization, sharding, stages
 from opd.errors import NonFiniteError
 from opd.extrapolation import Score
-from opd.metrics import ENGINE_GAP, token_metrics
+from opd.metrics import DROPPED_FRACTION, ENGINE_GAP, token_metrics
 from opd.prompts import PromptBatch
 from opd.randomness import derive_seed, own_randomness
-from opd.reuse import Reuse, Saved, further_steps, ratios
+from opd.reuse import Reuse, Saved, further_steps, ratios, reuse_name
+from opd.rewards.reward import REWARD, differing
 from opd.rollouts import Rollouts
 from opd.rollouts.records import note_right
 from opd.stages import Distillation, Reading
@@ -147,7 +149,8 @@ def take_step(
             module, micro_batches, request.keep_opinions or reuse is not None
         )
     # The teacher first: where it fails, the loss follows
-    for name, what in [("teacher_logprob", "teacher's log-probability"), ("loss", "loss")]:
+    asked = [("teacher_logprob", "teacher's log-probability")] if module.teachers else []
+    for name, what in [*asked, ("loss", "loss")]:
         check_finite(t, micro_batches, [v[f"opd/{name}"] for v in values], what, world)
     if not module.engine.staleness:  # other weights have sampled, as they should
         both = zip(micro_batches, values, strict=True)
@@ -215,9 +218,13 @@ def reuse_rollouts(
 
     Returns:
         ``reuse/steps``, optimizer steps on this batch that hold; ``reuse/undone``, 1 if one was
-        undone; and the mean ratio p / mu, truncated, of the tokens that further steps have seen.
+        undone; and, of the tokens that further steps have seen, the mean ratio p / mu, truncated,
+        and the means of what the objective measures: ``rl/clip_fraction`` as
+        ``reuse/clip_fraction``.
     """
-    world, seen = module.world, torch.zeros(2, dtype=torch.float64)
+    world, own = module.world, [(name, reuse_name(name)) for name in module.objective.metrics]
+    names = list(dict.fromkeys([*(name for _, name in own), "reuse/ratio"]))
+    seen = torch.zeros(len(names), 2, dtype=torch.float64)
 
     def attempt(k: int) -> None:
         with own_randomness(module.device, module.seed, t, world.rank, "dropout", k):
@@ -230,9 +237,13 @@ def reuse_rollouts(
         except NonFiniteError:
             optimizer.zero_grad()
             raise
-        pairs = zip(readings, values, strict=True)
-        for ratio in (reading.micro.keep_sampled(v["ratio"]) for reading, v in pairs):
-            seen.add_(torch.stack([ratio.double().sum().cpu(), torch.tensor(float(len(ratio)))]))
+        for reading, v in zip(readings, values, strict=True):
+            found = {name: v[measured] for measured, name in own}
+            found["reuse/ratio"] = reading.micro.keep_sampled(v["ratio"])
+            for name, value in found.items():
+                seen[names.index(name)] += torch.stack(
+                    [value.double().sum().cpu(), torch.tensor(float(len(value)))]
+                )
 
     def score() -> Score:
         with module.ledger.phase("search"):
@@ -244,14 +255,85 @@ def reuse_rollouts(
 
     reused = further_steps(reuse, attempt, score, save, world.sum)
     metrics = {"reuse/steps": float(reused.steps), "reuse/undone": float(reused.undone)}
-    ratio, count = world.sum(seen).tolist()
-    return metrics | ({"reuse/ratio": ratio / count} if count else {})
+    of_all = zip(names, world.sum(seen).tolist(), strict=True)
+    return metrics | {name: total / count for name, (total, count) in of_all if count}
 
 
 def sample(
     module: Distillation, batch: PromptBatch, t: int, max_new_tokens: int | None = None
 ) -> Rollouts:
-    """Sample the step's completions, perhaps shorter than usual, and give each its lot."""
+    """Sample the step's completions, perhaps shorter than usual, and give each its lot.
+
+    Args:
+        module: A student; where it has a reward, they are rewarded.
+        batch: This rank's prompts; with dynamic sampling, some may be left out.
+        t: Number of the step, from 1.
+        max_new_tokens: Longest completion; None: as the module's sampler says.
+    """
+    term, copies = module.reward, module.rollouts_per_prompt
+    rows: Sequence[int] = range(len(batch))
+    if term is None or term.dynamic is None:
+        rollouts = sample_prompts(module, batch, t, max_new_tokens)
+    else:
+        rollouts, rows = sample_until(module, batch, t, max_new_tokens, term.dynamic)
+    if term is not None and term.per == "completion":
+        stages.share_equally(module, rollouts)
+    drawn = lots(len(batch) * copies, copies, module.world, module.seed, t, LOT)
+    rollouts.columns[LOT] = drawn[_completions(rows, copies)].to(rollouts.lengths.device)
+    return rollouts
+
+
+def sample_until(
+    module: Distillation, batch: PromptBatch, t: int, max_new_tokens: int | None, fewest: int
+) -> tuple[Rollouts, list[int]]:
+    """Sample until enough prompts have completions with different rewards: dynamic sampling.
+
+    DAPO (2503.14476, section 3.2). The prompts of all ranks, in their order, ``fewest`` at a time;
+    so what is sampled and kept does not depend on the number of ranks.
+
+    Args:
+        module: A student with a reward.
+        batch: This rank's prompts.
+        t: Number of the step, from 1.
+        max_new_tokens: Longest completion; None: as the module's sampler says.
+        fewest: Prompts to find, all ranks together.
+
+    Returns:
+        The completions of this rank's prompts that are kept, and the numbers of these prompts.
+    """
+    world, copies, metrics = module.world, module.rollouts_per_prompt, module.train_metrics
+    total = int(world.sum(torch.tensor(float(len(batch)))))
+    parts: list[Rollouts] = []
+    rows: list[int] = []
+    found = 0
+    for start in range(0, total, fewest):
+        places = [i * world.size + world.rank for i in range(len(batch))]  # dealt in turn
+        some = [i for i, place in enumerate(places) if start <= place < start + fewest]
+        prompts = batch.select(some)
+        rollouts = sample_prompts(module, prompts, t, max_new_tokens)
+        kept = differing(rollouts.columns[REWARD], copies)
+        dropped = torch.ones(len(some))
+        dropped[kept] = 0.0
+        members = stages.members(module, metrics, prompts.prompts)
+        metrics.update({DROPPED_FRACTION: dropped}, members)
+        parts.append(rollouts.select(_completions(kept, copies)))
+        rows += [some[i] for i in kept]
+        found += int(world.sum(torch.tensor(float(len(kept)))))
+        if found >= fewest:
+            break
+    filled = [part for part in parts if len(part)]
+    return Rollouts.concatenate(filled or parts[:1], module.sampler.pad_token_id), rows
+
+
+def _completions(rows: Iterable[int], copies: int) -> list[int]:
+    """Number the completions of some prompts."""
+    return [row * copies + copy for row in rows for copy in range(copies)]
+
+
+def sample_prompts(
+    module: Distillation, batch: PromptBatch, t: int, max_new_tokens: int | None
+) -> Rollouts:
+    """Sample, count, verify and, where there is a reward, reward the completions of prompts."""
     copies, seed = module.rollouts_per_prompt, derive_seed(module.seed, t, "rollout")
     with module.ledger.phase("rollout"):
         if module.mixture is None:
@@ -268,8 +350,6 @@ def sample(
                 copies=copies,
                 max_new_tokens=max_new_tokens,
             )
-    drawn = lots(len(rollouts), copies, module.world, module.seed, t, LOT)
-    rollouts.columns[LOT] = drawn.to(rollouts.lengths.device)
     right = stages.count_rollouts(module, module.train_metrics, rollouts)
     if module.reward is not None:
         note_right(rollouts, right)

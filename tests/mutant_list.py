@@ -321,6 +321,17 @@ REWARD = "tests/rewards/test_reward.py"
 REWARDS = f"{REWARD} --deselect {REWARD}::test_two_processes_give_the_rewards_that_one_gives"
 reward = of("opd/rewards/reward.py", REWARDS)
 advantages = of("opd/rewards/advantages.py", f"{REWARD} -k advantage")
+RL = "tests/rewards/test_rl.py"
+GRPO_STEPS = f"{RL}::test_three_steps_on_a_batch_are_those_of_the_loss_written_out"
+DYNAMIC = f"{RL}::test_sampling_goes_on_until_enough_prompts_differ"
+ALL_RANKS = f"{RL}::test_prompts_are_taken_in_the_order_of_all_ranks"
+BESIDE = f"{RL}::test_a_teacher_that_is_named_is_measured_and_not_trained_on"
+ALONE = f"{RL}::test_a_recipe_runs_without_a_teacher"
+TWO_OF_RL = f"{RL}::test_two_processes_give_the_numbers_of_one[grpo-ddp]"
+NO_TEACHER = f"{RL}::test_predictions_and_validation_need_no_teacher"
+RL_INPUT = f"{BAD_INPUT} -k 'rl or Clipped or null'"
+rl = of("opd/rewards/reward.py", f"{RL} -k 'overlong or shares or rewards'")
+clipped = of("opd/objectives/clipped.py", "tests/objectives/test_clipped.py")
 MIXED = "tests/test_mixture.py"
 MIXTURE = f"{MIXED} --deselect {MIXED}::test_two_processes_mix_as_one_does"
 mixture = of("opd/mixture.py", MIXTURE)
@@ -855,8 +866,8 @@ MUTANTS = [
     distributions("-(self.p * self.log_p)", "-(self.p * self.log_q)"),
     distributions("-(self.q * self.log_q)", "-(self.q * self.log_p)"),
     metrics(
-        '"opd/teacher_logprob": _teacher_logprob(both, tokens)',
-        '"opd/teacher_logprob": of_sampled(both.log_p, tokens.y)',
+        'values["opd/teacher_logprob"] = _teacher_logprob(both, tokens)',
+        'values["opd/teacher_logprob"] = of_sampled(both.log_p, tokens.y)',
     ),
     metrics("- tokens.logmu_y).abs()", "- tokens.logmu_y)", UNIT_METRICS),
     metrics('"opd/overlap_at_16": overlap,', '"opd/overlap_at_16": advantage,'),
@@ -1063,7 +1074,7 @@ MUTANTS = [
     distributions("ours.logical_or_(theirs)", "ours.logical_xor_(theirs)", "tests/objectives"),
     tokens("**self.objective.measure(both, tokens)", "", "tests/objectives/test_top_k.py"),
     gradient("(logq_y - logp_y).detach()", "(logq_y - logp_y)", "tests/objectives"),
-    gradient("clamp(-20, 20)", "clamp(-2, 2)", "tests/objectives"),
+    gradient("logp_old_y).clamp(-20, 20)", "logp_old_y).clamp(-2, 2)", "tests/objectives"),
     gradient("dual_clip * advantage)", "advantage)", "tests/objectives"),
     gradient("torch.where(advantage < 0", "torch.where(advantage > 0", "tests/objectives"),
     # a step
@@ -1531,7 +1542,7 @@ MUTANTS = [
     step("functools.partial(world.step, optimizer)", "optimizer.step", REUSE_RUN),
     step('"dropout", k)', '"dropout")', REUSE_DROPOUT),
     step("            optimizer.zero_grad()\n            raise", "            raise", REUSE_NAN),
-    step("ratio / count", "ratio", REUSE_STEPS),
+    step("total / count for name,", "total for name,", REUSE_STEPS),
     step("        if scheduler is not None:\n", "        if again is not None:\n", REUSE_OUT),
     of("opd/world.py", REUSE_RUN)("self._strategy.optimizer_step(own, lambda: None)", "pass"),
     module(
@@ -1666,6 +1677,61 @@ MUTANTS = [
         "torch.where(variance > 0, centred / scale,", "torch.where(variance > -1, centred / scale,"
     ),
     stages("rollouts.columns |= columns", "pass", REWARDS),
+    # RL
+    gradient("rho.clamp(1 - low, 1 + high)", "rho.clamp(1 - high, 1 + low)"),
+    gradient("torch.minimum(rho * advantage", "torch.maximum(rho * advantage"),
+    gradient("(logr_y - logp_y).clamp(-20, 20)", "(logp_y - logr_y).clamp(-20, 20)"),
+    gradient("(logr_y - logp_y).clamp(-20, 20)", "(logr_y - logp_y)"),
+    gradient("log_ratio.expm1() - log_ratio", "-log_ratio"),
+    clipped("above & (advantage > 0)", "above & (advantage >= 0)"),
+    clipped("below & (advantage < 0)", "below"),
+    clipped("1 + self.clip_high, rho <", "1 + self.clip_low, rho <"),
+    clipped("loss + self.kl * k3", "loss + k3"),
+    clipped("if self.kl else {}", ""),
+    clipped("0 < self.clip_low <= 1", "0 <= self.clip_low <= 1"),
+    clipped("        return True\n", "        return False\n"),
+    of("opd/objectives/weighted.py", "tests/objectives/test_clipped.py")(
+        "return self.objective.needs_reward", "return False"
+    ),
+    rl("self.longest - self.buffer", "self.longest"),
+    rl("(beyond / self.buffer).clamp(0, 1)", "(beyond / self.buffer).clamp(max=1)"),
+    rl("(beyond / self.buffer).clamp(0, 1)", "(beyond / self.buffer).clamp(min=0)"),
+    rl("        self.of.check(prompts)\n", "        pass\n"),
+    rl("nan_to_num(math.inf).amin", "nan_to_num(0).amin"),
+    rl("nan_to_num(-math.inf).amax", "nan_to_num(9).amax"),
+    rl("reduce_sum(\n", "(\n"),
+    rl("tokens / completions / lengths", "tokens / lengths"),
+    step('term.per == "completion"', 'term.per != "completion"', GRPO_STEPS),
+    stages(
+        "equal_shares(rollouts.counts, module.world.sum)", "1.0 + 0 * rollouts.counts", GRPO_STEPS
+    ),
+    stages("rollouts.counts, module.world.sum)", "rollouts.counts, lambda own: own)", TWO_OF_RL),
+    step("start <= place < start + fewest", "start <= place <= start + fewest", DYNAMIC),
+    step("i * world.size + world.rank for i", "i for i", ALL_RANKS),
+    step("        if found >= fewest:\n", "        if found > fewest:\n", DYNAMIC),
+    step("found += int(world.sum(", "found += int((", ALL_RANKS),
+    step("rows += [some[i] for i in kept]", "rows += kept", DYNAMIC),
+    step("dropped[kept] = 0.0", "pass", DYNAMIC),
+    step("Rollouts.concatenate(filled or parts[:1]", "Rollouts.concatenate(filled", DYNAMIC),
+    step("drawn[_completions(rows, copies)]", "drawn[: len(rollouts)]", DYNAMIC),
+    step("found = {name: v[measured] for measured, name in own}", "found = {}", GRPO_STEPS),
+    step("if module.teachers else []", "", ALONE),
+    metrics(
+        "    if TEACHER not in both.opinions:\n        return values\n    values[",
+        "    values[",
+        ALONE,
+    ),
+    metrics(
+        "    if TEACHER not in both.opinions:\n        return values\n    values |=",
+        "    values |=",
+        NO_TEACHER,
+    ),
+    module("if self.teacher_sources else WITHOUT_TEACHER", "", RL_INPUT),
+    module("if self.objective.needs_reward and reward is None:", "if False:", RL_INPUT),
+    module("or self.objective.needs_drift:", "or False:", RL_INPUT),
+    module("size < (self.reward.dynamic or 0)", "size < 0", RL_INPUT),
+    scores("        if not module.teachers:\n", "        if False:\n", RL_INPUT),
+    of("callbacks/effopd.py", RL_INPUT)("        self.score.check(pl_module)\n", ""),
     # the mixture
     mixture('derive_seed(seed, p.row, "fixed")', 'derive_seed(p.row, "fixed")'),
     mixture("and prompt.completion_ids is not None for", "for"),

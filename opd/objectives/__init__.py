@@ -1,5 +1,6 @@
 """Objectives: the loss per token, from what student and teacher think of it."""
 
+from opd.objectives.clipped import ClippedPolicyGradient
 from opd.objectives.distributions import Distributions, largest
 from opd.objectives.divergences import forward_kl, generalized_jsd, kl, reverse_kl, skew_kl
 from opd.objectives.exopd import ExOPD, SampledExOPD
@@ -21,6 +22,7 @@ __all__ = [
     "ByDrift",
     "ByEntropy",
     "ByPosition",
+    "ClippedPolicyGradient",
     "Distributions",
     "ExOPD",
     "FixedNegativeAdvantage",

@@ -72,6 +72,11 @@ class Objective(ABC):
         """Whether it looks at ``tokens.drift``, which takes one more product with a head."""
         return False
 
+    @property
+    def needs_reward(self) -> bool:
+        """Whether it is made of ``tokens.advantage`` alone, so that it needs a ``model.reward``."""
+        return False
+
     @abstractmethod
     def __call__(self, log_p: Tensor, opinions: Mapping[str, Tensor], tokens: Tokens) -> Tensor:
         """Return the loss per token.

@@ -30,6 +30,25 @@ def importance_weight(logp_y: Tensor, logmu_y: Tensor, cap: float) -> Tensor:
     return (logp_y - logmu_y).detach().exp().clamp(max=cap)
 
 
+def probability_ratio(logp_y: Tensor, logp_old_y: Tensor) -> Tensor:
+    """rho_t = exp(clamp(log p - log p_old, +-20)), with the gradient of log p."""
+    return (logp_y - logp_old_y).clamp(-20, 20).exp()
+
+
+def clipped_surrogate(rho: Tensor, advantage: Tensor, low: float, high: float) -> Tensor:
+    """min(rho A, clip(rho, 1 - low, 1 + high) A), to be maximised (PPO, 1707.06347, eq. 7)."""
+    return torch.minimum(rho * advantage, rho.clamp(1 - low, 1 + high) * advantage)
+
+
+def k3(logp_y: Tensor, logr_y: Tensor) -> Tensor:
+    """Estimate KL(p || r) from y that p has sampled: r/p - log r/p - 1 (2402.03300, eq. 4).
+
+    log r/p is kept within +-20, as that of a ratio; with the gradient of log p.
+    """
+    log_ratio = (logr_y - logp_y).clamp(-20, 20)
+    return log_ratio.expm1() - log_ratio
+
+
 def policy_gradient_loss(
     logp_y: Tensor,
     logp_old_y: Tensor,
@@ -50,7 +69,7 @@ def policy_gradient_loss(
         clip: rho is clipped to [1 - clip, 1 + clip].
         dual_clip: Bound on the loss, in units of -A, where A < 0.
     """
-    rho = (logp_y - logp_old_y).clamp(-20, 20).exp()
-    surrogate = torch.minimum(rho * advantage, rho.clamp(1 - clip, 1 + clip) * advantage)
+    rho = probability_ratio(logp_y, logp_old_y)
+    surrogate = clipped_surrogate(rho, advantage, clip, clip)
     bounded = torch.maximum(surrogate, dual_clip * advantage)
     return -torch.where(advantage < 0, bounded, surrogate)

@@ -98,7 +98,8 @@ def check_objective(
     if rewarded and _same(objective, anywhere, slopes[1], "advantage"):
         raise UserError(
             f"model.reward: objective {name} does not look at it; use "
-            "opd.objectives.PolicyGradient or SampledExOPD, which add it to the advantage"
+            "opd.objectives.PolicyGradient or SampledExOPD, which add it to the advantage, or "
+            "ClippedPolicyGradient, which has no other"
         )
 
 
@@ -156,7 +157,8 @@ def _case(
         logits[who] = logits[other]
     logmu = logits["student"].log_softmax(-1).gather(1, y[:, None]).squeeze(1)
     drift = torch.linspace(0, 1, len(y)).double()
-    advantage = torch.linspace(-1, 2, len(y)).double() if rewarded and not average else None
+    # On average over the tokens an advantage is 0: those of a reward are made by comparison
+    advantage = torch.linspace(-1, 2, len(y)).double() * (not average) if rewarded else None
     return _Case(logits, Tokens(y, logmu, advantage, None, position, drift))
 
 

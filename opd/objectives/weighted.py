@@ -87,6 +87,10 @@ class Weighted(Objective):
         return self.objective.needs_drift or self.weight.needs_drift
 
     @property
+    def needs_reward(self) -> bool:
+        return self.objective.needs_reward
+
+    @property
     def metrics(self) -> Sequence[str]:
         return tuple(dict.fromkeys((*self.objective.metrics, WEIGHT)))
 

@@ -2,7 +2,7 @@
 
 from opd.rewards.advantages import Advantage, AsGiven, Centred, GroupNormalized
 from opd.rewards.code import CodeTests, CodeVerifier, Verdict, extract_code
-from opd.rewards.reward import Correctness, Reward, RewardTerm
+from opd.rewards.reward import Correctness, Overlong, Reward, RewardTerm
 from opd.rewards.sandbox import Limits, Outcome, Sandbox
 from opd.rewards.verifier import ProgramVerifier
 
@@ -16,6 +16,7 @@ __all__ = [
     "GroupNormalized",
     "Limits",
     "Outcome",
+    "Overlong",
     "ProgramVerifier",
     "Reward",
     "RewardTerm",

@@ -1,4 +1,4 @@
-"""A reward of completions, added to the advantage that the teacher gives their tokens.
+"""A reward of completions: added to the advantage that the teacher gives their tokens, or alone.
 
 In a configuration, or ``--model.reward.of opd.rewards.Correctness`` on the command line::
 
@@ -12,7 +12,12 @@ In a configuration, or ``--model.reward.of opd.rewards.Correctness`` on the comm
 
 The advantage of a token is then A_t = log q(y_t) - log p(y_t) + weight A, where A is made of the
 rewards of all completions of its prompt, and is the same for all tokens of one. The completions of
-a prompt are all on one rank, so that neither the batch nor the number of ranks matters.
+a prompt are all on one rank, so that neither the batch nor the number of ranks matters. With
+opd.objectives.ClippedPolicyGradient A is all that there is: GRPO and DAPO (``configs/rl``).
+
+Long completions have more tokens, and so more of the loss, which is a mean over tokens. ``per:
+completion`` divides that out. ``dynamic: 16`` samples prompts until that many are there from which
+something can be learnt (DAPO): those whose completions all have the same reward are left out.
 
 Rewards have no part in validation, nor in the scores of EffOPD, which ask the teacher or answers.
 
@@ -23,8 +28,9 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -80,8 +86,66 @@ class Correctness(Reward):
 
 
 @dataclass(frozen=True)
+class Overlong(Reward):
+    """A reward, less a penalty for completions that come near a limit (DAPO, 2503.14476, eq. 13).
+
+    0 up to ``longest`` - ``buffer`` tokens, -1 from ``longest`` on, and linear in between.
+
+    Args:
+        of: The reward.
+        longest: Tokens of a completion for which the penalty is full, as ``model.max_new_tokens``.
+        buffer: So many tokens before, it sets in; at least 1, at most ``longest``.
+    """
+
+    of: Reward
+    longest: int
+    buffer: int
+
+    def __post_init__(self) -> None:
+        if not 1 <= self.buffer <= self.longest:
+            raise UserError(
+                f"Overlong(longest={self.longest}, buffer={self.buffer}): buffer must be at least "
+                "1 and at most longest"
+            )
+
+    def check(self, prompts: Sequence[Prompt]) -> None:
+        """Refuse prompts with which the reward can do nothing."""
+        self.of.check(prompts)
+
+    def __call__(self, rollouts: Rollouts, texts: Sequence[str]) -> Tensor:
+        beyond = rollouts.counts.cpu() - (self.longest - self.buffer)
+        return judged(self.of, rollouts, texts) - (beyond / self.buffer).clamp(0, 1)
+
+
+def judged(of: Reward, rollouts: Rollouts, texts: Sequence[str]) -> Tensor:
+    """Ask a reward, and look at what it gives: [B], float64, on the CPU.
+
+    Raises:
+        UserError: The rewards are not B numbers, or one is infinite.
+    """
+    found = of(rollouts, texts) if len(rollouts) else torch.zeros(0)
+    reward = torch.as_tensor(found, dtype=torch.float64).cpu()
+    name = type(of).__name__
+    if reward.shape != (len(rollouts),):
+        raise UserError(
+            f"model.reward.of {name}: gives numbers of shape {list(reward.shape)} for "
+            f"{len(rollouts)} completions; it must be one for each"
+        )
+    if reward.isinf().any():
+        place = rollouts.prompts.prompts[int(reward.isinf().nonzero()[0])].place
+        raise UserError(f"model.reward.of {name}: gives an infinite reward to {place}")
+    return reward
+
+
+@dataclass(frozen=True)
 class RewardTerm:
     """What a reward adds to the advantage; see :mod:`opd.rewards.reward`.
+
+    With ``dynamic``, the step's prompts (``data.batch_size``) are sampled that many at a time, all
+    ranks together, until there are at least that many whose completions have different rewards, or
+    all are used up. Only these are trained on, all of them (DAPO cuts what is beyond the number);
+    all count in ``cost/rollout_tokens``, ``rollout/accuracy`` and ``rollout/reward``.
+    ``rollout/dropped_fraction`` is the share of prompts that were sampled and left out.
 
     Args:
         of: What the completions get a reward for: opd.rewards.Correctness, or a class of yours
@@ -89,15 +153,29 @@ class RewardTerm:
         advantage: What becomes of the rewards of a prompt's completions: GroupNormalized, Centred
             or AsGiven, or a class of yours derived from opd.rewards.Advantage.
         weight: Of the advantage that they make, beside the teacher's, above 0.
+        per: What counts alike: each ``token`` (DAPO), or each ``completion``, whose advantage is
+            then multiplied by the step's mean length over its own (GRPO, 2402.03300, eq. 3).
+        dynamic: Dynamic sampling: fewest prompts to train on whose completions have different
+            rewards (DAPO, 2503.14476, section 3.2). None: all prompts, once.
     """
 
     of: Reward
     advantage: Advantage = field(default_factory=GroupNormalized)
     weight: float = 1.0
+    per: Literal["token", "completion"] = "token"
+    dynamic: int | None = None
 
     def __post_init__(self) -> None:
         if not 0 < self.weight < math.inf:
             raise UserError(f"model.reward.weight={self.weight} must be above 0")
+        if self.dynamic is not None and self.dynamic < 1:
+            raise UserError(f"model.reward.dynamic={self.dynamic} must be at least 1 prompt")
+        if self.dynamic is not None and not self.advantage.compares:
+            raise UserError(
+                "model.reward.dynamic leaves out prompts whose completions have the same reward, "
+                f"from which {type(self.advantage).__name__} makes an advantage all the same; take "
+                "it out, or use opd.rewards.GroupNormalized"
+            )
 
     def check_copies(self, copies: int) -> None:
         """Make sure that there is something to compare.
@@ -126,17 +204,7 @@ class RewardTerm:
         Raises:
             UserError: The rewards are not B numbers, or one is infinite.
         """
-        found = self.of(rollouts, texts) if len(rollouts) else torch.zeros(0)
-        reward = torch.as_tensor(found, dtype=torch.float64).cpu()
-        name = type(self.of).__name__
-        if reward.shape != (len(rollouts),):
-            raise UserError(
-                f"model.reward.of {name}: gives numbers of shape {list(reward.shape)} for "
-                f"{len(rollouts)} completions; it must be one for each"
-            )
-        if reward.isinf().any():
-            place = rollouts.prompts.prompts[int(reward.isinf().nonzero()[0])].place
-            raise UserError(f"model.reward.of {name}: gives an infinite reward to {place}")
+        reward = judged(self.of, rollouts, texts)
         known = ~reward.isnan()
         group = torch.arange(len(rollouts)) // copies
         advantage = torch.zeros_like(reward)
@@ -146,3 +214,40 @@ class RewardTerm:
             REWARD: reward.to(device, torch.float32),
             ADVANTAGE: advantage.to(device, torch.float32),
         }
+
+
+def differing(reward: Tensor, copies: int) -> list[int]:
+    """Say which prompts have completions with different rewards.
+
+    Args:
+        reward: Of all completions of whole prompts, those of one side by side, [B]; NaN: none.
+        copies: Completions per prompt.
+
+    Returns:
+        Their numbers, from 0 to B / copies.
+    """
+    of_prompts = reward.view(-1, copies)
+    lowest = of_prompts.nan_to_num(math.inf).amin(dim=1)
+    highest = of_prompts.nan_to_num(-math.inf).amax(dim=1)
+    return (lowest < highest).nonzero().flatten().tolist()
+
+
+def equal_shares(counts: Tensor, reduce_sum: Callable[[Tensor], Tensor]) -> Tensor:
+    """Return what gives completions equal shares of a token mean: the mean length over each's own.
+
+    Over all ranks: (1/T) sum_i f_i sum_t l_it with f_i = T / (N |y_i|), T tokens of N completions,
+    is (1/N) sum_i (1/|y_i|) sum_t l_it. A collective.
+
+    Args:
+        counts: Sampled tokens of this rank's completions, [B].
+        reduce_sum: Sums a tensor over ranks.
+
+    Returns:
+        [B], float64.
+    """
+    lengths = counts.double()
+    tokens, completions = reduce_sum(
+        torch.stack([lengths.sum(), torch.full_like(lengths.sum(), len(lengths))])
+    )
+    shares: Tensor = tokens / completions / lengths
+    return shares

@@ -30,7 +30,7 @@ REFERENCE = "reference"  # and a frozen model that reads all, whatever their tea
 
 
 class Teachers(Mapping[str, Teacher]):
-    """Teachers by the names that the prompts' ``teacher`` fields hold.
+    """Teachers by the names that the prompts' ``teacher`` fields hold; perhaps none.
 
     Args:
         teachers: The teachers.
@@ -77,11 +77,13 @@ class Teachers(Mapping[str, Teacher]):
         return int(any(isinstance(teacher, ServedTeacher) for teacher in self.values()))
 
     def name_of(self, prompt: Prompt) -> str:
-        """Return which teacher reads a prompt.
+        """Return which teacher reads a prompt; DEFAULT where there is none at all.
 
         Raises:
             UserError: There is no teacher of that name.
         """
+        if not self:
+            return DEFAULT
         if prompt.teacher is None and len(self) == 1:
             return next(iter(self))
         name = prompt.teacher or DEFAULT
@@ -163,12 +165,14 @@ class Teachers(Mapping[str, Teacher]):
                     )
 
     def read(self, micro: Rollouts, *, reference: bool = False) -> dict[str, Opinion]:
-        """Let the teacher of a micro-batch, which has one, read it; and the reference, if asked.
+        """Let the teacher of a micro-batch read it, if there is one; the reference, if asked.
 
         A teacher reads what it alone is told; the reference reads what the student does.
         """
-        teacher = self[self.name_of(micro.prompts.prompts[0])]
-        opinions = {TEACHER: teacher.read(micro.for_teacher())}
+        opinions: dict[str, Opinion] = {}
+        if self:
+            teacher = self[self.name_of(micro.prompts.prompts[0])]
+            opinions[TEACHER] = teacher.read(micro.for_teacher())
         if reference and self.reference is not None:
             opinions[REFERENCE] = self.reference.read(micro)
         return opinions

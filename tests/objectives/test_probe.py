@@ -15,6 +15,7 @@ from opd.objectives import (
     ByDrift,
     ByEntropy,
     ByPosition,
+    ClippedPolicyGradient,
     Distributions,
     ExOPD,
     FixedNegativeAdvantage,
@@ -93,6 +94,8 @@ GOOD = [
     *(PolicyGradient(), PolicyGradient(importance_cap=None), ExOPD(), SampledExOPD(scale=0.5)),
     *(FixedNegativeAdvantage(), FixedNegativeAdvantage(below=1.0)),
     FixedNegativeAdvantage(below=1e-4),
+    *(ClippedPolicyGradient(), ClippedPolicyGradient(kl=0.1)),
+    Weighted(ClippedPolicyGradient(), ByEntropy()),
     *(Weighted(ReverseKL(), ByEntropy()), Weighted(ReverseKL(), ByPosition(half_life=0.1))),
     Weighted(PolicyGradient(), ByDrift()),
     Weighted(Weighted(PolicyGradient(), ByEntropy("teacher")), ByPosition(first=1, half_life=9)),
@@ -102,7 +105,8 @@ GOOD = [
 @pytest.mark.parametrize(("size", "longest"), SIZES)
 @pytest.mark.parametrize("objective", GOOD, ids=repr)
 def test_ours_are_not_refused_with_small_and_large_vocabularies(objective, size, longest):
-    check_objective(objective, vocabulary=size, max_new_tokens=longest)
+    sizes = {"vocabulary": size, "max_new_tokens": longest}
+    check_objective(objective, **sizes, rewarded=objective.needs_reward)
 
 
 def test_the_vocabularies_of_today_are_no_problem():
@@ -177,10 +181,10 @@ def test_positions_that_no_completion_has():
 @pytest.mark.parametrize("objective", GOOD, ids=repr)
 def test_a_student_that_is_its_teacher_learns_nothing_from_it(objective):
     def check():
-        same = {"student": "teacher"}
-        check_objective(objective, vocabulary=31, max_new_tokens=24, same=same)
+        options = {"same": {"student": "teacher"}, "rewarded": objective.needs_reward}
+        check_objective(objective, vocabulary=31, max_new_tokens=24, **options)
 
-    if isinstance(objective, FixedNegativeAdvantage | ExOPD | SampledExOPD):
+    if isinstance(objective, ExOPD | SampledExOPD) or "teacher" not in objective.needs:
         check()  # nothing is learnt from a teacher, or there is a reference
     else:
         with pytest.raises(UserError, match="are the same model and read the same prompts"):
