@@ -246,6 +246,14 @@ MATRICES = "tests/eval/test_geometry_report.py"
 geometry_figures = of("eval/geometry.py", MATRICES)
 geometry_rows = of("opd/geometry_rows.py", MATRICES)
 geometry = of("opd/geometry.py", "tests/test_geometry.py")
+ANALYZE = "tests/eval/test_analyze.py"
+tensors, updates, spectra, scored, judge, pages, analyze = (
+    of(f"eval/analyze/{name}.py", ANALYZE)
+    for name in ("tensors", "updates", "spectra", "scored", "judge", "pages", "command")
+)
+RESULTS = "tests/eval/test_results.py"
+findings = of("eval/results/findings.py", RESULTS)
+results = of("eval/results/command.py", RESULTS)
 top_k = of("opd/objectives/top_k.py", "tests/objectives/test_top_k.py")
 distributions = of("opd/objectives/distributions.py", UNIT_METRICS)
 rollouts = of("opd/rollouts/rollouts.py", TOKENS)
@@ -1774,4 +1782,76 @@ MUTANTS = [
     module("models.check_tokenizers(self.tokenizer, own, source)", "pass", READERS),
     module("next(iter(found)) if len(found) == 1 else DEFAULT", "DEFAULT", READERS),
     prompt_data("teachers=readers,", "", READERS),
+    # the geometry of updates
+    geometry("squares[: math.ceil(len(s) / 100)]", "squares[: len(s) // 100]"),
+    geometry("float((top / total).sqrt())", "float(top / total)"),
+    geometry("p = s / s.sum()", "p = squares / total"),
+    geometry("float(s[0] / total.sqrt())", "float(s[0] / s.sum())"),
+    geometry("self.u[:, kept] * self.s[kept]", "self.u[:, kept]"),
+    geometry("torch.stack([left.norm(dim=0), right.norm(dim=0)])", "left.norm(dim=0)"),
+    geometry("with torch.random.fork_rng(devices=[]):", "if True:"),
+    geometry("k + OVERSAMPLED > r // 4", "k + OVERSAMPLED > r"),
+    geometry("own + strength * (final_norm - own)", "final_norm"),
+    geometry("(one * other).sum(dim=0).abs()", "(one * other).sum(dim=0)"),
+    geometry("float(direction @ found[-1]) < 0", "float(direction @ found[0]) < 0"),
+    geometry("rows.double() - rows.double().mean(dim=0)", "rows.double()"),
+    # opd analyze
+    tensors('set(json.loads((folder / INDEX).read_text("utf-8"))["weight_map"].values())', "[]"),
+    tensors("if not path.is_file():", "if False:"),
+    tensors("if name != HEAD or not _is_tied(one):", "if name != HEAD:"),
+    tensors("if ours != theirs:", "if False:"),
+    tensors("or adapters.is_adapter(folder)", ""),
+    tensors("elif checkpoints.is_sharded(path):", "elif False:"),
+    updates("inside = layer is not None and len(shape) == 2", "inside = True"),
+    updates(
+        "if not found.isfinite().all():", "if False:", f"{ANALYZE} -k nothing", why="norms say so"
+    ),
+    updates("if not math.isfinite(squares):", "if False:"),
+    updates(
+        "by_step.setdefault(checkpoints.read_step(path), path)", "by_step[len(by_step)] = path"
+    ),
+    updates("number if step is None else step", "number"),
+    spectra("if not any(norms.values()):", "if False:"),
+    spectra(
+        'row |= {"cosine_mean": float(cosines.mean())', 'row |= {"cosine_mean": float(cosines[0])'
+    ),
+    spectra("geometry.cosines(one.u, leading[-1].u)", "geometry.cosines(one.u, leading[0].u)"),
+    spectra('if row.get("norm", 1.0) > 0]', "]"),
+    spectra("bool(directions) and len(run) > 1", "len(run) > 1"),
+    scored(
+        "judge(everything(updates, last, a) if a else _nothing)", "judge(everything(updates, last))"
+    ),
+    scored('"norm": a * norm', '"norm": norm'),
+    scored(
+        "range(centre - radius, centre + radius + 1)", "range(centre - radius, centre + radius)"
+    ),
+    scored("updates.places[name].group == group and", ""),
+    scored('wanted if part == "top" else None', "wanted"),
+    scored("r - kept).part(0)", "kept).part(0)"),
+    scored("for checkpoint in run[:-1]:", "for checkpoint in run:"),
+    scored("final[name], b)", "final[name], 1.0)"),
+    judge("value if delta is None else value.double() + delta.double()", "value"),
+    judge(
+        'per_problem(found["samples"][name], "avg@")',
+        'per_problem(found["samples"][name], "length")',
+    ),
+    analyze("if taken and not overwrite:", "if False:"),
+    pages("rows := tables.get(name)", "rows := None"),
+    # what agrees with the paper
+    findings("holds = opd > rl if larger == OPD else rl > opd", "holds = opd > rl"),
+    findings("norm = min(curve[-1][0]", "norm = max(curve[-1][0]"),
+    findings("max(map(abs, changes)) <= TINY_CHANGE", "min(map(abs, changes)) <= TINY_CHANGE"),
+    findings('row["step"] == step]\n\n\ndef _spectral', "row]\n\n\ndef _spectral"),
+    findings(
+        "share = max(curve[0][0]", "share = min(curve[0][0]", why="both begin alike in a study"
+    ),
+    findings("min(shares) > RECOVERED", "max(shares) > RECOVERED"),
+    findings("of[1.0] >= EARLY_RECOVERED * final and", ""),
+    findings("and of[1.0] > of[0.0]", ""),
+    findings("start < centre < end", "start <= centre < end"),
+    findings("all(start <", "any(start <"),
+    results("/ len(rows)\n", "\n"),
+    results("if key in NUMBERS:", "if False:"),
+    results("if method in found.setdefault(seed, {}) or", "found.setdefault(seed, {})\n        if"),
+    results("runs.keys() != {OPD, RL}", "False"),
 ]
