@@ -45,7 +45,7 @@ disable_progress_bar()  # of loading weights: a model of ours or a shard a secon
 log = logging.getLogger(__name__)
 
 EMBEDDED = Path(__file__).parent.parent / "embedded"
-EMBEDDED_MODELS = ("base", "teacher", "base-long", "teacher-long")
+EMBEDDED_MODELS = ("base", "teacher", "teacher-rl", "base-long", "teacher-long")
 LFS_POINTER = b"version https://git-lfs"
 # Constants that old versions of transformers saved, not all of which its classes know any more
 FORMER_BUFFERS = (
