@@ -10,6 +10,7 @@ import numpy as np
 from matplotlib import pyplot as plt
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 
 from eval.figures import COLORS, MARKERS
 
@@ -38,7 +39,7 @@ def spectra(means: Sequence[Row]) -> Figure:
         _by_run(axis, means, "step", measure)
         axis.set_xlabel("step")
         axis.set_ylabel(name)
-        axis.set_ylim(bottom=0)
+        axis.set_ylim(0, 1.08 * max((row[measure] for row in means if measure in row), default=1))
     return _finished(figure, axes)
 
 
@@ -162,6 +163,7 @@ def windows(rows: Sequence[Row]) -> Figure:
             called = "MLP" if group == "mlp" else group
             _by_run(axis, of, "centre", name, style=style, suffix=f", {called}")
         axis.set_xlabel("layer in the middle of the window")
+        axis.xaxis.set_major_locator(MaxNLocator(integer=True))
         _score_axis(axis, name)
     return _finished(figure, axes)
 
@@ -283,6 +285,7 @@ def _finished(figure: Figure, axes: Sequence[Axes], legend: Axes | None = None) 
     for axis in axes:
         if not axis.images:
             axis.grid(alpha=0.3)
+            axis.set_axisbelow(True)
     handles, names = (legend or axes[0]).get_legend_handles_labels()
     figure.tight_layout(rect=(0, 0, 1, 1 - 0.3 / figure.get_figheight()))
     figure.legend(handles, names, loc="upper center", ncols=min(len(names), 6), frameon=False)
