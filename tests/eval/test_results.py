@@ -106,6 +106,7 @@ def changed(table, where, **values):
         (findings.embedding_swap, "embeddings", {"weights": "as trained", "run": "rl"}, 0.8),
         (findings.mlp_over_attention, "windows", {"group": "mlp", "run": "rl"}, 0.4),
         (findings.middle_windows, "windows", {"centre": 2, "run": "rl"}, 0.8),
+        (findings.middle_windows, "windows", {"centre": 0, "run": "rl"}, 0.8),
         (findings.top_tenth_recovers, "subspaces", {"part": "top", "run": "opd"}, 0.87),
         (findings.early_with_final_norm, "norm_matching", {"b": 1.0, "step": 6}, 0.7),
         (findings.early_with_final_norm, "norm_matching", {"b": 0.0, "step": 6}, 0.85),
@@ -200,5 +201,6 @@ def test_tables_are_read_as_they_were_written(tmp_path):
     assert found["matrices"] == [
         {"run": "opd", "step": 6, "layer": 0, "norm": 0.5, "matrix": "a.b"}
     ]
+    assert str(found["matrices"][0]["step"]) == "6"  # a whole number, as steps are shown
     assert found["lock_in"] == [{"run": "rl", "step": 6, "matrices": 28, "cosine_mean": 1.0}]
     assert found["dynamics"] == [{"run": "opd", "step": 0, "norm": 0.0}]
