@@ -22,6 +22,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from opd.randomness import own_randomness
+
 EXACT = 512  # smaller side of a matrix
 GRAM_ERROR = 2.0**-24  # of singular values that are square roots of eigenvalues in float64
 OVERSAMPLED = 10  # directions beyond those wanted
@@ -123,8 +125,7 @@ def decompose(matrix: Tensor, k: int | None = None) -> Decomposition:
         u, s, vh = torch.linalg.svd(matrix, full_matrices=False)
         return Decomposition(u[:, :k], s[:k], vh[:k].T, 0.0)
     for iterations in ITERATIONS:
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(0)
+        with own_randomness(matrix.device, "svd"):
             u, s, v = (
                 part[..., :k] for part in torch.svd_lowrank(matrix, k + OVERSAMPLED, iterations)
             )

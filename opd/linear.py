@@ -16,11 +16,9 @@ import torch
 from torch import Tensor
 
 from opd import memory
-from opd.randomness import own_randomness
+from opd.geometry import decompose
 
 AT_A_TIME = 2**22  # numbers of each observation that are multiplied at a time
-SMALL = 256  # matrices with no more rows, or columns, are decomposed in full
-COMPONENTS, ITERATIONS = 8, 16  # of the others, by powers: an error of (s_9 / s_1) ** 33
 
 
 # --- moves ----------------------------------------------------------------------------------------
@@ -157,15 +155,9 @@ def first_component(displacement: Tensor, aligned_with: Tensor | None) -> tuple[
     Returns:
         x [m] and v_1 [n], float32, on the CPU. The same in every run; no random state changes.
     """
-    matrix = displacement.double()  # so that neither autocast nor TF32 has a say
-    if min(matrix.shape) <= SMALL:
-        u, _, v_transposed = torch.linalg.svd(matrix, full_matrices=False)
-        left, right = u[:, 0], v_transposed[0]
-    else:
-        with own_randomness(matrix.device, "svd"):
-            u, _, v = torch.svd_lowrank(matrix, q=COMPONENTS, niter=ITERATIONS)
-        left, right = u[:, 0], v[:, 0]
-    x, v_1 = (matrix.norm() * left).float().cpu(), right.float().cpu()
+    leading = decompose(displacement, 1)
+    x = (displacement.double().norm() * leading.u[:, 0]).float().cpu()
+    v_1 = leading.v[:, 0].float().cpu()
     if aligned_with is not None and torch.dot(x, aligned_with) < 0:
         return -x, -v_1
     return x, v_1
