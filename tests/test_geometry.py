@@ -189,6 +189,8 @@ def test_directions_follow_each_other():
     a, b = torch.tensor([1.0, 0.0]), torch.tensor([-0.8, 0.6])
     found = geometry.aligned([a, b, -b, -a])
     assert [d.tolist() for d in found] == [a.tolist(), (-b).tolist(), (-b).tolist(), a.tolist()]
+    turning = [a, torch.tensor([0.6, 0.8]), torch.tensor([-0.6, 0.8])]  # by less than 90 degrees
+    assert all(map(torch.equal, geometry.aligned(turning), turning))
 
 
 def test_points_in_a_plane_and_a_little_out_of_it():
