@@ -2,7 +2,7 @@
 
 from opd.rewards.advantages import Advantage, AsGiven, Centred, GroupNormalized
 from opd.rewards.code import CodeTests, CodeVerifier, Verdict, extract_code
-from opd.rewards.reward import Correctness, Overlong, Reward, RewardTerm
+from opd.rewards.reward import Correctness, FromFunction, Overlong, Reward, RewardTerm
 from opd.rewards.sandbox import Limits, Outcome, Sandbox
 from opd.rewards.verifier import ProgramVerifier
 
@@ -13,6 +13,7 @@ __all__ = [
     "CodeTests",
     "CodeVerifier",
     "Correctness",
+    "FromFunction",
     "GroupNormalized",
     "Limits",
     "Outcome",

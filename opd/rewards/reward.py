@@ -86,6 +86,21 @@ class Correctness(Reward):
 
 
 @dataclass(frozen=True)
+class FromFunction(Reward):
+    """A function of yours, by its import path, for rewards that look at texts and answers alone.
+
+    Args:
+        function: Takes the texts of B completions and their prompts, and gives B numbers, NaN where
+            there is no reward; each rank calls it with its own completions.
+    """
+
+    function: Callable[[Sequence[str], Sequence[Prompt]], Sequence[float]]
+
+    def __call__(self, rollouts: Rollouts, texts: Sequence[str]) -> Sequence[float]:
+        return self.function(texts, rollouts.prompts.prompts)
+
+
+@dataclass(frozen=True)
 class Overlong(Reward):
     """A reward, less a penalty for completions that come near a limit (DAPO, 2503.14476, eq. 13).
 

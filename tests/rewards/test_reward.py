@@ -187,6 +187,18 @@ def test_a_run_logs_the_reward_and_learns_from_it(fit):
     assert "rollout/reward" not in plain[0]
 
 
+def share_of_digits(texts, prompts):
+    """A reward as many write it: from texts and answers alone."""
+    assert all(prompt.answer for prompt in prompts)
+    return [sum(c.isdigit() for c in t) / len(t) if t else math.nan for t in texts]
+
+
+def test_a_function_is_a_reward(fit):
+    own = ["opd.rewards.FromFunction", "--model.reward.of.function", "test_reward.share_of_digits"]
+    (row,) = rows(fit("run", *REWARDED, *own, steps=1))
+    assert 0.5 < float(row["rollout/reward"]) < 1.0  # 369c0;257c0;145c0=0579
+
+
 @pytest.mark.slow
 def test_two_processes_give_the_rewards_that_one_gives(tmp_path, fit):
     own = [*REWARDED, "test_reward.Length", "--model.reward.advantage", "opd.rewards.Centred"]
