@@ -71,6 +71,28 @@ def test_the_long_pair_adds_eight_numbers(name):
         assert text.removesuffix("<pad>") == Problem(numbers).chain() + "<eos>"
 
 
+def test_the_teacher_made_by_rewards_is_another_and_as_good():
+    """RL has sharpened the same base, and moved it less than supervised training."""
+    base, taught, rewarded = (
+        load_model(f"embedded:{n}") for n in ("base", "teacher", "teacher-rl")
+    )
+    tokenizer = load_tokenizer("embedded:teacher-rl")
+    asked = rows("test")[:64]
+    ids = torch.tensor(tokenizer([row["prompt"] for row in asked])["input_ids"])
+    torch.manual_seed(0)
+    said = rewarded.generate(ids, max_new_tokens=24, do_sample=True, top_k=0)[:, ids.shape[1] :]
+    texts = tokenizer.batch_decode(said, skip_special_tokens=True)
+    pairs = list(zip(texts, asked, strict=True))
+    assert sum(text.endswith("=" + row["answer"]) for text, row in pairs) >= 60  # the base: 26
+    moved = {
+        name: [
+            float((p - q).norm()) for p, q in zip(m.parameters(), base.parameters(), strict=True)
+        ]
+        for name, m in [("taught", taught), ("rewarded", rewarded)]
+    }
+    assert 0 < sum(moved["rewarded"]) < sum(moved["taught"])
+
+
 def test_a_seed_fixes_the_order():
     def first(seed: int) -> list[Problem]:
         return list(itertools.islice(problems("train", seed=seed), 5))
