@@ -70,7 +70,7 @@ class GAE(Advantage):
     gamma: float = 1.0
     gae_lambda: float = 0.95
     normalize: bool = True
-    damping: float = 0.1
+    damping: float = 1.0
 
     def __post_init__(self) -> None:
         for name, value, valid, wanted in [
