@@ -42,6 +42,7 @@ from opd.prompts import PromptBatch, PromptDataModule, pad_token_id
 from opd.prompts.format import Reader
 from opd.randomness import random_state, restore_random_state
 from opd.reuse import Reuse, reuse_name
+from opd.rewards.critic import EXPLAINED_VARIANCE, GAE, Critic
 from opd.rewards.reward import RewardTerm
 from opd.rollouts import (
     GapAlarm,
@@ -221,6 +222,7 @@ class OPDModule(LightningModule):
         self.gap_alarm = GapAlarm(engine_gap)
         self.verifier = verifier
         self.reward = reward
+        self.critic: Critic | None = None  # configure_model makes it, if the advantage is GAE
         self.mixture = mixture
         if mixture is not None and reward is not None:
             raise UserError(
@@ -347,7 +349,13 @@ class OPDModule(LightningModule):
         found: dict[str, object] = {REWARD_METRIC: self.reward, FIXED_FRACTION: self.mixture}
         if self.reward is not None:
             found[DROPPED_FRACTION] = self.reward.dynamic
+            found[EXPLAINED_VARIANCE] = self._gae
         return [name for name, of in found.items() if of is not None]
+
+    @property
+    def _gae(self) -> GAE | None:
+        of = None if self.reward is None else self.reward.advantage
+        return of if isinstance(of, GAE) else None
 
     @property
     def _reuse_metrics(self) -> list[str]:
@@ -416,6 +424,9 @@ class OPDModule(LightningModule):
             if ends != own_ends:  # whoever uses the student elsewhere ends where it was taught to
                 self.student.generation_config.eos_token_id = list(ends) or None
             self._student_files = models.student_files(self.student, self.tokenizer)
+            if self._gae is not None:
+                width = self.student.get_output_embeddings().in_features
+                self.critic = Critic(width).to(self.device)
         self.engine.start(self.student, self.weights, self.tokenizer)
 
     def _load_model(self, source: str, *, trained: bool) -> PreTrainedModel:

@@ -7,6 +7,7 @@ prompts -> :func:`generate` -> :func:`micro_batches` -> :func:`read` -> :func:`c
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal, Protocol
@@ -28,12 +29,21 @@ from opd.metrics import (
     rollout_metrics,
 )
 from opd.mixture import Mixture, given, merged
-from opd.models import in_eval_mode
+from opd.models import hidden_states, in_eval_mode
 from opd.objectives import Objective
 from opd.objectives.weighted import drift
 from opd.prompts import Prompt, PromptBatch
 from opd.randomness import derive_seed
 from opd.reuse import Reuse, importance_weights, sampled_logprobs
+from opd.rewards.critic import (
+    EPSILON,
+    EXPLAINED_VARIANCE,
+    GAE,
+    Critic,
+    Moments,
+    generalized_advantages,
+    mean_and_variance,
+)
 from opd.rewards.reward import ADVANTAGE, REWARD, RewardTerm, equal_shares
 from opd.rollouts import (
     SAMPLED,
@@ -50,6 +60,8 @@ from opd.tokens import Compared, Measure
 from opd.weights import Weights
 from opd.world import World
 
+ROW = "row"  # column: the number of a completion among those that were cut into micro-batches
+
 
 class Distillation(Protocol):
     """What stages and steps need of a module; :class:`opd.module.OPDModule` explains each."""
@@ -64,6 +76,7 @@ class Distillation(Protocol):
     sampler: Sampler
     verifier: Verifier
     reward: RewardTerm | None
+    critic: Critic | None
     mixture: Mixture | None
     rollouts_per_prompt: int
     micro_batch_tokens: int
@@ -324,9 +337,63 @@ def reward(module: Distillation, term: RewardTerm, rollouts: Rollouts) -> None:
     metrics.update({REWARD_METRIC: values}, members(module, metrics, prompts))
 
 
+@torch.no_grad()
+def estimate_advantages(
+    module: Distillation, critic: Critic, gae: GAE, weight: float, rollouts: Rollouts
+) -> None:
+    """Give each token an advantage of its own, and then fit the value head; all ranks together.
+
+    Where a completion has no reward, advantages are 0, and the value head learns nothing.
+
+    Args:
+        module: Whose student the value head looks at, without dropout.
+        critic: The value head, as the last batch has left it.
+        gae: How advantages are made of its values.
+        weight: What they are multiplied by in the end.
+        rollouts: Completions with the column ``reward``; their ``advantage`` becomes [B, C].
+    """
+    reduce_sum, device = module.world.sum, rollouts.lengths.device
+    numbers = torch.arange(len(rollouts), device=device)
+    numbered = dataclasses.replace(rollouts, columns={**rollouts.columns, ROW: numbers})
+    advantages = torch.zeros_like(rollouts.engine_logprobs, dtype=torch.float64, device="cpu")
+    returns, counted = torch.zeros_like(advantages), _rewarded(rollouts)
+    moments = Moments.none(len(critic.weight), device)
+    with in_eval_mode(module.student), memory.needed_for("the values of completions"):
+        for micro in micro_batches(module, numbered):
+            hidden = hidden_states(module.student, *micro.inputs())
+            with torch.autocast(device.type, enabled=False):
+                x, of = critic.features(hidden), _rewarded(micro)
+                values = micro.spread(critic(x)).double().cpu()
+                reward = micro.columns[REWARD].double().cpu()
+                found = generalized_advantages(
+                    reward, values, of, gamma=gae.gamma, gae_lambda=gae.gae_lambda
+                )
+                moments.add(x[of[micro.mask.cpu()].to(device)], (found + values)[of].to(x))
+            filled = (micro.counts > 0).cpu()  # the others only keep ranks in step
+            rows, width = micro.columns[ROW].cpu()[filled], found.shape[1]
+            advantages[rows, :width] = found[filled]
+            returns[rows, :width] = (found + values)[filled]
+    mean, variance = mean_and_variance(advantages[counted], reduce_sum)
+    of_returns = mean_and_variance(returns[counted], reduce_sum)[1]
+    if of_returns > 0:  # returns less advantages are values
+        explained = torch.tensor([1 - variance / of_returns], dtype=torch.float64)
+        module.train_metrics.update({EXPLAINED_VARIANCE: explained})
+    if gae.normalize:
+        advantages = (advantages - mean) / (math.sqrt(variance) + EPSILON) * counted
+    rollouts.columns[ADVANTAGE] = (weight * advantages).float().to(device)
+    critic.fit(moments.summed(reduce_sum), gae.damping)
+
+
+def _rewarded(rollouts: Rollouts) -> Tensor:
+    """Whether a token is a sampled one of a completion that has a reward, [B, C], on the CPU."""
+    return (rollouts.mask & ~rollouts.columns[REWARD].isnan()[:, None]).cpu()
+
+
 def share_equally(module: Distillation, rollouts: Rollouts) -> None:
     """Let completions count alike, however long they are, by their advantages; a collective."""
-    rollouts.columns[ADVANTAGE] *= equal_shares(rollouts.counts, module.world.sum).float()
+    shares = equal_shares(rollouts.counts, module.world.sum).float()
+    advantage = rollouts.columns[ADVANTAGE]
+    rollouts.columns[ADVANTAGE] = advantage * (shares if advantage.ndim == 1 else shares[:, None])
 
 
 def count_tokens(

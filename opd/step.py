@@ -2,7 +2,8 @@
 
 1. prompts, for the whole step on this rank
 2. rollouts: the engine samples completions with the student as it is, as long as is asked for;
-   with ``model.reward`` they are rewarded, and with ``model.reward.dynamic`` sampled in rounds
+   with ``model.reward`` they are rewarded, and with ``model.reward.dynamic`` sampled in rounds;
+   with a value head (PPO), each token then gets an advantage of its own
 3. micro-batches: completions sorted by length, cut by a budget of positions
 4. teachers, if there are any, read each micro-batch
 5. the objective's loss per token is summed and divided by the token count of the *global* batch:
@@ -38,6 +39,7 @@ from opd.metrics import DROPPED_FRACTION, ENGINE_GAP, token_metrics
 from opd.prompts import PromptBatch
 from opd.randomness import derive_seed, own_randomness
 from opd.reuse import Reuse, Saved, further_steps, ratios, reuse_name
+from opd.rewards.critic import GAE
 from opd.rewards.reward import REWARD, differing
 from opd.rollouts import Rollouts
 from opd.rollouts.records import note_right
@@ -276,6 +278,10 @@ def sample(
         rollouts = sample_prompts(module, batch, t, max_new_tokens)
     else:
         rollouts, rows = sample_until(module, batch, t, max_new_tokens, term.dynamic)
+    if term is not None and isinstance(gae := term.advantage, GAE):
+        assert module.critic is not None
+        with module.ledger.phase("train"):
+            stages.estimate_advantages(module, module.critic, gae, term.weight, rollouts)
     if term is not None and term.per == "completion":
         stages.share_equally(module, rollouts)
     drawn = lots(len(batch) * copies, copies, module.world, module.seed, t, LOT)

@@ -340,6 +340,10 @@ NO_TEACHER = f"{RL}::test_predictions_and_validation_need_no_teacher"
 RL_INPUT = f"{BAD_INPUT} -k 'rl or Clipped or null'"
 rl = of("opd/rewards/reward.py", f"{RL} -k 'overlong or shares or rewards'")
 clipped = of("opd/objectives/clipped.py", "tests/objectives/test_clipped.py")
+PPO = "tests/rewards/test_ppo.py"
+PPO_STEPS = f"{PPO} -k 'hand or fit or converges or scale or alike'"
+critic = of("opd/rewards/critic.py", PPO_STEPS)
+PPO_INPUT = f"{BAD_INPUT} -k ppo"
 MIXED = "tests/test_mixture.py"
 MIXTURE = f"{MIXED} --deselect {MIXED}::test_two_processes_mix_as_one_does"
 mixture = of("opd/mixture.py", MIXTURE)
@@ -1683,6 +1687,67 @@ MUTANTS = [
         "torch.where(variance > 0, centred / scale,", "torch.where(variance > -1, centred / scale,"
     ),
     stages("rollouts.columns |= columns", "pass", REWARDS),
+    # PPO
+    critic("to_come + gamma * after", "to_come + after"),
+    critic("gamma * gae_lambda * following", "gae_lambda * following"),
+    critic("gamma * gae_lambda * following", "gamma * following"),
+    critic("torch.where(here, found, zero)", "found"),
+    critic("following = torch.where(here, found, following)", "following = found"),
+    critic("after = torch.where(here, values[:, t], after)", "after = values[:, t]"),
+    critic("to_come = torch.where(here, zero, to_come)", "to_come = zero"),
+    critic("torch.cat([hidden, hidden.new_ones(len(hidden), 1)], dim=1)", "hidden"),
+    critic("self.xx.addmm_(x.T, x)", "self.xx.copy_(x.T @ x)"),
+    critic("self.xy.addmv_(x.T, y)", "self.xy.copy_(x.T @ y)"),
+    critic("squares - sums.square() / count.clamp(min=1)", "squares"),
+    critic("torch.maximum(varying, FLOOR * squares).clamp(min=TINY)", "varying"),
+    critic("held = damping * ", "held = "),
+    critic("xy - xx @ old)", "xy)"),
+    critic("self.weight.copy_(old + step)", "self.weight.copy_(step)"),
+    critic("(values - mean).square()", "values.square()"),
+    critic("reduce_sum(sums)", "sums", f"{PPO} -k 'two_processes and ddp'"),
+    critic("reduce_sum(self.xx)", "self.xx", f"{PPO} -k 'two_processes and ddp'"),
+    critic("reduce_sum(self.xy)", "self.xy", f"{PPO} -k 'two_processes and ddp'"),
+    critic(
+        'register_buffer("weight", torch.zeros(width + 1))',
+        'register_buffer("weight", torch.zeros(width + 1), persistent=False)',
+        f"{PPO} -k resumed_run",
+    ),
+    critic('if f"{prefix}weight" in state_dict:', "if True:", f"{PPO} -k goes_on"),
+    critic("0 <= self.gamma <= 1", "0 <= self.gamma", PPO_INPUT),
+    critic("0 <= self.gae_lambda <= 1", "self.gae_lambda <= 1", PPO_INPUT),
+    critic("0 < self.damping < math.inf", "0 <= self.damping < math.inf", PPO_INPUT),
+    critic("        return False\n", "        return True\n", PPO_INPUT),
+    stages(
+        "dataclasses.replace(rollouts, columns={**rollouts.columns, ROW: numbers})",
+        "dataclasses.replace(rollouts, columns={**rollouts.columns, ROW: numbers.flip(0)})",
+        PPO_STEPS,
+    ),
+    stages(
+        "reward, values, of, gamma=gae.gamma",
+        "reward, values, micro.mask.cpu(), gamma=gae.gamma",
+        PPO_STEPS,
+    ),
+    stages(
+        "x[of[micro.mask.cpu()].to(device)], (found + values)[of].to(x)",
+        "x[of[micro.mask.cpu()].to(device)], found[of].to(x)",
+        PPO_STEPS,
+    ),
+    stages(
+        "filled = (micro.counts > 0).cpu()",
+        "filled = (micro.counts > -1).cpu()",
+        f"{PPO} -k 'two_processes and ddp'",
+    ),
+    stages("if gae.normalize:", "if True:", PPO_STEPS),
+    stages(
+        "(math.sqrt(variance) + EPSILON) * counted", "(math.sqrt(variance) + EPSILON)", PPO_STEPS
+    ),
+    stages("(weight * advantages).float()", "advantages.float()", PPO_STEPS),
+    stages("critic.fit(moments.summed(reduce_sum), gae.damping)", "pass", PPO_STEPS),
+    stages(
+        "rollouts.mask & ~rollouts.columns[REWARD].isnan()[:, None]", "rollouts.mask", PPO_STEPS
+    ),
+    stages("shares if advantage.ndim == 1 else shares[:, None]", "shares.mean()", PPO_STEPS),
+    stages("1 - variance / of_returns", "variance / of_returns", PPO_STEPS),
     # RL
     gradient("rho.clamp(1 - low, 1 + high)", "rho.clamp(1 - high, 1 + low)"),
     gradient("torch.minimum(rho * advantage", "torch.maximum(rho * advantage"),

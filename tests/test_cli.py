@@ -240,7 +240,7 @@ NAMES += "controls/relex, controls/schedule_free, controls/snoo, controls/two_po
 NAMES += "conversations, effopd/auto, effopd/label_free, effopd/line_search, effopd/paper, "
 NAMES += "effopd/published_code, long, "
 NAMES += "paper/code_1.7b, paper/code_4b, paper/math_1.7b, paper/math_4b, quickstart, reuse, "
-NAMES += "rl/dapo, rl/grpo, "
+NAMES += "rl/dapo, rl/grpo, rl/ppo, "
 NAMES += "smollm2, "
 NAMES += "strategy/ddp, strategy/fsdp1, strategy/fsdp2"
 

@@ -1,7 +1,7 @@
-"""RL with verifiable rewards in the step of distillation: PPO's clipped loss, for GRPO and DAPO.
+"""RL with verifiable rewards in the step of distillation: PPO's clipped loss, also for GRPO, DAPO.
 
 The advantage A of a completion is that of ``model.reward``; no teacher is asked. In a configuration
-(recipes: ``configs/rl/grpo.yaml``, ``configs/rl/dapo.yaml``)::
+(recipes: ``configs/rl``; with a value head: ``opd/rewards/critic.py``)::
 
     model:
       teacher: null

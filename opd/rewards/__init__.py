@@ -2,11 +2,13 @@
 
 from opd.rewards.advantages import Advantage, AsGiven, Centred, GroupNormalized
 from opd.rewards.code import CodeTests, CodeVerifier, Verdict, extract_code
+from opd.rewards.critic import GAE
 from opd.rewards.reward import Correctness, FromFunction, Overlong, Reward, RewardTerm
 from opd.rewards.sandbox import Limits, Outcome, Sandbox
 from opd.rewards.verifier import ProgramVerifier
 
 __all__ = [
+    "GAE",
     "Advantage",
     "AsGiven",
     "Centred",

@@ -13,7 +13,8 @@ In a configuration, or ``--model.reward.of opd.rewards.Correctness`` on the comm
 The advantage of a token is then A_t = log q(y_t) - log p(y_t) + weight A, where A is made of the
 rewards of all completions of its prompt, and is the same for all tokens of one. The completions of
 a prompt are all on one rank, so that neither the batch nor the number of ranks matters. With
-opd.objectives.ClippedPolicyGradient A is all that there is: GRPO and DAPO (``configs/rl``).
+opd.objectives.ClippedPolicyGradient A is all that there is: GRPO and DAPO (``configs/rl``). With
+``advantage: opd.rewards.GAE`` every token has an A of its own: PPO (``opd/rewards/critic.py``).
 
 Long completions have more tokens, and so more of the loss, which is a mean over tokens. ``per:
 completion`` divides that out. ``dynamic: 16`` samples prompts until that many are there from which
@@ -42,7 +43,7 @@ from opd.rollouts import Rollouts
 from opd.rollouts.records import RIGHT
 
 REWARD = "reward"  # column: of each completion, NaN where there is none, [B]
-ADVANTAGE = "advantage"  # column: of each completion, times the weight; 0 where there is none, [B]
+ADVANTAGE = "advantage"  # column: times the weight; 0 where there is none, [B]; with GAE [B, C]
 
 
 class Reward(ABC):
@@ -166,7 +167,8 @@ class RewardTerm:
         of: What the completions get a reward for: opd.rewards.Correctness, or a class of yours
             derived from opd.rewards.Reward.
         advantage: What becomes of the rewards of a prompt's completions: GroupNormalized, Centred
-            or AsGiven, or a class of yours derived from opd.rewards.Advantage.
+            or AsGiven, or a class of yours derived from opd.rewards.Advantage; or GAE, which makes
+            them advantages of tokens.
         weight: Of the advantage that they make, beside the teacher's, above 0.
         per: What counts alike: each ``token`` (DAPO), or each ``completion``, whose advantage is
             then multiplied by the step's mean length over its own (GRPO, 2402.03300, eq. 3).
