@@ -1735,7 +1735,7 @@ MUTANTS = [
     stages(
         "filled = (micro.counts > 0).cpu()",
         "filled = (micro.counts > -1).cpu()",
-        f"{PPO} -k 'two_processes and ddp'",
+        f"{PPO} -k made_for_other",
     ),
     stages("if gae.normalize:", "if True:", PPO_STEPS),
     stages(

@@ -9,6 +9,7 @@ from conftest import DDP, FSDP1, FSDP2, ROOT, SHRUNK, assert_same, launch, load,
 from test_rl import GRPO, module_of, run, steps_of  # noqa: F401 - a fixture
 from test_step import batch_of
 
+from opd import stages
 from opd.rewards import GAE, Reward, RewardTerm
 from opd.rewards.critic import Critic, Moments, generalized_advantages
 from opd.step import sample
@@ -164,6 +165,20 @@ def test_advantages_and_the_fit_are_those_written_out(tiny, normalize):
     torch.testing.assert_close(module.critic.weight.double(), wanted, rtol=1e-3, atol=1e-4)
 
 
+def test_a_pass_that_is_made_for_other_ranks_changes_nothing(tiny, monkeypatch):
+    own = stages.micro_batches
+    found = []
+    for extra in (False, True):
+        if extra:
+            monkeypatch.setattr(
+                stages, "micro_batches", lambda m, r: [*own(m, r), r.placeholder(None)]
+            )
+        module = module_of(tiny, RewardTerm(SomeRewards(), GAE()))
+        rollouts = sample(module, batch_of(module), 1)
+        found.append([rollouts.columns["advantage"], module.critic.weight])
+    assert_same(*found)
+
+
 def test_completions_count_alike_where_they_should(tiny):
     """By the mean length over each one's own, after all."""
     found = [
@@ -222,7 +237,7 @@ def test_a_run_without_a_value_head_goes_on_with_one_and_back(run):  # noqa: F81
     ],
 )
 def test_two_processes_give_the_numbers_of_one(tmp_path, run, strategy):  # noqa: F811
-    """Some micro-batches are one rank's alone: of 23 completions, one has twelve."""
+    """Of 23 completions one rank has twelve, in several micro-batches."""
     options = [*PPO, "--data.batch_size", "23", "--model.micro_batch_tokens", "100"]
     options += ["--model.reward.of", "test_rl.Length"]
     one = run("one", *options, steps=3)
