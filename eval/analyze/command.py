@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from tqdm import tqdm
 
 from eval.analyze import scored, spectra
@@ -21,6 +22,7 @@ from eval.analyze.judge import Judge, PromptScore
 from eval.analyze.pages import ANALYSES, RESULTS, Row, contents
 from eval.analyze.tensors import Tensors
 from eval.analyze.updates import Updates, open_updates
+from eval.evaluate import usable_device
 from eval.files import output_folder, write_files
 from eval.harness import Settings
 from opd.errors import UserError
@@ -39,6 +41,7 @@ class Scoring:
     teacher: str | None
     prompts: str | None
     dtype: Dtype
+    device: torch.device
     trust_remote_code: bool
 
     def __post_init__(self) -> None:
@@ -67,12 +70,13 @@ class Scoring:
                 seed=self.settings.seed,
                 trust_remote_code=self.trust_remote_code,
             )
-            judge = Judge(tensors, score.module.student, score.module.tokenizer)
+            judge = Judge(tensors, score.module.student, score.module.tokenizer, self.device)
             judge.by_prompts(score)
         else:
             trust = self.trust_remote_code
             model = load_model(base, dtype=self.dtype, trust_remote_code=trust)
-            judge = Judge(tensors, model.eval(), load_tokenizer(base, trust_remote_code=trust))
+            tokenizer = load_tokenizer(base, trust_remote_code=trust)
+            judge = Judge(tensors, model.eval(), tokenizer, self.device)
         if self.tasks is not None:
             judge.by_tasks([n.strip() for n in self.tasks.split(",") if n.strip()], self.settings)
         return judge
@@ -92,6 +96,7 @@ def analyze(
     directions: int = 20,
     window: int | None = None,
     dtype: Dtype = "float32",
+    device: str | None = None,
     seed: int = 0,
     allow_code_execution: bool = False,
     trust_remote_code: bool = False,
@@ -116,6 +121,7 @@ def analyze(
         window: Layers on each side of the middle one. None: 8, as in the paper, or a quarter of the
             layers if that is less.
         dtype: Dtype of the model that is run.
+        device: Where tasks are run: cpu, cuda, cuda:NUMBER. None: the GPU where there is one.
         seed: Seed of the sampling.
         allow_code_execution: Run the programs that a model writes, for tasks that need it.
         trust_remote_code: Let models run their own code.
@@ -136,7 +142,8 @@ def analyze(
         seed=seed,
         allow_code_execution=allow_code_execution,
     )
-    scoring = Scoring(tasks, settings, teacher, prompts, dtype, trust_remote_code)
+    where = usable_device(device)
+    scoring = Scoring(tasks, settings, teacher, prompts, dtype, where, trust_remote_code)
     chosen = _chosen(analyses, scoring)
     logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
     with ExitStack() as stack:

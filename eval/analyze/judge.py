@@ -39,14 +39,20 @@ class Judge:
         base: W_0.
         model: A model of this architecture; its weights are overwritten.
         tokenizer: Its tokenizer.
+        device: Where tasks are run.
     """
 
     def __init__(
-        self, base: Tensors, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase
+        self,
+        base: Tensors,
+        model: PreTrainedModel,
+        tokenizer: PreTrainedTokenizerBase,
+        device: torch.device,
     ) -> None:
         self.base = base
         self.model = model
         self.tokenizer = tokenizer
+        self.device = device
         self._weights = Weights(model)
         self._scored: list[Callable[[], Scores]] = []
         self.prompts: PromptScore | None = None
@@ -65,6 +71,7 @@ class Judge:
         engine.start(self.model, self._weights, self.tokenizer)
 
         def score() -> Scores:
+            torch.nn.Module.to(self.model, self.device)
             found = evaluate_model(self.model, self.tokenizer, tasks, engine, settings)
             means = []
             for name in names:

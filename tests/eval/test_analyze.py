@@ -206,7 +206,8 @@ class Recorder(Judge):
     """Scores nothing, and remembers the updates that were put in place."""
 
     def __init__(self, updates):
-        super().__init__(updates.base, load_model(BASE), load_tokenizer(BASE))
+        cpu = torch.device("cpu")
+        super().__init__(updates.base, load_model(BASE), load_tokenizer(BASE), cpu)
         self.before = {n: p.clone() for n, p in self.model.named_parameters()}
         self.seen = []
 
