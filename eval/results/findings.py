@@ -15,6 +15,7 @@ from typing import Any
 Row = Mapping[str, Any]
 Found = Mapping[str, Sequence[Row]]
 OPD, RL = "opd", "rl"
+POINTS = 10  # of a curve that is averaged
 TINY_CHANGE = 0.02  # of accuracy: "negligible"
 RECOVERED = 0.95  # of what the whole update gains
 EARLY_RECOVERED = 0.8  # of the final score
@@ -65,14 +66,18 @@ def _spectral(measure: str, larger: str) -> Callable[[Found], Answer]:
 
 
 def gain_per_norm(found: Found) -> Answer:
-    """Compare accuracies at the smaller of both final norms."""
+    """Compare mean accuracies of W_0 + a dW up to the smaller of both final norms."""
     curves = {}
     for run in (OPD, RL):
         rows = sorted((r for r in found["scaling"] if r["run"] == run), key=lambda r: r["norm"])
         curves[run] = [(float(row["norm"]), float(row["accuracy"])) for row in rows]
     norm = min(curve[-1][0] for curve in curves.values())
-    opd, rl = (interpolated(curves[run], norm) for run in (OPD, RL))
-    return Answer(opd > rl, f"at norm {norm:.3g}: RL {rl:.3f}, OPD {opd:.3f}")
+    points = [norm * i / POINTS for i in range(1, POINTS + 1)]
+    opd, rl = (
+        math.fsum(interpolated(curves[run], point) for point in points) / POINTS
+        for run in (OPD, RL)
+    )
+    return Answer(opd > rl, f"mean up to norm {norm:.3g}: RL {rl:.3f}, OPD {opd:.3f}")
 
 
 def interpolated(curve: Sequence[tuple[float, float]], x: float) -> float:
