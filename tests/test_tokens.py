@@ -123,7 +123,7 @@ def test_loss_and_gradient_are_those_of_the_definition_at_full_width(tiny, famil
     slopes = gradients(student)
     compared = run(student, teacher, micro, objective, tile=tile)
     (compared.total * 3.0).backward()  # the factor of the step goes through
-    torch.testing.assert_close(compared.total, expected.sum(), rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(compared.total, expected.sum(), rtol=1e-5, atol=3e-6)
     torch.testing.assert_close(compared.values["opd/loss"], expected, rtol=1e-4, atol=1e-5)
     for ours, slope in zip(gradients(student), slopes, strict=True):
         assert_close(ours, 3.0 * slope)

@@ -6,7 +6,6 @@ one base: OPD and RL side by side, for instance.
 
 from __future__ import annotations
 
-import logging
 import time
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import ExitStack
@@ -145,7 +144,6 @@ def analyze(
     where = usable_device(device)
     scoring = Scoring(tasks, settings, teacher, prompts, dtype, where, trust_remote_code)
     chosen = _chosen(analyses, scoring)
-    logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
     with ExitStack() as stack:
         folder = stack.enter_context(output_folder(output))
         _check_folder(folder, output, overwrite)

@@ -7,8 +7,10 @@ same for all weights, so that differences are theirs.
 
 from __future__ import annotations
 
+import logging
 import statistics
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -146,11 +148,13 @@ class PromptScore:
             **{"logger": False, "enable_progress_bar": False, "enable_model_summary": False},
             **{"enable_checkpointing": False, "devices": 1},
         }
-        self.trainer = Trainer(**quiet)
+        with _quietly():
+            self.trainer = Trainer(**quiet)
         self()  # which loads the models
 
     def __call__(self) -> Scores:
-        (found,) = self.trainer.validate(self.module, self.data, verbose=False)
+        with _quietly():
+            (found,) = self.trainer.validate(self.module, self.data, verbose=False)
         return {"reverse_kl": float(found["val/reverse_kl"])}
 
     @torch.no_grad()
@@ -175,3 +179,15 @@ class PromptScore:
                 return [body(module.student, *batch.inputs()) for batch in rollouts]
 
         return read
+
+
+@contextmanager
+def _quietly() -> Iterator[None]:
+    """Keep Lightning from telling of devices, at each of a hundred scores."""
+    logger = logging.getLogger("lightning.pytorch")
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        logger.setLevel(level)

@@ -42,6 +42,7 @@ WEIGHTS = "adapter_model.safetensors"
 NAME = "default"  # of the one adapter of a model
 PREFIX = "base_model.model."  # of names in a file of weights
 ALL_LINEAR = "all-linear"
+REPACKS = "support_avx512bf16_for_cpu"  # bitsandbytes' switch of a 4-bit layer
 
 
 @dataclass(frozen=True)
@@ -136,6 +137,18 @@ class LoRA:
         path, (name, _, revision) = Path(base).expanduser(), base.partition("@")
         config.base_model_name_or_path = str(path.resolve()) if path.exists() else name
         config.revision = None if path.exists() else revision or None
+
+
+def keep_layout(model: nn.Module) -> None:
+    """Let 4-bit layers keep their weights as they are on a CPU, too.
+
+    bitsandbytes packs them anew for processors that multiply in bfloat16, in the first pass without
+    gradient and for good: sampling and training would have other numbers, layers whose width is no
+    multiple of the block size fail, and whoever dequantizes them finds something else.
+    """
+    for module in model.modules():
+        if hasattr(module, REPACKS):
+            setattr(module, REPACKS, False)
 
 
 def config_of(model: PreTrainedModel) -> bytes | None:

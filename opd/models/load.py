@@ -250,6 +250,7 @@ def _load(
         model = gguf.ordinary(packed, config, options)
     elif weights and not checkpoints.is_checkpoint(path):
         model = _read(source, folder, config, options, {"use_safetensors": True, **more})
+        adapters.keep_layout(model)
     elif more:
         raise UserError(f"{source}: model.adapter.quantize needs a hub id or a folder")
     else:
