@@ -1864,7 +1864,7 @@ MUTANTS = [
     tensors("if name != HEAD or not _is_tied(one):", "if name != HEAD:"),
     tensors("if ours != theirs:", "if False:"),
     tensors("or adapters.is_adapter(folder)", ""),
-    tensors("elif checkpoints.is_sharded(path):", "elif False:"),
+    tensors("elif checkpoints.is_sharded(path):", "elif False:", why="the same, all at once"),
     updates("inside = layer is not None and len(shape) == 2", "inside = True"),
     updates(
         "if not found.isfinite().all():", "if False:", f"{ANALYZE} -k nothing", why="norms say so"

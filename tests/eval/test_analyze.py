@@ -4,6 +4,7 @@ import csv
 import functools
 import json
 import math
+import shutil
 
 import pytest
 import torch
@@ -145,13 +146,16 @@ def test_where_a_tensor_is(name, shape, place):
     assert Place.of(name, shape) == Place(*place)
 
 
-def test_a_run_is_all_of_its_checkpoints_each_once(vanilla):
+def test_a_run_is_all_of_its_checkpoints_each_once(vanilla, tmp_path):
     with open_updates(BASE, [str(vanilla), f"mine={vanilla}/checkpoints/last.ckpt"]) as updates:
         assert {label: [c.step for c in run] for label, run in updates.runs.items()} == {
             "run": [1, 2, 3],
             "mine": [3],
         }
         assert len(updates.matrices) == 4 * 7
+    copied = shutil.copytree(vanilla, tmp_path / "copied")  # last.ckpt is no link there
+    with open_updates(BASE, [str(copied)]) as updates:
+        assert [c.step for c in updates.checkpoints] == [1, 2, 3]
         assert updates.places.keys() == updates.base.shapes.keys()
 
 
@@ -383,6 +387,8 @@ def test_weights_alone_need_nothing_else_and_an_analysis_is_not_replaced(known, 
 
 def test_what_cannot_be_analysed_is_said_in_a_line(known, tmp_path, capsys):
     nan = write(tmp_path / "nan", lambda name, tensor: torch.full_like(tensor, math.nan))
+    where = "embed_tokens"  # of which no matrix is analysed
+    embedding = write(tmp_path / "e", lambda n, t: t * (math.nan if where in n else 1.0))
     with torch.no_grad():
         other = load_model(BASE)
         other.resize_token_embeddings(32)
@@ -390,6 +396,7 @@ def test_what_cannot_be_analysed_is_said_in_a_line(known, tmp_path, capsys):
     cases = [
         ([BASE], "its weights are those of embedded:base; there is no update"),
         ([nan], "holds numbers that are NaN or infinite"),
+        ([embedding], "embed_tokens.weight holds numbers that are NaN or infinite"),
         ([str(tmp_path / "other")], "is [32, 128] in"),
         ([known[0], known[0]], "is named twice"),
         (["embedded:nothing"], "the embedded models are"),
