@@ -140,7 +140,7 @@ class AlphaOPD(Once):
                 part = rank_one[start : start + w.numel()].view_as(w)
                 yield a.to(w.device) + part.to(w)
 
-        reduce_sum = world.sum if self.weights.sharded else lambda sums: sums
+        reduce_sum = self.weights.over_shards(world)
         with self.weights.edit(names) as weights:
             return linear.move_to(weights, anchor, targets(weights), reduce_sum)
 

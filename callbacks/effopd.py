@@ -154,7 +154,7 @@ class EffOPD(Accelerator):
         self.score.prepare(pl_module, output, self.seed)
         base = self.weights.copy(self.names, self.anchor_device)
         anchor = self.anchor.shards(self.names)
-        over_shards = world.sum if self.weights.sharded else lambda squares: squares
+        over_shards = self.weights.over_shards(world)
         norm = extrapolation.direction_norm(self.weights.shards(self.names), anchor, over_shards)
         origin = anchor
         if self.direction == "random":

@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from time import perf_counter
 from typing import Any, ClassVar
@@ -201,7 +201,7 @@ class UpdateGeometry(HoldsWeights, WatchesAccelerators):
                 "update_norm": extrapolation.direction_norm(
                     self.weights.shards(self.names),
                     self.anchor.shards(self.names),
-                    self._over_shards(world),
+                    self.weights.over_shards(world),
                 ),
                 **means(list(self._spectra.values())),
                 **self._cosines(world),
@@ -248,7 +248,7 @@ class UpdateGeometry(HoldsWeights, WatchesAccelerators):
             name: geometry.cosine(
                 (d.to(w.device) for d, w in zip(displacement, weights, strict=True)),
                 (d.to(w.device) for d, w in zip(other, weights, strict=True)),
-                self._over_shards(world),
+                self.weights.over_shards(world),
             )
             for name, other in others.items()
             if other is not None
@@ -263,9 +263,6 @@ class UpdateGeometry(HoldsWeights, WatchesAccelerators):
         """Yield how far this rank's shards of the matrices have moved, one at a time."""
         for weight, before in zip(self.weights.shards(self.matrices), earlier, strict=True):
             yield weight - before.to(weight.device)
-
-    def _over_shards(self, world: World) -> Callable[[Tensor], Tensor]:
-        return world.sum if self.weights.sharded else lambda own: own
 
     # --- the file and the picture, on rank 0 ----------------------------------------------------
 

@@ -63,10 +63,8 @@ class Lookahead(Accelerator):
     ) -> tuple[dict[str, Any], dict[str, float]]:
         """Move both; in EffOPD's terms to W + c (W - anchor) with c = alpha - 1."""
         slow = self.anchor.shards(self.names)
-        world, sharded = World(trainer.strategy), self.weights.sharded
-        norm = direction_norm(
-            self.weights.shards(self.names), slow, world.sum if sharded else lambda squares: squares
-        )
+        over_shards = self.weights.over_shards(World(trainer.strategy))
+        norm = direction_norm(self.weights.shards(self.names), slow, over_shards)
         with self.weights.edit(self.names) as fast:
             for f, s in zip(fast, slow, strict=True):
                 s.lerp_(f.to(s.device), self.alpha)

@@ -85,7 +85,7 @@ class RELEX(Once):
                 log.warning("RELEX: nothing was seen before step %d, so there is no line", self.at)
             self.let_go(self.at)
             return {"coefficient": 0.0}, {"coefficient": 0.0}
-        reduce_sum = world.sum if self.weights.sharded else lambda sums: sums
+        reduce_sum = self.weights.over_shards(world)
         with self.weights.edit(self.names) as weights:
             rows = displacements(weights, anchor, earlier)
             grams = reduce_sum(torch.stack([linear.gram(each) for each in rows]))

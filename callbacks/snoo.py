@@ -74,7 +74,7 @@ class SNOO(Accelerator):
         """Take an outer step."""
         slow = self.anchor.shards(self.names)
         buffers = self.companions["momentum"].shards(self.names)
-        reduce_sum = World(trainer.strategy).sum if self.weights.sharded else lambda sums: sums
+        reduce_sum = self.weights.over_shards(World(trainer.strategy))
         with self.weights.edit(self.names) as fast:
             targets = outer_step(slow, fast, buffers, self.learning_rate, self.momentum)
             move = move_to(fast, slow, targets, reduce_sum)

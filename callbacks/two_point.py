@@ -80,7 +80,7 @@ class TwoPoint(Once):
         if trainer.global_step == self.first:
             copy_weights(anchor, self.weights.shards(self.names))
             return {}, {}
-        reduce_sum = World(trainer.strategy).sum if self.weights.sharded else lambda sums: sums
+        reduce_sum = self.weights.over_shards(World(trainer.strategy))
         coefficient = (self.target - self.second) / (self.second - self.first)
         with self.weights.edit(self.names) as weights:
             targets = (

@@ -8,7 +8,7 @@ have changed. Both are settled here: edits happen in :meth:`Weights.edit`, and e
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -67,6 +67,10 @@ class Weights:
         discard_gathered(self._owner)
         parameters = self.parameters()
         return local_shards([parameters[name] for name in (parameters if names is None else names)])
+
+    def over_shards(self, world: World) -> Callable[[Tensor], Tensor]:
+        """Return what adds up sums over shards: over ranks, a collective, where there are any."""
+        return world.sum if self.sharded else lambda sums: sums
 
     def starts(self, names: Sequence[str], world: World) -> list[int]:
         """Return where in its whole, flattened parameter each shard of this rank begins.
