@@ -18,9 +18,9 @@ from tqdm import tqdm
 
 from eval.analyze import scored, spectra
 from eval.analyze.judge import Judge, PromptScore
-from eval.analyze.pages import ANALYSES, RESULTS, Row, contents
+from eval.analyze.pages import ANALYSES, RESULTS, contents
 from eval.analyze.tensors import Tensors
-from eval.analyze.updates import Updates, open_updates
+from eval.analyze.updates import Row, Updates, open_updates
 from eval.evaluate import usable_device
 from eval.files import output_folder, write_files
 from eval.harness import Settings
@@ -58,7 +58,6 @@ class Scoring:
         Raises:
             UserError: A model, a task or the prompts cannot be had.
         """
-        score = None
         if self.teacher is not None and self.prompts is not None:
             score = PromptScore(
                 base,
@@ -119,7 +118,7 @@ def analyze(
         directions: Singular directions of each matrix that are followed over a run.
         window: Layers on each side of the middle one. None: 8, as in the paper, or a quarter of the
             layers if that is less.
-        dtype: Dtype of the model that is run.
+        dtype: Dtype of the model that is run; beside a teacher it is float32.
         device: Where tasks are run: cpu, cuda, cuda:NUMBER. None: the GPU where there is one.
         seed: Seed of the sampling.
         allow_code_execution: Run the programs that a model writes, for tasks that need it.

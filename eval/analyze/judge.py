@@ -142,7 +142,12 @@ class PromptScore:
             trust_remote_code=trust_remote_code,
         )
         self.data = PromptDataModule(
-            prompts, validation=prompts, validation_limit=limit, validation_batch_size=BATCH
+            prompts,
+            validation=prompts,
+            tokenizer=base,
+            validation_limit=limit,
+            validation_batch_size=BATCH,
+            trust_remote_code=trust_remote_code,
         )
         quiet: dict[str, Any] = {
             **{"logger": False, "enable_progress_bar": False, "enable_model_summary": False},
@@ -150,7 +155,8 @@ class PromptScore:
         }
         with _quietly():
             self.trainer = Trainer(**quiet)
-        self()  # which loads the models
+        self.module.configure_model()
+        self.data.setup("validate")
 
     def __call__(self) -> Scores:
         with _quietly():

@@ -13,10 +13,10 @@ from typing import Any
 from matplotlib.figure import Figure
 
 from eval.analyze import figures, spectra
+from eval.analyze.updates import Row
 from eval.figures import png
 from eval.report import STYLE, html_table, image, text_table
 
-Row = dict[str, Any]
 Files = dict[str, str | bytes]
 RESULTS = ("analysis.html", "analysis.md")
 WIDE = "body { max-width: 84rem } td, th { white-space: nowrap; font-size: 85% }"

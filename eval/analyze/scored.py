@@ -16,10 +16,9 @@ import torch
 from torch import Tensor
 
 from eval.analyze.judge import Change, Judge
-from eval.analyze.updates import MATRICES, Checkpoint, Updates
+from eval.analyze.updates import MATRICES, Checkpoint, Row, Updates
 from opd import geometry
 
-Row = dict[str, Any]
 Norms = Mapping[tuple[str, int], Mapping[str, float]]  # of dW: by run and step, by tensor
 SHARES = (0.0, 0.2, 0.4, 0.6, 0.8, 1.0)  # of the update, a in W_0 + a dW
 KEPT = (1, 5, 10, 25, 50)  # per cent of the singular components

@@ -9,16 +9,14 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field
-from typing import Any
 
 import torch
 from torch import Tensor
 
-from eval.analyze.updates import MATRICES, Checkpoint, Updates
+from eval.analyze.updates import MATRICES, Checkpoint, Row, Updates
 from opd import geometry
 from opd.errors import UserError
 
-Row = dict[str, Any]
 GROUPS = (*MATRICES, "embedding", "head", "other")
 MEASURES = ("norm", "spectral_norm", "spectral_ratio", "effective_rank", "top_ratio")
 

@@ -11,7 +11,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from torch import Tensor
 
@@ -28,6 +28,7 @@ WORDS: dict[Group, tuple[str, ...]] = {
     "embedding": ("embed", "wte", "wpe"),
     "head": ("lm_head", "embed_out"),
 }
+Row = dict[str, Any]  # of a table: column and value
 CHUNK = 2**24  # numbers that are widened at a time
 LABEL = re.compile(r"[\w.+-]+")
 

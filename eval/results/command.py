@@ -24,7 +24,8 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-from eval.analyze.pages import ANALYSES, RESULTS, Row, contents
+from eval.analyze.pages import ANALYSES, RESULTS, contents
+from eval.analyze.updates import Row
 from eval.demo import opd
 from eval.files import write_files
 from eval.report import html_table, image, text_table
@@ -171,7 +172,6 @@ def results(found: Mapping[int, Mapping[str, list[Row]]], output: Path) -> dict[
     for title, rows in sections:
         text += [f"## {title}", "", text_table(*rows), ""]
     page = str(files.pop("analysis.html"))
-    files["analysis.md"] = str(files["analysis.md"])
     head = "".join(f"<h2>{html.escape(t)}</h2>{html_table(*rows)}" for t, rows in sections)
     study = output / "study" / "results.png"
     if study.is_file():
