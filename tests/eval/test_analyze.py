@@ -12,7 +12,7 @@ from safetensors.torch import save_file
 from torch.distributed import checkpoint as dcp
 
 from eval.analyze import scored, spectra
-from eval.analyze.judge import Judge
+from eval.analyze.judge import Judge, PromptScore
 from eval.analyze.tensors import find_misfit, opened, weight_files
 from eval.analyze.updates import Place, open_updates
 from opd import checkpoints
@@ -21,6 +21,7 @@ from opd.errors import UserError
 from opd.models import load_model, load_tokenizer
 
 BASE = "embedded:base"
+CPU = torch.device("cpu")
 
 
 def unit(size, seed):
@@ -210,8 +211,7 @@ class Recorder(Judge):
     """Scores nothing, and remembers the updates that were put in place."""
 
     def __init__(self, updates):
-        cpu = torch.device("cpu")
-        super().__init__(updates.base, load_model(BASE), load_tokenizer(BASE), cpu)
+        super().__init__(updates.base, load_model(BASE), load_tokenizer(BASE), CPU)
         self.before = {n: p.clone() for n, p in self.model.named_parameters()}
         self.seen = []
 
@@ -330,6 +330,36 @@ def test_early_updates_get_the_norm_of_the_end(moved):
     for row, seen in zip(rows, judge.seen, strict=True):
         for name, delta in last.items():
             assert_near(seen[name], delta / 3 * (1 + 2 * row["b"]))
+
+
+def test_hidden_states_are_compared_with_the_bases_own(tmp_path):
+    """An update of the embedding alone moves them, and putting the base's back moves them back.
+
+    One of the head alone moves none.
+    """
+
+    def only(word):
+        return lambda name, tensor: 0.5 * tensor.std() * (word in name) * torch.ones_like(tensor)
+
+    changed = {word: write(tmp_path / word, only(word)) for word in ("embed_tokens", "lm_head")}
+    score = PromptScore(
+        *(BASE, "embedded:teacher", "embedded:test"),
+        limit=4,
+        max_new_tokens=8,
+        seed=0,
+        trust_remote_code=False,
+    )
+    cosines = {}
+    for word, source in changed.items():
+        with open_updates(BASE, [source]) as updates:
+            judge = Judge(updates.base, score.module.student, score.module.tokenizer, CPU)
+            judge.by_prompts(score)
+            rows = list(scored.embeddings(updates, judge))
+        cosines[word] = {row["weights"]: row["cosine"] for row in rows}
+    assert cosines["embed_tokens"]["as trained"] < 0.999
+    assert cosines["embed_tokens"]["with the base's embedding"] == pytest.approx(1, abs=1e-5)
+    assert cosines["embed_tokens"]["with the base's head"] < 0.999
+    assert list(cosines["lm_head"].values()) == pytest.approx([1] * 4, abs=1e-5)
 
 
 # --- the command ----------------------------------------------------------------------------------
