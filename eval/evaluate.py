@@ -76,7 +76,8 @@ def evaluate(
         model: Hub id, perhaps with @REVISION (branch, tag or commit), folder, checkpoint of opd
             fit, GGUF file, embedded:base or embedded:teacher.
         tasks: Names of lm-eval tasks, separated by commas; those in tasks/ come first.
-        suite: Tasks and settings by name (math, code, science, quick), or a YAML file with such.
+        suite: Tasks and settings by name (math, code, science, quick, paper_math, paper_code), or a
+            YAML file with such.
         samples: Completions per problem. None: as many as the task says.
         limit: Use the first so many problems of each task only.
         output: Folder for results.json, results.md, samples and completions. None: print only.

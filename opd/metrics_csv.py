@@ -23,9 +23,9 @@ class MetricsCSV(Logger):
         folder: The run folder.
     """
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: str | Path) -> None:
         super().__init__()
-        self.path = folder / "metrics.csv"
+        self.path = Path(folder) / "metrics.csv"
         self._columns: list[str] | None = None
 
     @property

@@ -90,7 +90,8 @@ class OPDModule(LightningModule):
             that a prompt's ``teacher`` field holds to a model. None: there is none, for objectives
             that ask none, as ClippedPolicyGradient; then nothing of a teacher is logged. Where
             there is one all the same, such a run logs how far the student is from it.
-        objective: Loss per token. None: ReverseKL, the paper's.
+        objective: Loss per token. None: ReverseKL over the whole vocabulary, whose gradient is the
+            mean of the paper's, PolicyGradient's, with less noise.
         reference: The frozen model that some objectives, as ExOPD, compare the teacher with, named
             like a model. None: the student as it comes, loaded once more.
         optimizer: Builds the optimizer from the student's parameters.

@@ -214,6 +214,8 @@ def _possible(chosen: Sequence[str], updates: Updates, *, told: bool) -> list[st
     wanting = [name for name in chosen if ANALYSES[name].several]
     if wanting and told:
         raise UserError(f"--analyses {wanting[0]}: needs several checkpoints of a run, in order")
+    if wanting:
+        print(f"left out, for want of several checkpoints of a run: {', '.join(wanting)}")
     return [name for name in chosen if name not in wanting]
 
 

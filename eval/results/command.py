@@ -3,7 +3,8 @@ r"""Runs OPD and RL from one base, analyses both, and says what agrees with the 
     python -m eval.results.command
 
 or, of a pair of yours, with a study whose methods are called ``opd`` and ``rl``, with one learning
-rate each and several checkpoints that are kept; and with what scores weights::
+rate each and several checkpoints that are kept (configs/study/results.yaml is one); and with what
+scores weights::
 
     python -m eval.results.command --study my_study.yaml --base MODEL --tasks TASKS \
       --teacher MODEL --prompts DATA --output DIR
@@ -56,7 +57,9 @@ PAPER = {
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run all of it; returns an exit code."""
-    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     for name, default, about in [
         ("study", "study/results", "YAML with methods opd and rl"),
         ("base", "embedded:base", "what both begin with"),
@@ -64,7 +67,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         ("limit", "128", "problems and prompts of a score"),
         ("teacher", "embedded:teacher", "model that the KL is taken to"),
         ("prompts", "embedded:test", "prompts that it is taken on"),
-        ("max_new_tokens", "32", "longest completion of a score"),
+        ("max_new_tokens", "32", "longest completion of a score; a model that reasons needs more"),
         ("output", "runs/results", "folder for everything"),
     ]:
         parser.add_argument(f"--{name}", default=default, help=f"{about} (default: {default})")

@@ -126,16 +126,20 @@ def mlp_over_attention(found: Found) -> Answer:
 
 
 def middle_windows(found: Found) -> Answer:
-    """Ask whether the best window of MLP is neither the first nor the last."""
-    best = {}
+    """Ask whether the best window of MLP is neither the first nor the last.
+
+    Those that the model's ends cut have fewer layers, and are worth less for that alone.
+    """
+    best, holds = {}, True
     for run in (RL, OPD):
         rows = [r for r in found["windows"] if r["run"] == run and r["group"] == "mlp"]
-        top = max(rows, key=lambda row: float(row["accuracy"]))
-        best[run] = top["centre"], min(r["centre"] for r in rows), max(r["centre"] for r in rows)
-    if any(end - start < 2 for _, start, end in best.values()):
-        return Answer(None, "too few layers")
-    holds = all(start < centre < end for centre, start, end in best.values())
-    return Answer(holds, f"best centre: RL {best[RL][0]}, OPD {best[OPD][0]}")
+        whole = [r for r in rows if r["matrices"] == max(r["matrices"] for r in rows)]
+        if len(whole) < 3:
+            return Answer(None, "too few layers")
+        centres = [row["centre"] for row in whole]
+        best[run] = max(whole, key=lambda row: float(row["accuracy"]))["centre"]
+        holds &= min(centres) < best[run] < max(centres)
+    return Answer(holds, f"best centre: RL {best[RL]}, OPD {best[OPD]}")
 
 
 def top_tenth_recovers(found: Found) -> Answer:

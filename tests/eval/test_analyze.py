@@ -413,6 +413,11 @@ def test_weights_alone_need_nothing_else_and_an_analysis_is_not_replaced(known, 
     assert "holds an analysis already" in capsys.readouterr().err
     chosen = [*command, "--overwrite", "true", "--analyses", "spectra", "--directions", "2"]
     assert main(chosen) == 0
+    assert "left out" not in capsys.readouterr().out
+    single = ["analyze", "--base", BASE, "--checkpoints", known[0], "--output", str(out)]
+    assert main([*single, "--overwrite", "true"]) == 0
+    said = capsys.readouterr().out.splitlines()[0]
+    assert said == "left out, for want of several checkpoints of a run: lock_in"
 
 
 def test_what_cannot_be_analysed_is_said_in_a_line(known, tmp_path, capsys):

@@ -17,7 +17,8 @@ def spectrum(run, step, *values):
 
 def as_the_paper_says():
     """Rows in which everything is as in the paper."""
-    windows = {"mlp": (0.4, 0.7, 0.4), "attention": (0.4, 0.5, 0.4)}
+    windows = {"mlp": (0.1, 0.4, 0.7, 0.4, 0.1), "attention": (0.1, 0.4, 0.5, 0.4, 0.1)}
+    matrices = (6, 9, 9, 9, 6)
     return {
         "spectra": [
             spectrum("opd", 30, 0.2, 0.9, 90.0, 0.99),  # is not the last
@@ -35,10 +36,10 @@ def as_the_paper_says():
             for weights, accuracy in [("as trained", 0.9), ("with the base's embedding", 0.89)]
         ],
         "windows": [
-            {"run": run, "group": group, "centre": centre, "accuracy": accuracy}
+            {"run": run, "group": group, "centre": centre, "accuracy": accuracy, "matrices": size}
             for run in ("opd", "rl")
             for group, values in windows.items()
-            for centre, accuracy in enumerate(values)
+            for centre, (accuracy, size) in enumerate(zip(values, matrices, strict=True))
         ],
         "subspaces": [
             {"run": run, "part": part, "percent": percent, "accuracy": accuracy, "norm": norm}
@@ -104,9 +105,9 @@ def changed(table, where, **values):
     ("ask", "table", "where", "accuracy"),
     [
         (findings.embedding_swap, "embeddings", {"weights": "as trained", "run": "rl"}, 0.8),
-        (findings.mlp_over_attention, "windows", {"group": "mlp", "run": "rl"}, 0.4),
-        (findings.middle_windows, "windows", {"centre": 2, "run": "rl"}, 0.8),
-        (findings.middle_windows, "windows", {"centre": 0, "run": "rl"}, 0.8),
+        (findings.mlp_over_attention, "windows", {"group": "mlp", "run": "rl"}, 0.2),
+        (findings.middle_windows, "windows", {"centre": 3, "run": "rl"}, 0.8),
+        (findings.middle_windows, "windows", {"centre": 1, "run": "rl"}, 0.8),
         (findings.top_tenth_recovers, "subspaces", {"part": "top", "run": "opd"}, 0.87),
         (findings.early_with_final_norm, "norm_matching", {"b": 1.0, "step": 6}, 0.7),
         (findings.early_with_final_norm, "norm_matching", {"b": 0.0, "step": 6}, 0.85),
@@ -122,8 +123,8 @@ def test_what_cannot_be_said_is_not_said():
     found = as_the_paper_says()
     no_prompts = [{k: v for k, v in row.items() if k != "cosine"} for row in found["embeddings"]]
     assert findings.nearer_to_the_base({**found, "embeddings": no_prompts}).holds is None
-    two_layers = [row for row in found["windows"] if row["centre"] < 2]
-    assert findings.middle_windows({**found, "windows": two_layers}).holds is None
+    two_whole = [row for row in found["windows"] if row["centre"] != 1]
+    assert findings.middle_windows({**found, "windows": two_whole}).holds is None
     no_gain = [{**row, "accuracy": 0.4} for row in found["subspaces"]]
     assert findings.top_tenth_recovers({**found, "subspaces": no_gain}).holds is None
 
