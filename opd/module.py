@@ -243,6 +243,8 @@ class OPDModule(LightningModule):
             )
         if reward is not None:
             reward.check_copies(rollouts_per_prompt)
+            if reward.overlong is not None:
+                reward.overlong.check(max_new_tokens)
             if reward.dynamic is not None and self.engine.staleness:
                 raise UserError(
                     "model.reward.dynamic samples in rounds, and model.engine samples all prompts "

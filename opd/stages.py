@@ -315,7 +315,7 @@ def count_rollouts(module: Distillation, metrics: StepMetrics, rollouts: Rollout
 
 
 def reward(module: Distillation, term: RewardTerm, rollouts: Rollouts) -> None:
-    """Give completions the columns ``reward`` and ``advantage``; all ranks together.
+    """Give completions the columns ``outcome``, ``reward`` and ``advantage``; all ranks together.
 
     Args:
         module: Whose tokenizer and metrics.
@@ -327,7 +327,9 @@ def reward(module: Distillation, term: RewardTerm, rollouts: Rollouts) -> None:
     """
     texts = records.completion_texts(rollouts, module.tokenizer)
     columns = module.world.together(
-        lambda: term.columns(rollouts, texts, module.rollouts_per_prompt)
+        lambda: term.columns(
+            rollouts, texts, module.rollouts_per_prompt, module.sampler.max_new_tokens
+        )
     )
     rollouts.columns |= columns
     known = (~columns[REWARD].isnan()).tolist()

@@ -40,7 +40,7 @@ from opd.prompts import PromptBatch
 from opd.randomness import derive_seed, own_randomness
 from opd.reuse import Reuse, Saved, further_steps, ratios, reuse_name
 from opd.rewards.critic import GAE
-from opd.rewards.reward import REWARD, differing
+from opd.rewards.reward import OUTCOME, differing
 from opd.rollouts import Rollouts
 from opd.rollouts.records import note_right
 from opd.stages import Distillation, Reading
@@ -317,7 +317,7 @@ def sample_until(
         some = [i for i, place in enumerate(places) if start <= place < start + fewest]
         prompts = batch.select(some)
         rollouts = sample_prompts(module, prompts, t, max_new_tokens)
-        kept = differing(rollouts.columns[REWARD], copies)
+        kept = differing(rollouts.columns[OUTCOME], copies)
         dropped = torch.ones(len(some))
         dropped[kept] = 0.0
         members = stages.members(module, metrics, prompts.prompts)

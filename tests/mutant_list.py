@@ -1689,9 +1689,7 @@ MUTANTS = [
     advantages("* count / (count - 1).clamp(min=1)", ""),
     advantages("variance.sqrt() + self.epsilon", "variance.sqrt()"),
     advantages("return reward - group_mean(reward, group)", "return reward - reward.mean()"),
-    advantages(
-        "torch.where(variance > 0, centred / scale,", "torch.where(variance > -1, centred / scale,"
-    ),
+    advantages("torch.where(_differs(reward, group),", "torch.where(variance > 0,"),
     stages("rollouts.columns |= columns", "pass", REWARDS),
     # PPO
     critic("to_come + gamma * after", "to_come + after"),
@@ -1770,10 +1768,12 @@ MUTANTS = [
     of("opd/objectives/weighted.py", "tests/objectives/test_clipped.py")(
         "return self.objective.needs_reward", "return False"
     ),
-    rl("self.longest - self.buffer", "self.longest"),
+    rl("(longest - self.buffer)", "longest"),
+    rl("1 <= self.buffer <= longest <=", "0 <= self.buffer <= longest <="),
+    rl("longest <= max_new_tokens:", "longest:"),
+    rl("OUTCOME: outcome.to(", "OUTCOME: reward.to("),
     rl("(beyond / self.buffer).clamp(0, 1)", "(beyond / self.buffer).clamp(max=1)"),
     rl("(beyond / self.buffer).clamp(0, 1)", "(beyond / self.buffer).clamp(min=0)"),
-    rl("        self.of.check(prompts)\n", "        pass\n"),
     rl("nan_to_num(math.inf).amin", "nan_to_num(0).amin"),
     rl("nan_to_num(-math.inf).amax", "nan_to_num(9).amax"),
     rl("reduce_sum(\n", "(\n"),
@@ -1783,6 +1783,8 @@ MUTANTS = [
         "equal_shares(rollouts.counts, module.world.sum)", "1.0 + 0 * rollouts.counts", GRPO_STEPS
     ),
     stages("rollouts.counts, module.world.sum)", "rollouts.counts, lambda own: own)", TWO_OF_RL),
+    step("columns[OUTCOME], copies", 'columns["reward"], copies', f"{RL} -k lengths_alone"),
+    module("reward.overlong.check(max_new_tokens)", "pass", RL_INPUT),
     step("start <= place < start + fewest", "start <= place <= start + fewest", DYNAMIC),
     step("i * world.size + world.rank for i", "i for i", ALL_RANKS),
     step("        if found >= fewest:\n", "        if found > fewest:\n", DYNAMIC),

@@ -55,7 +55,7 @@ class GroupNormalized(Advantage):
         count = torch.bincount(group)[group]
         variance = group_mean(centred.square(), group) * count / (count - 1).clamp(min=1)
         scale = variance.sqrt() + self.epsilon
-        return torch.where(variance > 0, centred / scale, torch.zeros_like(centred))
+        return torch.where(_differs(reward, group), centred / scale, torch.zeros_like(centred))
 
 
 @dataclass(frozen=True)
@@ -76,6 +76,18 @@ class AsGiven(Advantage):
 
     def __call__(self, reward: Tensor, group: Tensor) -> Tensor:
         return reward
+
+
+def _differs(values: Tensor, group: Tensor) -> Tensor:
+    """Say whether those of each one's group differ at all, [B] -> [B]; their mean rounds."""
+    size = int(group.max()) + 1 if len(group) else 0
+    most, least = (
+        torch.zeros(size, dtype=values.dtype).scatter_reduce(
+            0, group, values, which, include_self=False
+        )
+        for which in ("amax", "amin")
+    )
+    return (most > least)[group]
 
 
 def group_mean(values: Tensor, group: Tensor) -> Tensor:

@@ -17,7 +17,8 @@ opd.objectives.ClippedPolicyGradient A is all that there is: GRPO and DAPO (``co
 ``advantage: opd.rewards.GAE`` every token has an A of its own: PPO (``opd/rewards/critic.py``).
 
 Long completions have more tokens, and so more of the loss, which is a mean over tokens. ``per:
-completion`` divides that out. ``dynamic: 16`` samples prompts until that many are there from which
+completion`` divides that out. ``overlong.buffer: 64`` takes up to 1 off completions that are nearly
+as long as they may be (DAPO). ``dynamic: 16`` samples prompts until that many are there from which
 something can be learnt (DAPO): those whose completions all have the same reward are left out.
 
 Rewards have no part in validation, nor in the scores of EffOPD, which ask the teacher or answers.
@@ -42,7 +43,8 @@ from opd.rewards.advantages import Advantage, GroupNormalized
 from opd.rollouts import Rollouts
 from opd.rollouts.records import RIGHT
 
-REWARD = "reward"  # column: of each completion, NaN where there is none, [B]
+OUTCOME = "outcome"  # column: what the reward says of each completion, NaN where it does not, [B]
+REWARD = "reward"  # column: the same, less the penalty for its length, [B]
 ADVANTAGE = "advantage"  # column: times the weight; 0 where there is none, [B]; with GAE [B, C]
 
 
@@ -102,35 +104,37 @@ class FromFunction(Reward):
 
 
 @dataclass(frozen=True)
-class Overlong(Reward):
-    """A reward, less a penalty for completions that come near a limit (DAPO, 2503.14476, eq. 13).
+class Overlong:
+    """A penalty for completions that come near a limit (DAPO, 2503.14476, eq. 13).
 
-    0 up to ``longest`` - ``buffer`` tokens, -1 from ``longest`` on, and linear in between.
+    0 up to ``longest`` - ``buffer`` tokens, 1 from ``longest`` on, and linear in between.
 
     Args:
-        of: The reward.
-        longest: Tokens of a completion for which the penalty is full, as ``model.max_new_tokens``.
-        buffer: So many tokens before, it sets in; at least 1, at most ``longest``.
+        buffer: So many tokens before the limit it sets in; at least 1, at most ``longest``.
+        longest: Tokens of a completion for which it is full. None: ``model.max_new_tokens``.
     """
 
-    of: Reward
-    longest: int
     buffer: int
+    longest: int | None = None
 
-    def __post_init__(self) -> None:
-        if not 1 <= self.buffer <= self.longest:
+    def check(self, max_new_tokens: int) -> None:
+        """Make sure that the limit is one.
+
+        Raises:
+            UserError: The penalty would be full before the first token, or never.
+        """
+        longest = max_new_tokens if self.longest is None else self.longest
+        if not 1 <= self.buffer <= longest <= max_new_tokens:
             raise UserError(
-                f"Overlong(longest={self.longest}, buffer={self.buffer}): buffer must be at least "
-                "1 and at most longest"
+                f"model.reward.overlong: buffer={self.buffer} must be at least 1 and at most "
+                f"longest={longest}, and that at most model.max_new_tokens={max_new_tokens}"
             )
 
-    def check(self, prompts: Sequence[Prompt]) -> None:
-        """Refuse prompts with which the reward can do nothing."""
-        self.of.check(prompts)
-
-    def __call__(self, rollouts: Rollouts, texts: Sequence[str]) -> Tensor:
-        beyond = rollouts.counts.cpu() - (self.longest - self.buffer)
-        return judged(self.of, rollouts, texts) - (beyond / self.buffer).clamp(0, 1)
+    def penalty(self, counts: Tensor, max_new_tokens: int) -> Tensor:
+        """Return what is taken off the rewards of completions with so many tokens, [B] -> [B]."""
+        longest = max_new_tokens if self.longest is None else self.longest
+        beyond = counts.double() - (longest - self.buffer)
+        return (beyond / self.buffer).clamp(0, 1)
 
 
 def judged(of: Reward, rollouts: Rollouts, texts: Sequence[str]) -> Tensor:
@@ -172,14 +176,16 @@ class RewardTerm:
         weight: Of the advantage that they make, beside the teacher's, above 0.
         per: What counts alike: each ``token`` (DAPO), or each ``completion``, whose advantage is
             then multiplied by the step's mean length over its own (GRPO, 2402.03300, eq. 3).
+        overlong: Takes a penalty for their length off the rewards. None: none.
         dynamic: Dynamic sampling: fewest prompts to train on whose completions have different
-            rewards (DAPO, 2503.14476, section 3.2). None: all prompts, once.
+            rewards, the penalty apart (DAPO, 2503.14476, section 3.2). None: all prompts, once.
     """
 
     of: Reward
     advantage: Advantage = field(default_factory=GroupNormalized)
     weight: float = 1.0
     per: Literal["token", "completion"] = "token"
+    overlong: Overlong | None = None
     dynamic: int | None = None
 
     def __post_init__(self) -> None:
@@ -210,24 +216,30 @@ class RewardTerm:
                 "--model.rollouts_per_prompt 4, or --model.reward.advantage opd.rewards.AsGiven"
             )
 
-    def columns(self, rollouts: Rollouts, texts: Sequence[str], copies: int) -> dict[str, Tensor]:
-        """Return the columns ``reward`` and ``advantage`` of B completions.
+    def columns(
+        self, rollouts: Rollouts, texts: Sequence[str], copies: int, max_new_tokens: int
+    ) -> dict[str, Tensor]:
+        """Return the columns ``outcome``, ``reward`` and ``advantage`` of B completions.
 
         Args:
             rollouts: All completions of whole prompts, those of one side by side.
             texts: The completions as text.
             copies: Completions per prompt.
+            max_new_tokens: The most tokens that a completion of the run may have.
 
         Raises:
             UserError: The rewards are not B numbers, or one is infinite.
         """
-        reward = judged(self.of, rollouts, texts)
+        reward = outcome = judged(self.of, rollouts, texts)
+        if self.overlong is not None:
+            reward = outcome - self.overlong.penalty(rollouts.counts.cpu(), max_new_tokens)
         known = ~reward.isnan()
         group = torch.arange(len(rollouts)) // copies
         advantage = torch.zeros_like(reward)
         advantage[known] = self.weight * self.advantage(reward[known], group[known])
         device = rollouts.lengths.device
         return {
+            OUTCOME: outcome.to(device, torch.float32),
             REWARD: reward.to(device, torch.float32),
             ADVANTAGE: advantage.to(device, torch.float32),
         }

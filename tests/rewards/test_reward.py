@@ -77,7 +77,7 @@ def test_group_normalised_advantages_are_those_of_their_definition():
 @pytest.mark.parametrize("advantage", [GroupNormalized(), GroupNormalized(0.0), Centred()])
 def test_equal_rewards_and_none_give_no_advantage(advantage):
     same = advantage(torch.full((4,), 0.1).double(), torch.tensor([0, 0, 0, 1]))
-    assert same.tolist() == pytest.approx([0] * 4, abs=1e-12)
+    assert same.tolist() == pytest.approx([0] * 4, abs=1e-12)  # 0.1 + 0.1 + 0.1 is not 0.3
     assert advantage(torch.zeros(0).double(), torch.zeros(0).long()).tolist() == []
 
 
@@ -113,26 +113,25 @@ def rollouts_of(answers, copies):
 def test_completions_without_a_reward_have_no_advantage_and_count_for_no_other():
     rollouts = rollouts_of(["1", None, "3"], 2)
     rollouts.columns["right"] = torch.tensor([1, 0, math.nan, math.nan, 1, 1]).double()
-    columns = RewardTerm(Correctness(), weight=0.5).columns(rollouts, [""] * 6, 2)
+    columns = RewardTerm(Correctness(), weight=0.5).columns(rollouts, [""] * 6, 2, 9)
     scale = 0.5 * 0.5 / (math.sqrt(0.5) + 1e-4)
     assert columns["advantage"].tolist() == pytest.approx([scale, -scale, 0, 0, 0, 0])
     assert columns["reward"].isnan().tolist() == [False, False, True, True, False, False]
     texts = ["", "ab", "abcd", "", "abc", "abcde"]
-    found = RewardTerm(Length(), Centred(), 10.0).columns(rollouts, texts, 3)["advantage"]
+    found = RewardTerm(Length(), Centred(), 10.0).columns(rollouts, texts, 3, 9)["advantage"]
     assert found.tolist() == pytest.approx([0, 0.1, -0.1, 0, 0.1, -0.1])
 
 
 def test_what_a_reward_gives_is_looked_at():
     rollouts = rollouts_of(["1", "2"], 2)
     with pytest.raises(UserError, match=r"Twice: gives numbers of shape \[8\] for 4 completions"):
-        RewardTerm(Twice()).columns(rollouts, [""] * 4, 2)
+        RewardTerm(Twice()).columns(rollouts, [""] * 4, 2, 9)
     with pytest.raises(UserError, match="Infinite: gives an infinite reward to prompt row 0"):
-        RewardTerm(Infinite()).columns(rollouts, [""] * 4, 2)
-    empty = RewardTerm(Length()).columns(Rollouts.empty(rollouts.prompts.select([])), [], 2)
-    assert {name: column.shape for name, column in empty.items()} == {
-        "reward": (0,),
-        "advantage": (0,),
-    }
+        RewardTerm(Infinite()).columns(rollouts, [""] * 4, 2, 9)
+    empty = RewardTerm(Length()).columns(Rollouts.empty(rollouts.prompts.select([])), [], 2, 9)
+    assert {name: column.shape for name, column in empty.items()} == dict.fromkeys(
+        ("outcome", "reward", "advantage"), (0,)
+    )
 
 
 def test_a_step_adds_the_gradient_of_the_rewards(tiny):

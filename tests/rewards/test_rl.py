@@ -10,6 +10,7 @@ from conftest import DDP, FSDP2, QUICKSTART, ROOT, SHRUNK, assert_same, launch, 
 from test_step import StepRequest, batch_of
 
 from opd.cli import main
+from opd.errors import UserError
 from opd.metrics_rows import read_metrics
 from opd.module import OPDModule
 from opd.objectives import ClippedPolicyGradient
@@ -126,21 +127,34 @@ class Given(Reward):
     def __call__(self, rollouts, texts):
         return [1.0, 0.0, 1.0, 1.0, NAN, 1.0]
 
-    def check(self, prompts):
-        raise LookupError
+
+def of_lengths(*lengths):
+    counts = torch.tensor(lengths)
+    batch = PromptBatch.collate([Prompt(0, (5, 6))], 0).repeat(len(counts))
+    zeros = torch.zeros(len(counts), max(lengths))
+    return Rollouts(batch, zeros.long(), counts, counts > 0, zeros)
 
 
-def test_the_penalty_of_overlong_completions_by_hand():
+@pytest.mark.parametrize("overlong", [Overlong(8, longest=20), Overlong(8)])
+def test_the_penalty_of_overlong_completions_by_hand(overlong):
     """Equation 13 of 2503.14476, from 20 - 8 to 20 tokens: 0, 0, -1/8, -1/2, ., -1."""
-    lengths = torch.tensor([3, 12, 13, 16, 20, 25])
-    batch = PromptBatch.collate([Prompt(0, (5, 6))], 0).repeat(6)
-    zeros = torch.zeros(6, 25)
-    rollouts = Rollouts(batch, zeros.long(), lengths, lengths > 0, zeros)
-    found = Overlong(Given(), longest=20, buffer=8)(rollouts, [""] * 6)
-    expected = torch.tensor([1, 0, 0.875, 0.5, NAN, 0]).double()
-    torch.testing.assert_close(found, expected, equal_nan=True)
-    with pytest.raises(LookupError):
-        Overlong(Given(), 20, 8).check([])
+    limit = 25 if overlong.longest else 20  # what is not named is the run's
+    term = RewardTerm(Given(), Centred(), overlong=overlong)
+    found = term.columns(of_lengths(3, 12, 13, 16, 20, 25), [""] * 6, 3, limit)
+    reward = [1, 0, 0.875, 0.5, NAN, 0]
+    torch.testing.assert_close(found["reward"], torch.tensor(reward), equal_nan=True)
+    expected = [0.375, -0.625, 0.25, 0.25, 0, -0.25]
+    torch.testing.assert_close(found["advantage"], torch.tensor(expected))
+    outcome = torch.tensor([1.0, 0, 1, 1, NAN, 1])
+    torch.testing.assert_close(found["outcome"], outcome, equal_nan=True)
+
+
+@pytest.mark.parametrize("overlong", [Overlong(0), Overlong(25), Overlong(8, 7), Overlong(8, 25)])
+def test_a_penalty_that_is_always_there_or_never_is_refused(overlong):
+    Overlong(1, 1).check(24)
+    Overlong(24).check(24)
+    with pytest.raises(UserError, match=r"overlong: buffer=\d+ must be at least 1"):
+        overlong.check(24)
 
 
 # --- dynamic sampling -----------------------------------------------------------------------------
@@ -182,6 +196,15 @@ def test_sampling_goes_on_until_enough_prompts_differ(tiny, fewest, rows, sample
     assert metrics["rollout/tokens"] == tokens
     module.ledger.synchronize(lambda value: value, 1)
     assert module.ledger.totals["rollout_tokens"] == tokens
+
+
+def test_prompts_that_differ_by_their_lengths_alone_are_left_out(tiny):
+    """Accuracy is what DAPO asks: 2503.14476, equation 11."""
+    term = RewardTerm(Rows({1}), overlong=Overlong(buffer=9, longest=9), dynamic=4)
+    found = sample(module_of(tiny, term), batch_of(module_of(tiny, term)), 1)
+    assert {prompt.row for prompt in found.prompts.prompts} == {1}
+    every = sample(module_of(tiny, RewardTerm(Length())), batch_of(module_of(tiny, term)), 1)
+    assert len(differing(every.columns["reward"], COPIES)) > 1
 
 
 class SecondOfTwo(World):
