@@ -25,7 +25,8 @@ from torch import Tensor
 
 from callbacks.once import Once, evenly
 from opd import linear
-from opd.scores import AnswerAccuracy, CandidateScore
+from opd.errors import UserError
+from opd.scores import AnswerAccuracy, CandidateScore, TeacherKL
 from opd.step import StepRequest
 from opd.weights import Device
 from opd.world import World
@@ -49,10 +50,13 @@ class AlphaOPD(Once):
         every: Steps between two observations, each of which costs a score.
         at: The last one, a multiple of ``every``.
         score: What is y. None: AnswerAccuracy on 50 training prompts.
-        target: y*; 1 is all answers right.
+        target: y*; 1 is all answers right, 0 the teacher itself (TeacherKL).
         parameters: all, attention_and_mlp, or glob patterns; of them, what has two dimensions.
         anchor_device: Where W_0 lives: parameters (beside W), or cpu.
         seed: Of the score's examples and random numbers.
+
+    Raises:
+        UserError: ``at`` is no multiple of ``every``, or no score can be as high as ``target``.
     """
 
     label: ClassVar[str] = "alphaopd"
@@ -70,9 +74,18 @@ class AlphaOPD(Once):
         super().__init__(evenly("AlphaOPD", every, at), parameters, anchor_device)
         self.at = at
         self.score: CandidateScore = score or AnswerAccuracy()
+        if isinstance(self.score, TeacherKL) and target > 0:
+            raise UserError(
+                f"AlphaOPD.target={target}: TeacherKL is minus a divergence, and at most 0; name "
+                "what to aim at, as --trainer.callbacks.target 0"
+            )
         self.target = target
         self.seed = seed
         self._points: dict[str, list[Tensor]] = {}  # x_t of each matrix, on the CPU
+
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self.score.check(pl_module)
+        super().on_fit_start(trainer, pl_module)
 
     def step_request(self, t: int) -> StepRequest:
         return self.score.request() if self.due(t) else StepRequest()

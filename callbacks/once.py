@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 
 from lightning.pytorch import LightningModule, Trainer
@@ -10,12 +11,15 @@ from callbacks.accelerator import Accelerator
 from opd.errors import UserError
 from opd.weights import Device
 
+log = logging.getLogger(__name__)
+
 
 class Once(Accelerator):
     """Acts after each of some steps: looks, and after the last one, moves the weights.
 
     There, ``history`` gets an entry each time; of the last alone it has a ``coefficient``. When all
-    is done, the tensors beside the weights are let go.
+    is done, the tensors beside the weights are let go. A run that ends before moves nothing, and a
+    line says so.
 
     Args:
         steps: Those steps, ascending.
@@ -62,7 +66,24 @@ class Once(Accelerator):
                 f"{name}: moves the weights after step {self.steps[-1]}, and the run goes on from "
                 f"step {t}; choose a later one"
             )
+        if self._is_too_short(trainer):
+            self._say_that_nothing_moves(trainer, f"trainer.max_steps={trainer.max_steps}")
         self.let_go(t)
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        t = trainer.global_step
+        if t < self.steps[-1] and not self._is_too_short(trainer):
+            self._say_that_nothing_moves(trainer, f"the run has ended after step {t}")
+
+    def _is_too_short(self, trainer: Trainer) -> bool:
+        return 0 <= trainer.max_steps < self.steps[-1]
+
+    def _say_that_nothing_moves(self, trainer: Trainer, why: str) -> None:
+        if trainer.is_global_zero:
+            log.warning(
+                "%s moves the weights after step %d, and %s: so far it has moved nothing",
+                *(type(self).__name__, self.steps[-1], why),
+            )
 
     def let_go(self, t: int) -> None:
         """Free the tensors beside the weights if step t was the last of its steps."""

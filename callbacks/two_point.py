@@ -66,7 +66,8 @@ class TwoPoint(Once):
             UserError: A checkpoint has come too late, or other steps were meant.
         """
         super().on_train_start(trainer, pl_module)
-        if not self._resumed and trainer.global_step > self.first:
+        seen = self._resumed and (not self.first or self.first in self.observed)
+        if trainer.global_step > self.first and not seen:
             raise UserError(
                 f"TwoPoint.first={self.first}: the run goes on from step {trainer.global_step}, "
                 "without these weights; choose a later one"

@@ -5,7 +5,7 @@ import logging
 import pytest
 import torch
 from conftest import assert_same
-from lightning.pytorch import LightningModule
+from lightning.pytorch import Callback, LightningModule
 from test_effopd import coefficients, run, trainer_of
 
 from callbacks import RELEX, SNOO, AlphaOPD, Lookahead, TwoPoint
@@ -103,6 +103,35 @@ def test_other_steps_than_the_checkpoints_are_refused(tmp_path):
     on_a_plane(AlphaOPD(every=1, at=4, score=Tenths()), steps=3, checkpoint=alpha)
     with pytest.raises(UserError, match=r"AlphaOPD: moves the weights after step 3, .* step 3"):
         on_a_plane(AlphaOPD(every=1, at=3, score=Tenths()), steps=4, ckpt_path=alpha)
+
+
+def test_a_first_point_that_was_passed_unseen_is_refused(tmp_path):
+    """W_0 would be taken for it."""
+    run(TwoPoint(0, 8, 16), optimum=0, steps=6, checkpoint=tmp_path / "six.ckpt")
+    with pytest.raises(UserError, match=r"TwoPoint.first=4: the run goes on from step 6"):
+        run(TwoPoint(4, 8, 16), optimum=0, steps=9, ckpt_path=tmp_path / "six.ckpt")
+    callback = TwoPoint(0, 8, 16)
+    assert run(callback, optimum=0, steps=9, ckpt_path=tmp_path / "six.ckpt") == 17
+
+
+class Stop(Callback):
+    """After step 3."""
+
+    def on_train_batch_end(self, trainer, *_):
+        trainer.should_stop = trainer.global_step == 3
+
+
+@pytest.mark.parametrize("name", ONCE)
+def test_a_run_that_ends_too_early_says_that_nothing_was_moved(name, caplog):
+    with caplog.at_level(logging.WARNING):
+        assert run(ONCE[name](), optimum=0, steps=4) > 4
+        assert run([ONCE[name](), Stop()], optimum=0, steps=9) == 3
+        assert run(ONCE[name](), optimum=0, steps=3) == 3
+    said = [r.getMessage() for r in caplog.records if r.name == "callbacks.once"]
+    assert said == [
+        f"{name} moves the weights after step 4, and {why}: so far it has moved nothing"
+        for why in ("the run has ended after step 3", "trainer.max_steps=3")
+    ]
 
 
 def test_relex_that_has_seen_nothing_moves_nothing(tmp_path, caplog):
