@@ -15,6 +15,7 @@ run's own displacements.
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import math
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -31,7 +32,7 @@ from callbacks.earlier_run import refuse_to_replace
 from opd import extrapolation, geometry, logs, memory
 from opd.errors import UserError
 from opd.geometry import Spectrum
-from opd.geometry_rows import FILE, MatrixRow, read_rows, write_rows
+from opd.geometry_rows import FILE, MatrixRow, parameter_of, read_rows, write_rows
 from opd.weights import Device, copy_of
 from opd.world import World
 
@@ -72,7 +73,8 @@ class UpdateGeometry(HoldsWeights, WatchesAccelerators):
 
     Attributes:
         overwrite: Whether the file of an earlier run may go; the command line guards its folder.
-        matrices: Names of the chosen matrices, those that take longest first.
+        matrices: Names of the parameters that are chosen matrices, or hold those of experts, those
+            that take longest first.
 
     Raises:
         UserError: A number is out of range.
@@ -123,13 +125,13 @@ class UpdateGeometry(HoldsWeights, WatchesAccelerators):
             refuse_to_replace(trainer, [FILE])
         shapes = self.weights.shapes()
         chosen = extrapolation.select_parameters(self.names, self.chosen, type(self).__name__)
-        matrices = [name for name in chosen if len(shapes[name]) == 2]
+        matrices = [name for name in chosen if geometry.has_matrices(name, shapes[name])]
         if not matrices:
             raise UserError(
                 f"UpdateGeometry.parameters {self.chosen!r} matches no matrix: {chosen[0]} has "
                 f"shape {list(shapes[chosen[0]])}"
             )
-        cost = {name: math.prod(shapes[name]) * min(shapes[name]) for name in matrices}
+        cost = {name: math.prod(shapes[name]) * min(shapes[name][-2:]) for name in matrices}
         # Ranks that decompose matrices at the same time should need the same time
         self.matrices = sorted(matrices, key=lambda name: cost[name], reverse=True)
 
@@ -218,8 +220,12 @@ class UpdateGeometry(HoldsWeights, WatchesAccelerators):
 
     def _decompose(self, world: World) -> dict[str, Spectrum]:
         """Decompose the update of each matrix; in a round, every rank decomposes one."""
-        count, fields = len(self.matrices), len(dataclasses.fields(Spectrum))
-        numbers = torch.zeros(count, fields, dtype=torch.float64)
+        shapes, count = self.weights.shapes(), len(self.matrices)
+        names = [geometry.names_of(name, shapes[name]) for name in self.matrices]
+        numbers = [
+            torch.zeros(len(of), len(dataclasses.fields(Spectrum)), dtype=torch.float64)
+            for of in names
+        ]
         own: dict[int, Tensor] = {}
         update = self._since(self.anchor.shards(self.matrices))
         whole = self.weights.whole(self.matrices, update, world)
@@ -229,11 +235,13 @@ class UpdateGeometry(HoldsWeights, WatchesAccelerators):
             # Only now that all have theirs: the next is gathered when nobody is decomposing
             if (i + 1) % world.size == 0 or i + 1 == count:
                 for j, mine in own.items():
-                    spectrum = Spectrum.of(geometry.singular_values(mine))
-                    numbers[j] = torch.tensor(dataclasses.astuple(spectrum))
+                    for row, (_, one) in enumerate(geometry.matrices_of("", mine)):
+                        spectrum = Spectrum.of(geometry.singular_values(one))
+                        numbers[j][row] = torch.tensor(dataclasses.astuple(spectrum))
                 own.clear()
-        rows = world.sum(numbers).tolist()
-        return {name: Spectrum(*row) for name, row in zip(self.matrices, rows, strict=True)}
+        rows = world.sum(torch.cat(numbers)).tolist()
+        flat = itertools.chain.from_iterable(names)
+        return {name: Spectrum(*row) for name, row in zip(flat, rows, strict=True)}
 
     def _cosines(self, world: World) -> dict[str, float]:
         """Compare the last displacement with earlier ones, and remember it."""
@@ -272,8 +280,9 @@ class UpdateGeometry(HoldsWeights, WatchesAccelerators):
 
     def _list(self, trainer: Trainer) -> None:
         t = self._listed_step = trainer.global_step
-        found = [(name, self._spectra[name]) for name in self.names if name in self._spectra]
-        new = [MatrixRow(t, name, *dataclasses.astuple(spectrum)) for name, spectrum in found]
+        place = {name: i for i, name in enumerate(self.names)}
+        found = sorted(self._spectra, key=lambda name: place[parameter_of(name)])
+        new = [MatrixRow(t, name, *dataclasses.astuple(self._spectra[name])) for name in found]
         self._rows = [row for row in self._rows if row.step < t] + new
         if not trainer.fast_dev_run:  # type: ignore[attr-defined]
             write_rows(self._path(trainer), self._rows)

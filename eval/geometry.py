@@ -14,7 +14,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
-from opd.geometry_rows import MatrixRow
+from opd.geometry_rows import MatrixRow, parameter_of
 
 LAYER = re.compile(r"(?P<before>.*?)\.(?P<number>\d+)\.(?P<kind>.+)")
 WRITTEN = 12  # kinds of matrix up to which each cell has its number written in it
@@ -38,12 +38,13 @@ def layer_norms(rows: Sequence[MatrixRow]) -> tuple[list[int], list[str], list[l
     Returns:
         Numbers of layers; kinds of matrix in the order of the model, each as short as tells it from
         the others (q_proj, or attn.c_proj where there is an mlp.c_proj); and norms, [layers,
-        kinds], NaN where a layer has no such matrix.
+        kinds], of all experts together, NaN where a layer has no such matrix.
     """
     found: dict[tuple[int, str], float] = {}
     for row in rows:
-        if place := LAYER.fullmatch(row.name.removesuffix(".weight")):
-            found[int(place["number"]), place["kind"]] = row.norm
+        if place := LAYER.fullmatch(parameter_of(row.name).removesuffix(".weight")):
+            key = int(place["number"]), place["kind"]
+            found[key] = math.hypot(found.get(key, 0.0), row.norm)
     layers = sorted({layer for layer, _ in found})
     kinds = list(dict.fromkeys(kind for _, kind in found))
     norms = [[found.get((layer, kind), math.nan) for kind in kinds] for layer in layers]

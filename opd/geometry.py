@@ -16,7 +16,7 @@ Shapes: a matrix is [m, n], r = min(m, n); u [m, k], s [k] in descending order, 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -26,9 +26,34 @@ from opd.randomness import own_randomness
 
 EXACT = 512  # smaller side of a matrix
 GRAM_ERROR = 2.0**-24  # of singular values that are square roots of eigenvalues in float64
+ROUTERS = ("gate", "router", "shared_expert_gate")  # modules that choose experts
 OVERSAMPLED = 10  # directions beyond those wanted
 WANTED_ERROR = 1e-3  # of a randomised decomposition
 ITERATIONS = (4, 16)  # of the subspace, until its error is as wanted
+
+
+def has_matrices(name: str, shape: Sequence[int]) -> bool:
+    """Whether a parameter is a matrix of what a layer computes, or one for each of E experts.
+
+    Biases, of experts too, and what chooses the experts are none.
+
+    Args:
+        name: Of the parameter.
+        shape: [m, n], or [E, m, n].
+    """
+    *_, module, own = ["", *name.split(".")]
+    return len(shape) in (2, 3) and not own.endswith("bias") and module not in ROUTERS
+
+
+def names_of(name: str, shape: Sequence[int]) -> list[str]:
+    """Name the matrices of a parameter: itself, or ``name[e]`` of E experts."""
+    return [name] if len(shape) == 2 else [f"{name}[{e}]" for e in range(shape[0])]
+
+
+def matrices_of(name: str, tensor: Tensor) -> Iterator[tuple[str, Tensor]]:
+    """Yield the matrices of a parameter, [m, n] or [E, m, n], with their names."""
+    parts = [tensor] if tensor.ndim == 2 else tensor
+    yield from zip(names_of(name, tensor.shape), parts, strict=True)
 
 
 @dataclass(frozen=True)
@@ -135,6 +160,23 @@ def decompose(matrix: Tensor, k: int | None = None) -> Decomposition:
         if error <= WANTED_ERROR:
             break
     return Decomposition(u, s, v, error)
+
+
+def rounding(weight: Tensor, dtype: torch.dtype) -> float:
+    """Estimate the spectral norm of what rounding has done to a matrix, from above.
+
+    Rounded to relative steps of eps, n numbers of root mean square w have errors of about 0.2 eps
+    w each (a uniform error in every step), independent of each other; a matrix of those has the
+    spectral norm 0.2 eps w (sqrt(m) + sqrt(n)). This is 2.5 times as much: singular directions of
+    an update whose values are below are not the update's.
+
+    Args:
+        weight: W, [m, n].
+        dtype: What it was rounded to.
+    """
+    m, n = weight.shape
+    size = float(weight.double().square().mean().sqrt())
+    return torch.finfo(dtype).eps / 2 * size * (math.sqrt(m) + math.sqrt(n))
 
 
 def cosines(one: Tensor, other: Tensor) -> Tensor:

@@ -23,7 +23,7 @@ class MatrixRow:
 
     Attributes:
         step: t.
-        name: Of the parameter.
+        name: Of the parameter; with ``[e]`` behind it, of an expert's matrix in it.
         norm: Frobenius norm.
         spectral_norm: s_1.
         spectral_ratio: s_1 / Frobenius norm.
@@ -41,6 +41,11 @@ class MatrixRow:
 
 
 COLUMNS = [field.name for field in dataclasses.fields(MatrixRow)]
+
+
+def parameter_of(matrix: str) -> str:
+    """Return the name of the parameter that a matrix is of: of that of an expert, ``name[e]``."""
+    return matrix.partition("[")[0]
 
 
 def write_rows(path: Path, rows: Iterable[MatrixRow]) -> None:

@@ -240,7 +240,7 @@ weighted = of("opd/objectives/weighted.py", WEIGHTED)
 HORIZON = "tests/callbacks/test_horizon.py"
 horizon = of("callbacks/horizon.py", HORIZON)
 UPDATE = "tests/callbacks/test_update_geometry.py"
-BY_HAND = f"{UPDATE} -k 'by_hand or before_and or share or way'"
+BY_HAND = f"{UPDATE} -k 'by_hand or expert or before_and or share or way'"
 measuring = of("callbacks/geometry.py", BY_HAND)
 MATRICES = "tests/eval/test_geometry_report.py"
 geometry_figures = of("eval/geometry.py", MATRICES)
@@ -1014,7 +1014,8 @@ MUTANTS = [
     measuring("self._listed_step.bit_length() < ", "0 < "),
     measuring("DRAWING_SHARE * self.share *", "self.share *"),
     measuring("if self._spectra and trainer.is_global_zero:", "if False:"),
-    measuring("if len(shapes[name]) == 2]", "]"),
+    measuring("if geometry.has_matrices(name, shapes[name])]", "]"),
+    measuring("min(shapes[name][-2:])", "min(shapes[name])", why="the order of the work alone"),
     measuring("self.weights.shards(self.names),", "self.weights.shards(self.matrices),"),
     measuring(
         "extrapolation.copy_weights(self._before, weights)", "pass", f"{UPDATE} -k before_and"
@@ -1034,7 +1035,7 @@ MUTANTS = [
         "        pass\n\n    def on_train_end",
         f"{UPDATE} -k with_a_search",
     ),
-    measuring("numbers[j] =", "numbers[i] =", f"{UPDATE} -k 'ranks and fsdp2'"),
+    measuring("numbers[j][row] =", "numbers[i][row] =", f"{UPDATE} -k 'ranks and fsdp2'"),
     measuring("(i + 1) % world.size == 0 or i + 1 == count", "i + 1 == count", why="more memory"),
     measuring("i % world.size == world.rank:", "True:", f"{UPDATE} -k 'ranks and fsdp2'"),
     of("opd/weights.py", UPDATE)(
@@ -1460,7 +1461,7 @@ MUTANTS = [
     two_point("-coefficient)", "coefficient)"),
     two_point("if trainer.global_step == self.first:", "if False:"),
     two_point("trainer.global_step > self.first:", "trainer.global_step > self.second:"),
-    two_point("if not self._resumed and", "if"),
+    two_point("seen = self._resumed and", "seen ="),
     two_point(
         "self.weights.over_shards(World(trainer.strategy))",
         "lambda sums: sums",
@@ -1860,6 +1861,9 @@ MUTANTS = [
     module("next(iter(found)) if len(found) == 1 else DEFAULT", "DEFAULT", READERS),
     prompt_data("teachers=readers,", "", READERS),
     # the geometry of updates
+    geometry('not own.endswith("bias") and', ""),
+    geometry("module not in ROUTERS", "True"),
+    geometry("torch.finfo(dtype).eps / 2 * size", "torch.finfo(dtype).eps * 2 * size"),
     geometry("squares[: math.ceil(len(s) / 100)]", "squares[: len(s) // 100]"),
     geometry("float((top / total).sqrt())", "float(top / total)"),
     geometry("p = s / s.sum()", "p = squares / total"),
@@ -1875,11 +1879,14 @@ MUTANTS = [
     # opd analyze
     tensors('set(json.loads((folder / INDEX).read_text("utf-8"))["weight_map"].values())', "[]"),
     tensors("if not path.is_file():", "if False:"),
-    tensors("if name != HEAD or not _is_tied(one):", "if name != HEAD:"),
+    tensors("if name != HEAD or not is_tied(one):", "if name != HEAD:"),
     tensors("if ours != theirs:", "if False:"),
     tensors("or adapters.is_adapter(folder)", ""),
     tensors("elif checkpoints.is_sharded(path):", "elif False:", why="the same, all at once"),
-    updates("inside = layer is not None and len(shape) == 2", "inside = True"),
+    updates("if found in MATRICES and (layer is", "if False and (layer is"),
+    updates("all(map(is_tied, tensors))", "False"),
+    updates("all(map(is_tied, tensors))", "True"),
+    updates("shape[0] if len(shape) == 3 else 1", "1"),
     updates(
         "if not found.isfinite().all():", "if False:", f"{ANALYZE} -k nothing", why="norms say so"
     ),
@@ -1889,10 +1896,11 @@ MUTANTS = [
     ),
     updates("number if step is None else step", "number"),
     spectra("if not any(norms.values()):", "if False:"),
-    spectra(
-        'row |= {"cosine_mean": float(cosines.mean())', 'row |= {"cosine_mean": float(cosines[0])'
-    ),
-    spectra("geometry.cosines(one.u, leading[-1].u)", "geometry.cosines(one.u, leading[0].u)"),
+    spectra('"cosine_mean": float(cosines.mean())', '"cosine_mean": float(cosines[0])'),
+    spectra("run[-1].of.u[:, :count])", "run[0].of.u[:, :count])"),
+    spectra("int((self.of.s > self.noise).sum())", "len(self.of.s)"),
+    spectra("count = min(one.count, run[-1].count)", "count = run[-1].count"),
+    spectra("max(base.dtype, dtype, key", "min(base.dtype, dtype, key"),
     spectra('if row.get("norm", 1.0) > 0]', "]"),
     spectra("bool(directions) and len(run) > 1", "len(run) > 1"),
     scored(
@@ -1905,6 +1913,11 @@ MUTANTS = [
     scored("updates.places[name].group == group and", ""),
     scored('wanted if part == "top" else None', "wanted"),
     scored("r - kept).part(0)", "kept).part(0)"),
+    scored("is not None and self._norms[name]:", "is not None:"),
+    scored(
+        "if not set(groups) <= {", "if False and {", why="a row more, with the numbers of another"
+    ),
+    judge("torch.no_grad(), in_eval_mode(module.student):", "torch.no_grad():"),
     scored("for checkpoint in run[:-1]:", "for checkpoint in run:"),
     scored("final[name], b)", "final[name], 1.0)"),
     judge("value if delta is None else value.double() + delta.double()", "value"),
@@ -1928,8 +1941,10 @@ MUTANTS = [
     findings("min(centres) < best[run]", "min(centres) <= best[run]"),
     findings("best[run] < max(centres)", "best[run] <= max(centres)"),
     findings('r["matrices"] == max(', 'r["matrices"] <= max('),
-    findings("all(start <", "any(start <"),
+    findings("holds &= min(centres)", "holds = min(centres)"),
     results("/ len(rows)\n", "\n"),
+    results('or note.read_text("utf-8") != made_of', ""),
+    results('"runs": summaries}', '"runs": 0}'),
     results("if key in NUMBERS:", "if False:"),
     results("if method in found.setdefault(seed, {}) or", "found.setdefault(seed, {})\n        if"),
     results("runs.keys() != {OPD, RL}", "False"),

@@ -9,6 +9,7 @@ import torch
 
 from opd import geometry
 from opd.geometry import Spectrum
+from opd.geometry_rows import parameter_of
 
 SHAPES = [(40, 25), (25, 40), (30, 30), (7, 1), (600, 530)]  # the last is beyond EXACT
 
@@ -202,3 +203,42 @@ def test_points_in_a_plane_and_a_little_out_of_it():
     assert points.abs()[:, 0].tolist() == pytest.approx([2, 2, 0, 0, 0, 0], abs=1e-6)
     assert geometry.principal_components(torch.ones(3, 4))[1] == 1.0
     assert geometry.principal_components(torch.ones(1, 4))[0].tolist() == [[0.0, 0.0]]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("shape", [(200, 200), (400, 30)])
+def test_the_estimate_of_rounding_is_above_it_and_not_far(dtype, shape):
+    weight = 0.02 * torch.randn(shape, generator=torch.Generator().manual_seed(0)).double()
+    made = torch.linalg.matrix_norm(weight.to(dtype).double() - weight, 2)
+    assert made < geometry.rounding(weight, dtype) < 4 * made
+
+
+@pytest.mark.parametrize(
+    ("name", "shape", "names"),
+    [
+        ("h.0.mlp.up_proj.weight", (4, 3), ["h.0.mlp.up_proj.weight"]),
+        ("h.0.mlp.experts.up_proj", (2, 4, 3), [f"h.0.mlp.experts.up_proj[{e}]" for e in (0, 1)]),
+    ],
+)
+def test_a_parameter_is_a_matrix_or_has_one_for_each_expert(name, shape, names):
+    assert geometry.has_matrices(name, shape)
+    tensor = torch.randn(shape)
+    found = dict(geometry.matrices_of(name, tensor))
+    assert list(found) == geometry.names_of(name, shape) == names
+    assert torch.equal(torch.stack(list(found.values())).view(shape), tensor)
+    assert {parameter_of(matrix) for matrix in found} == {name}
+
+
+@pytest.mark.parametrize(
+    ("name", "shape"),
+    [
+        ("h.0.norm.weight", (4,)),
+        ("h.0.mlp.up_proj.bias", (4, 1)),
+        ("h.0.mlp.experts.up_proj_bias", (2, 4)),
+        ("h.0.mlp.gate.weight", (2, 4)),
+        ("h.0.mlp.router.weight", (2, 4)),
+        ("conv", (2, 4, 3, 3)),
+    ],
+)
+def test_biases_and_what_chooses_experts_are_no_matrices(name, shape):
+    assert not geometry.has_matrices(name, shape)

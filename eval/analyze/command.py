@@ -66,6 +66,7 @@ class Scoring:
                 limit=self.settings.limit or PROMPTS,
                 max_new_tokens=self.settings.max_new_tokens or NEW_TOKENS,
                 seed=self.settings.seed,
+                device=self.device,
                 trust_remote_code=self.trust_remote_code,
             )
             judge = Judge(tensors, score.module.student, score.module.tokenizer, self.device)
@@ -119,7 +120,7 @@ def analyze(
         window: Layers on each side of the middle one. None: 8, as in the paper, or a quarter of the
             layers if that is less.
         dtype: Dtype of the model that is run; beside a teacher it is float32.
-        device: Where tasks are run: cpu, cuda, cuda:NUMBER. None: the GPU where there is one.
+        device: Where models are run: cpu, cuda, cuda:NUMBER. None: the GPU where there is one.
         seed: Seed of the sampling.
         allow_code_execution: Run the programs that a model writes, for tasks that need it.
         trust_remote_code: Let models run their own code.
@@ -250,8 +251,7 @@ def _about(updates: Updates, seconds: float) -> str:
         f"{label}: {', '.join(f'step {c.step}' for c in run)}"
         for label, run in updates.runs.items()
     )
-    count = len(updates.matrices)
     return (
-        f"From {updates.base.source}, W_0. {runs}. {count} matrices of attention and MLP; "
+        f"From {updates.base.source}, W_0. {runs}. {updates.count} matrices of attention and MLP; "
         f"{seconds:.0f} seconds. Sections are those of the paper (arXiv 2605.11739)."
     )

@@ -63,7 +63,7 @@ def layers(matrices: Sequence[Row]) -> Figure:
     return _finished(figure, axes)
 
 
-def lock_in(directions: Sequence[Row], planes: Sequence[Row]) -> Figure:
+def lock_in(means: Sequence[Row], directions: Sequence[Row], planes: Sequence[Row]) -> Figure:
     """How early directions are those of the end (section 4.7).
 
     Left: mean |cos| of the singular directions with the last ones. Then for each run: u_1 of the
@@ -72,13 +72,7 @@ def lock_in(directions: Sequence[Row], planes: Sequence[Row]) -> Figure:
     """
     runs = _runs(directions)
     figure, axes = _panels(1 + 2 * len(runs))
-    matrices = len({row["matrix"] for row in directions})
-    means: dict[tuple[str, int], float] = {}
-    for row in directions:
-        key = (row["run"], row["step"])
-        means[key] = means.get(key, 0.0) + row["cosine_mean"] / matrices
-    rows = [{"run": run, "step": step, "cosine": value} for (run, step), value in means.items()]
-    _by_run(axes[0], rows, "step", "cosine")
+    _by_run(axes[0], means, "step", "cosine_mean")
     axes[0].set_ylim(0, 1.02)
     axes[0].set_xlabel("step")
     axes[0].set_ylabel("|cos| of $u_k$ with the last, mean")
@@ -94,9 +88,10 @@ def lock_in(directions: Sequence[Row], planes: Sequence[Row]) -> Figure:
 def _heat_map(axis: Axes, rows: Sequence[Row]) -> None:
     kinds = list(dict.fromkeys(row["kind"] for row in rows))
     numbers = sorted({row["layer"] for row in rows})
-    values = np.full((len(numbers), len(kinds)), np.nan)
+    cells: dict[tuple[int, str], list[float]] = {}  # of several experts in each
     for row in rows:
-        values[numbers.index(row["layer"]), kinds.index(row["kind"])] = row["cosine_1"]
+        cells.setdefault((row["layer"], row["kind"]), []).append(row["cosine_1"])
+    values = [[np.mean(cells.get((n, kind), [np.nan])) for kind in kinds] for n in numbers]
     shown = axis.imshow(values, vmin=0, vmax=1, cmap="cividis", aspect="auto", origin="lower")
     axis.set_xticks(range(len(kinds)), kinds, rotation=60, ha="right", fontsize=7)
     every = -(-len(numbers) // 12)

@@ -23,7 +23,7 @@ from eval.harness import Settings, evaluate_model, load_tasks
 from eval.tables import per_problem
 from opd import OPDModule, PromptDataModule, stages
 from opd.errors import UserError
-from opd.models.passes import body
+from opd.models.passes import body, in_eval_mode
 from opd.prompts import PromptBatch
 from opd.randomness import derive_seed
 from opd.rollouts import TransformersEngine
@@ -41,7 +41,7 @@ class Judge:
         base: W_0.
         model: A model of this architecture; its weights are overwritten.
         tokenizer: Its tokenizer.
-        device: Where tasks are run.
+        device: Where it is run.
     """
 
     def __init__(
@@ -118,6 +118,7 @@ class PromptScore:
         limit: How many.
         max_new_tokens: Longest completion.
         seed: Of sampling.
+        device: Where models are run.
         trust_remote_code: Let models run their own code.
 
     Raises:
@@ -132,8 +133,10 @@ class PromptScore:
         limit: int,
         max_new_tokens: int,
         seed: int,
+        device: torch.device,
         trust_remote_code: bool,
     ) -> None:
+        self.device = device
         self.module = OPDModule(
             base,
             teacher,
@@ -151,7 +154,9 @@ class PromptScore:
         )
         quiet: dict[str, Any] = {
             **{"logger": False, "enable_progress_bar": False, "enable_model_summary": False},
-            **{"enable_checkpointing": False, "devices": 1},
+            "enable_checkpointing": False,
+            "accelerator": "gpu" if device.type == "cuda" else device.type,
+            "devices": [device.index or 0] if device.type == "cuda" else 1,
         }
         with _quietly():
             self.trainer = Trainer(**quiet)
@@ -173,18 +178,25 @@ class PromptScore:
         """
         module, pad = self.module, self.module.sampler.pad_token_id
         prompts, seed = self.data.validation_prompts, derive_seed(self.module.seed, "analyze")
+        self._move_student()
         module.engine.start(module.student, module.weights, module.tokenizer)
-        rollouts = [
-            stages.generate(module, PromptBatch.collate(prompts[i : i + BATCH], pad), seed)
+        batches = [
+            PromptBatch.collate(prompts[i : i + BATCH], pad).to(self.device)
             for i in range(0, len(prompts), BATCH)
         ]
+        rollouts = [stages.generate(module, batch, seed) for batch in batches]
         module.engine.stop()
 
         def read() -> list[Tensor]:
-            with torch.no_grad():
-                return [body(module.student, *batch.inputs()) for batch in rollouts]
+            self._move_student()
+            with torch.no_grad(), in_eval_mode(module.student):
+                return [body(module.student, *batch.inputs()).cpu() for batch in rollouts]
 
         return read
+
+    def _move_student(self) -> None:
+        """Put it on its device, from which Lightning takes it after each validation."""
+        torch.nn.Module.to(self.module.student, self.device)
 
 
 @contextmanager

@@ -60,8 +60,9 @@ ANALYSES = {
         "Lock-in of directions",
         "4.7",
         "|cos| of the left singular directions u_k of a matrix's update with those at the end, "
-        "mean over k and over matrices: near 1 early, where directions are found early. The map "
-        "has u_1 of the first checkpoint against the last; the plane, the way of u_1.",
+        "mean over k and over matrices: near 1 early, where directions are found early. Those that "
+        "rounding makes are left out. The map has u_1 of the first checkpoint against the last; "
+        "the plane, the way of u_1.",
         scored=False,
         several=True,
     ),
@@ -121,7 +122,7 @@ def contents(chosen: Sequence[str], found: Mapping[str, list[Row]], about: str) 
     drawn: dict[str, Callable[[], Figure]] = {
         "spectra": lambda: figures.spectra(means),
         "layers": lambda: figures.layers(found["matrices"]),
-        "lock_in": lambda: figures.lock_in(found["directions"], found["planes"]),
+        "lock_in": lambda: figures.lock_in(tables["lock_in"], found["directions"], found["planes"]),
         "scaling": lambda: figures.scaling(found["scaling"]),
         "dynamics": lambda: figures.dynamics(found["dynamics"]),
         "embeddings": lambda: figures.embeddings(found["embeddings"]),
@@ -143,7 +144,7 @@ def contents(chosen: Sequence[str], found: Mapping[str, list[Row]], about: str) 
         "<h2>Norms</h2>",
         html_table(*as_table(found["norms"])),
         "<p><small>Frobenius norms of dW = W - W_0, of all tensors and by group. Attention and MLP "
-        "are matrices of layers; other: norms, biases.</small></p>",
+        "are matrices of layers; other: norms, biases, what chooses experts.</small></p>",
     ]
     text = ["# Updates", "", about, "", "## Norms", "", text_table(*as_table(found["norms"])), ""]
     for name in chosen:

@@ -71,8 +71,8 @@ def embeddings(updates: Updates, judge: Judge) -> Iterator[Row]:
             ("with the base's head", ("head",)),
             ("with both of the base", ("embedding", "head")),
         ]:
-            if groups and not any(p.group in groups for p in updates.places.values()):
-                continue
+            if not set(groups) <= {place.group for place in updates.places.values()}:
+                continue  # without a head, what both are is the embedding
             row = {"run": last.label, "step": last.step, "weights": what}
             row |= judge(functools.partial(_without, updates, last, groups))
             if read is not None and reference is not None:
@@ -108,8 +108,9 @@ def windows(updates: Updates, judge: Judge, radius: int) -> Iterator[Row]:
 def subspaces(updates: Updates, judge: Judge, norms: Norms) -> Iterator[Row]:
     """Keep the top or the bottom k% of the singular components of every matrix (section 4.6).
 
-    What is kept at the top is rescaled, matrix by matrix, to the norm of the first run's whole dW,
-    so that runs are compared at the same norm; what is kept at the bottom is not.
+    What is kept at the top is rescaled, tensor by tensor, to the norm of the first run's whole dW,
+    so that runs are compared at the same norm, but for tensors that the first run has not moved;
+    what is kept at the bottom is not.
     """
     runs = list(updates.runs.values())
     wanted = norms[runs[0][-1].label, runs[0][-1].step]
@@ -184,16 +185,19 @@ class _Subspace:
         if name not in self._matrices:
             return None
         delta = self._updates.delta(self._checkpoint, name)
-        r = min(delta.shape)
-        kept = geometry.share(r, self._percent)
-        if self._part == "top":
-            found = geometry.decompose(delta, kept).part(0)
-        else:
-            found = delta.double() - geometry.decompose(delta, r - kept).part(0)
-        if self._norms is not None:
+        parts = [self._kept(matrix) for _, matrix in geometry.matrices_of(name, delta)]
+        found = torch.stack(parts).view_as(delta)
+        if self._norms is not None and self._norms[name]:
             found = geometry.rescaled(found, self._norms[name])
         self._squares += float(found.square().sum())
         return found
+
+    def _kept(self, delta: Tensor) -> Tensor:
+        r = min(delta.shape)
+        kept = geometry.share(r, self._percent)
+        if self._part == "top":
+            return geometry.decompose(delta, kept).part(0)
+        return delta.double() - geometry.decompose(delta, r - kept).part(0)
 
 
 def _cosines(one: Tensor, other: Tensor) -> Tensor:

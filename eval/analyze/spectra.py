@@ -11,11 +11,11 @@ from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 
 import torch
-from torch import Tensor
 
 from eval.analyze.updates import MATRICES, Checkpoint, Row, Updates
 from opd import geometry
 from opd.errors import UserError
+from opd.geometry_rows import parameter_of
 
 GROUPS = (*MATRICES, "embedding", "head", "other")
 MEASURES = ("norm", "spectral_norm", "spectral_ratio", "effective_rank", "top_ratio")
@@ -29,7 +29,9 @@ class Spectra:
         norms: A row per checkpoint: the norm of dW, over all tensors and by group.
         matrices: A row per checkpoint and matrix: its spectrum.
         directions: A row per checkpoint and matrix, of runs of several checkpoints: the cosines of
-            its left singular directions with those at the end; of all, ``cosine_mean``.
+            its left singular directions with those at the end; of all, ``cosine_mean``. Only
+            ``directions`` of them are there, whose singular values stand out of what rounding does
+            to the weights: an adapter of rank 4 has four.
         planes: A row per checkpoint and matrix: u_1 in the plane of its first two principal
             components over the run, and how much of the variance is in there.
     """
@@ -85,42 +87,66 @@ def matrix_rows(updates: Updates, directions: int) -> Iterator[Spectra]:
         found = Spectra()
         for run in updates.runs.values():
             follow = bool(directions) and len(run) > 1
-            leading: list[geometry.Decomposition] = []
+            leading: dict[str, list[_Leading]] = {}
             for checkpoint in run:
-                delta = updates.delta(checkpoint, name)
-                spectrum = geometry.Spectrum.of(geometry.singular_values(delta))
-                found.matrices.append(_where(updates, checkpoint, name) | asdict(spectrum))
-                if follow and spectrum.norm:
-                    leading.append(geometry.decompose(delta, directions))
-            if follow and len(leading) == len(run):
-                found.directions += _direction_rows(updates, run, name, leading)
-                found.planes += _plane_rows(updates, run, name, [d.u[:, 0] for d in leading])
+                for matrix, delta in geometry.matrices_of(name, updates.delta(checkpoint, name)):
+                    row = _where(updates, checkpoint, matrix)
+                    spectrum = geometry.Spectrum.of(geometry.singular_values(delta))
+                    found.matrices.append(row | asdict(spectrum))
+                    if follow and spectrum.norm:
+                        noise = _rounding(updates, checkpoint, matrix)
+                        one = _Leading(row, geometry.decompose(delta, directions), noise)
+                        leading.setdefault(matrix, []).append(one)
+            for of in leading.values():
+                if len(of) == len(run):
+                    found.directions += _direction_rows(of)
+                    found.planes += _plane_rows(of)
         yield found
 
 
-def _direction_rows(
-    updates: Updates,
-    run: Sequence[Checkpoint],
-    name: str,
-    leading: Sequence[geometry.Decomposition],
-) -> list[Row]:
+@dataclass(frozen=True)
+class _Leading:
+    """The leading directions of a matrix's update; ``noise`` is what rounding has of them."""
+
+    row: Row
+    of: geometry.Decomposition
+    noise: float
+
+    @property
+    def count(self) -> int:
+        """How many stand out."""
+        return int((self.of.s > self.noise).sum())
+
+
+def _rounding(updates: Updates, checkpoint: Checkpoint, matrix: str) -> float:
+    name = parameter_of(matrix)
+    base, dtype = updates.base.read(name), checkpoint.tensors.read(name).dtype
+    coarser = max(base.dtype, dtype, key=lambda d: torch.finfo(d).eps)
+    return geometry.rounding(dict(geometry.matrices_of(name, base))[matrix], coarser)
+
+
+def _direction_rows(run: Sequence[_Leading]) -> list[Row]:
     rows = []
-    for checkpoint, one in zip(run, leading, strict=True):
-        cosines = geometry.cosines(one.u, leading[-1].u)
-        row = _where(updates, checkpoint, name)
-        row |= {"cosine_mean": float(cosines.mean()), "error": one.error}
+    for one in run:
+        count = min(one.count, run[-1].count)
+        if not count:
+            continue
+        cosines = geometry.cosines(one.of.u[:, :count], run[-1].of.u[:, :count])
+        row = one.row | {"cosine_mean": float(cosines.mean())}
+        row |= {"directions": count, "error": one.of.error}
         row |= {f"cosine_{k}": float(value) for k, value in enumerate(cosines, start=1)}
         rows.append(row)
     return rows
 
 
-def _plane_rows(
-    updates: Updates, run: Sequence[Checkpoint], name: str, first: Sequence[Tensor]
-) -> list[Row]:
-    points, explained = geometry.principal_components(torch.stack(geometry.aligned(first)))
+def _plane_rows(run: Sequence[_Leading]) -> list[Row]:
+    if not all(one.count for one in run):
+        return []
+    first = geometry.aligned([one.of.u[:, 0] for one in run])
+    points, explained = geometry.principal_components(torch.stack(first))
     return [
-        _where(updates, checkpoint, name) | {"x": float(x), "y": float(y), "explained": explained}
-        for checkpoint, (x, y) in zip(run, points.tolist(), strict=True)
+        one.row | {"x": float(x), "y": float(y), "explained": explained}
+        for one, (x, y) in zip(run, points.tolist(), strict=True)
     ]
 
 
@@ -142,7 +168,7 @@ def _who(checkpoint: Checkpoint) -> Row:
     return {"run": checkpoint.label, "step": checkpoint.step, "checkpoint": checkpoint.name}
 
 
-def _where(updates: Updates, checkpoint: Checkpoint, name: str) -> Row:
-    place = updates.places[name]
-    about = {"matrix": name, "layer": place.layer, "kind": place.kind, "group": place.group}
+def _where(updates: Updates, checkpoint: Checkpoint, matrix: str) -> Row:
+    place = updates.places[parameter_of(matrix)]
+    about = {"matrix": matrix, "layer": place.layer, "kind": place.kind, "group": place.group}
     return _who(checkpoint) | about

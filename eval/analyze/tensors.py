@@ -147,7 +147,7 @@ def find_misfit(base: Tensors, other: Tensors) -> str | None:
     """
     for one, two in [(base, other), (other, base)]:
         for name in sorted(one.shapes.keys() - two.shapes.keys()):
-            if name != HEAD or not _is_tied(one):
+            if name != HEAD or not is_tied(one):
                 return f"{two.source} lacks {name}, which {one.source} has"
     for name in sorted(base.shapes.keys() & other.shapes.keys()):
         ours, theirs = (list(t.shapes[name]) for t in (base, other))
@@ -156,8 +156,8 @@ def find_misfit(base: Tensors, other: Tensors) -> str | None:
     return None
 
 
-def _is_tied(tensors: Tensors) -> bool:
-    """Whether the head is the embedding."""
+def is_tied(tensors: Tensors) -> bool:
+    """Whether the head, which must be there, is the embedding."""
     head = tensors.read(HEAD)
     return any(
         "embed" in name and shape == head.shape and torch.equal(tensors.read(name), head)

@@ -15,9 +15,10 @@ from typing import Any, Literal
 
 from torch import Tensor
 
-from eval.analyze.tensors import Tensors, find_misfit, opened
+from eval.analyze.tensors import HEAD, Tensors, find_misfit, is_tied, opened
 from opd import checkpoints
 from opd.errors import UserError
+from opd.geometry import has_matrices
 
 Group = Literal["attention", "mlp", "embedding", "head", "other"]
 MATRICES: tuple[Group, ...] = ("attention", "mlp")
@@ -40,7 +41,8 @@ class Place:
     Attributes:
         layer: Number of the transformer layer, from 0; None outside of them.
         kind: Of the module, as q_proj.
-        group: What it belongs to. Of attention and MLP these are matrices only.
+        group: What it belongs to. Of attention and MLP these are matrices only, those of experts
+            too, [E, m, n].
     """
 
     layer: int | None
@@ -54,8 +56,7 @@ class Place:
         layer = next((int(part) for part in parts if part.isdecimal()), None)
         kind = parts[-2] if parts[-1] in ("weight", "bias") and len(parts) > 1 else parts[-1]
         found: Group = next((g for g, ws in WORDS.items() if any(w in name for w in ws)), "other")
-        inside = layer is not None and len(shape) == 2
-        if found in MATRICES and not inside:
+        if found in MATRICES and (layer is None or not has_matrices(name, shape)):
             found = "other"
         return Place(layer, kind, found)
 
@@ -84,7 +85,7 @@ class Updates:
     Attributes:
         base: W_0.
         checkpoints: All of them.
-        places: Of the tensors, by name; without a head that is the embedding.
+        places: Of the tensors, by name; without a head that is the embedding itself.
     """
 
     base: Tensors
@@ -101,8 +102,14 @@ class Updates:
 
     @property
     def matrices(self) -> list[str]:
-        """Names of the matrices of MLP and attention."""
+        """Names of the tensors that are matrices of MLP and attention, or hold those of experts."""
         return [name for name, place in self.places.items() if place.group in MATRICES]
+
+    @property
+    def count(self) -> int:
+        """How many matrices these are."""
+        shapes = (self.base.shapes[name] for name in self.matrices)
+        return sum(shape[0] if len(shape) == 3 else 1 for shape in shapes)
 
     def delta(self, checkpoint: Checkpoint, name: str) -> Tensor:
         """Return dW of one tensor, float32.
@@ -171,6 +178,8 @@ def open_updates(
             _check_order(label, [c for c in found if c.label == label])
         shapes = tensors[0].shapes
         everywhere = [n for n in shapes if all(n in t.shapes for t in tensors)]
+        if HEAD in everywhere and all(map(is_tied, tensors)):  # else the embedding counts twice
+            everywhere.remove(HEAD)
         yield Updates(tensors[0], tuple(found), {n: Place.of(n, shapes[n]) for n in everywhere})
 
 

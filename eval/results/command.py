@@ -10,7 +10,7 @@ scores weights::
       --teacher MODEL --prompts DATA --output DIR
 
 It ends with ``results.md``, ``results.html`` and the figures of ``opd analyze``, means over seeds.
-What has been finished is not done again.
+What has been finished with the same options is not done again.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-from eval.analyze.pages import ANALYSES, RESULTS, contents
+from eval.analyze.pages import ANALYSES, contents
 from eval.analyze.updates import Row
 from eval.demo import opd
 from eval.files import write_files
@@ -35,6 +35,7 @@ from eval.study.grid import Trial
 from opd.errors import UserError
 
 TABLES = ("norms", "matrices", "directions", "planes", "spectra", "lock_in", *ANALYSES)
+SUMMARY, MADE_OF = "summary.json", "made_of.json"  # of a run; of an analysis of ours
 NUMBERS = ("step", "layer", "matrices", "percent", "centre")  # whole ones, beside names
 KEYS = (  # what a row is about
     *("run", "step", "matrix", "layer", "kind", "group"),
@@ -110,10 +111,15 @@ def _analyze(
     output: Path, seed: int, runs: Mapping[str, Path], options: Mapping[str, str]
 ) -> dict[str, list[Row]]:
     folder = output / f"seed{seed}"
-    if not (folder / RESULTS[0]).is_file():
+    summaries = {label: json.loads((runs[label] / SUMMARY).read_text("utf-8")) for label in runs}
+    made_of = json.dumps({"options": options, "runs": summaries}, sort_keys=True)
+    note = folder / MADE_OF
+    if not note.is_file() or note.read_text("utf-8") != made_of:
         sources = [f"{label}={runs[label]}" for label in (OPD, RL)]
         given = [word for name, value in options.items() for word in (f"--{name}", value)]
-        opd("analyze", "--checkpoints", *sources, *given, "--output", str(folder), threads=1)
+        given += ["--output", str(folder), "--overwrite", "true"]
+        opd("analyze", "--checkpoints", *sources, *given, threads=1)
+        write_files({note: made_of})
     return read_tables(folder)
 
 

@@ -241,6 +241,18 @@ def test_spectra_and_cosines_of_a_trajectory_by_hand(tmp_path, monkeypatch):
     assert three["effective_rank"] == pytest.approx((rank + 1) / 2)
 
 
+def test_each_expert_is_a_matrix(tmp_path, monkeypatch):
+    monkeypatch.setattr(NO_TIME, lambda: 0.0)
+    module = Guided([{"mlp.experts": [[[3.0, 0.0], [0.0, 0.0]], [[0.0, 4.0], [4.0, 0.0]]]}])
+    module.mlp["experts"] = nn.Parameter(torch.zeros(2, 2, 2))
+    (found,) = run_by_hand(tmp_path, module).values()
+    assert found["spectral_norm"] == pytest.approx((3 + 4) / 4)  # mlp.up and mlp.down: 0
+    assert found["effective_rank"] == pytest.approx((1 + 2) / 2)
+    rows = {row.name: row.norm for row in read_rows(tmp_path / "geometry.csv")}
+    assert list(rows)[-2:] == ["mlp.experts[0]", "mlp.experts[1]"]
+    assert list(rows.values()) == pytest.approx([0, 0, 3, 32**0.5])
+
+
 def test_cosines_are_with_the_displacement_before_and_with_the_first(tmp_path, monkeypatch):
     monkeypatch.setattr(NO_TIME, lambda: 0.0)
     places = [[[1.0, 0.0], [0.0, 0.0]], [[0.0, 2.0], [0.0, 0.0]], [[-3.0, -4.0], [0.0, 0.0]]]

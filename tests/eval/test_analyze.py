@@ -127,9 +127,64 @@ def test_a_head_that_is_the_embedding_may_be_there_or_not(tmp_path):
     assert "left_out lacks lm_head.weight" in misfit("other", "left_out")
 
 
+def tensors_of(folder, **changes):
+    """A layer of two experts with a head that is the embedding; what is named is added."""
+    generator = torch.Generator().manual_seed(0)
+    embedding = torch.randn(6, 3, generator=generator)
+    tensors = {
+        "model.embed_tokens.weight": embedding,
+        "model.layers.0.mlp.experts.down_proj": torch.randn(2, 4, 3, generator=generator),
+        "model.layers.0.mlp.gate.weight": torch.randn(2, 3, generator=generator),
+        "lm_head.weight": embedding.clone(),
+    }
+    for part, change in changes.items():
+        (name,) = [name for name in tensors if part in name]
+        tensors[name] = tensors[name] + change
+    folder.mkdir()
+    save_file(tensors, folder / "model.safetensors")
+    (folder / "config.json").write_text('{"model_type": "qwen3"}')
+    return str(folder)
+
+
+def test_a_head_that_is_the_embedding_counts_once(tmp_path):
+    base, tied = tensors_of(tmp_path / "base"), tensors_of(tmp_path / "a", embed=2, lm_head=2)
+    with open_updates(base, [tied]) as updates:
+        (norms,) = spectra.tensor_norms(updates).values()
+        assert math.hypot(*norms.values()) == pytest.approx(2 * math.sqrt(6 * 3))
+    with open_updates(base, [tied, tensors_of(tmp_path / "b", lm_head=1)]) as updates:
+        assert updates.places["lm_head.weight"].group == "head"
+
+
+def test_matrices_of_experts_are_each_one_and_what_chooses_them_is_none(tmp_path):
+    """Of the experts the first turns its direction, and the second keeps it."""
+    e = torch.eye(4)[:, :3]
+    turned = torch.stack([torch.outer(e[:, 1], e[0]), torch.outer(e[:, 2], e[0])])
+    final = torch.stack([torch.outer(e[:, 0], e[0]), 3 * torch.outer(e[:, 2], e[0])])
+    early = tensors_of(tmp_path / "early", experts=turned[:, :, :3], gate=1)
+    late = tensors_of(tmp_path / "late", experts=final[:, :, :3], gate=1)
+    with open_updates(tensors_of(tmp_path / "base"), [early, late]) as updates:
+        assert (updates.matrices, updates.count) == (["model.layers.0.mlp.experts.down_proj"], 2)
+        (found,) = spectra.matrix_rows(updates, 20)
+        name = "model.layers.0.mlp.experts.down_proj"
+        norms = {(row["matrix"], row["step"]): row["norm"] for row in found.matrices}
+        expected = {(f"{name}[0]", 1): 1, (f"{name}[1]", 1): 1, (f"{name}[0]", 2): 1}
+        assert norms == pytest.approx(expected | {(f"{name}[1]", 2): 3}, rel=1e-5)
+        cosines = {row["matrix"]: row["cosine_1"] for row in found.directions if row["step"] == 1}
+        assert cosines == pytest.approx({f"{name}[0]": 0, f"{name}[1]": 1}, abs=1e-5)
+        change = scored._Subspace(updates, updates.checkpoints[1], "top", 50, {name: 2.0})
+        torch.testing.assert_close(change(name), (2 / 10**0.5 * final[:, :, :3]).double())
+        assert change("model.layers.0.mlp.gate.weight") is None
+        assert scored._Subspace(updates, updates.checkpoints[1], "top", 50, {name: 0.0})(
+            name
+        ).norm() == pytest.approx(10**0.5)
+
+
 @pytest.mark.parametrize(
     ("name", "shape", "place"),
     [
+        ("model.layers.2.mlp.experts.down_proj", (8, 4, 4), (2, "down_proj", "mlp")),
+        ("model.layers.2.mlp.experts.down_proj_bias", (8, 4), (2, "down_proj_bias", "other")),
+        ("model.layers.2.mlp.gate.weight", (8, 4), (2, "gate", "other")),
         ("model.layers.11.self_attn.q_proj.weight", (4, 4), (11, "q_proj", "attention")),
         ("model.layers.0.mlp.down_proj.weight", (4, 8), (0, "down_proj", "mlp")),
         ("model.layers.0.self_attn.q_proj.bias", (4,), (0, "q_proj", "other")),
@@ -180,10 +235,11 @@ def test_updates_of_rank_one_are_seen_as_such(known):
         assert row["spectral_ratio"] == pytest.approx(1, rel=1e-4)
         assert row["effective_rank"] == pytest.approx(1, abs=0.01)
     directions = [row for part in parts for row in part.directions]
-    for row in directions:  # cos 60 degrees; of the directions after the first nothing is known
+    assert len(directions) == 2 * 28
+    for row in directions:  # cos 60 degrees; what comes after the first is rounding
         assert row["cosine_1"] == pytest.approx(0.5 if row["step"] == 1 else 1.0, rel=1e-3)
-        found = [row[f"cosine_{k}"] for k in (1, 2, 3)]
-        assert row["cosine_mean"] == pytest.approx(sum(found) / 3)
+        assert (row["directions"], row["cosine_mean"]) == (1, row["cosine_1"])
+        assert "cosine_2" not in row
     planes = [
         row for part in parts for row in part.planes if row["matrix"].endswith("q_proj.weight")
     ]
@@ -191,6 +247,28 @@ def test_updates_of_rank_one_are_seen_as_such(known):
         apart = math.hypot(first["x"] - second["x"], first["y"] - second["y"])
         assert apart == pytest.approx(1.0, rel=1e-3)  # of unit vectors at 60 degrees
         assert first["explained"] == pytest.approx(1.0)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_directions_are_as_many_as_the_update_has(tmp_path, dtype):
+    """Two, of which the second turns by 60 degrees, and a third below what rounding does."""
+
+    def change(angle, name, tensor):
+        parts = [rank_one(2.0, 0), rank_one(0.2, 10, angle), rank_one(1e-7, 20)]
+        return sum(part(name, tensor) for part in parts)
+
+    early = write(tmp_path / "early", functools.partial(change, math.pi / 3), dtype)
+    late = write(tmp_path / "late", functools.partial(change, 0.0))
+    with open_updates(BASE, [early, late]) as updates:
+        found = [row for part in spectra.matrix_rows(updates, 20) for row in part.directions]
+    assert len(found) == 2 * 28
+    for row in found:
+        assert row["directions"] == 2
+        turned = 0.5 if row["step"] == 1 else 1.0
+        assert row["cosine_1"] == pytest.approx(1.0, abs=0.01)
+        assert row["cosine_2"] == pytest.approx(turned, abs=0.2)
+        mean = (row["cosine_1"] + row["cosine_2"]) / 2
+        assert row["cosine_mean"] == pytest.approx(mean)
 
 
 def test_means_leave_out_what_has_not_moved():
@@ -332,6 +410,25 @@ def test_early_updates_get_the_norm_of_the_end(moved):
             assert_near(seen[name], delta / 3 * (1 + 2 * row["b"]))
 
 
+def prompt_score(base, teacher):
+    return PromptScore(
+        *(base, teacher, "embedded:test"),
+        limit=4,
+        max_new_tokens=8,
+        seed=0,
+        device=CPU,
+        trust_remote_code=False,
+    )
+
+
+def test_hidden_states_are_those_without_dropout(tiny):
+    score = prompt_score(str(tiny / "gpt2-student"), str(tiny / "gpt2-teacher"))
+    score()  # leaves the student as validation does
+    read = score.hidden()
+    for one, other in zip(read(), read(), strict=True):
+        assert torch.equal(one, other)
+
+
 def test_hidden_states_are_compared_with_the_bases_own(tmp_path):
     """An update of the embedding alone moves them, and putting the base's back moves them back.
 
@@ -342,13 +439,7 @@ def test_hidden_states_are_compared_with_the_bases_own(tmp_path):
         return lambda name, tensor: 0.5 * tensor.std() * (word in name) * torch.ones_like(tensor)
 
     changed = {word: write(tmp_path / word, only(word)) for word in ("embed_tokens", "lm_head")}
-    score = PromptScore(
-        *(BASE, "embedded:teacher", "embedded:test"),
-        limit=4,
-        max_new_tokens=8,
-        seed=0,
-        trust_remote_code=False,
-    )
+    score = prompt_score(BASE, "embedded:teacher")
     cosines = {}
     for word, source in changed.items():
         with open_updates(BASE, [source]) as updates:

@@ -5,7 +5,7 @@ import json
 import pytest
 
 from eval.results import findings
-from eval.results.command import by_seed, mean_over_seeds, paper_table, read_tables
+from eval.results.command import _analyze, by_seed, mean_over_seeds, paper_table, read_tables
 from eval.results.findings import Answer, answered, interpolated, verdict
 from opd.errors import UserError
 
@@ -192,6 +192,21 @@ def test_a_study_is_one_run_of_each_for_every_seed(tmp_path):
         by_seed(study(tmp_path / "lacks", *trials[:3]))
     with pytest.raises(UserError, match="needs one learning rate"):
         by_seed(study(tmp_path / "rates", *trials, ("rl", 0.1, 0)))
+
+
+def test_an_analysis_is_made_again_if_it_was_made_of_something_else(tmp_path, monkeypatch):
+    made = []
+    monkeypatch.setattr("eval.results.command.opd", lambda *words, threads: made.append(words))
+    runs = {label: tmp_path / label for label in ("opd", "rl")}
+    for folder in runs.values():
+        folder.mkdir()
+        (folder / "summary.json").write_text('{"steps": 60}')
+    (tmp_path / "seed0").mkdir()
+    for limit, steps, times in [(64, 60, 1), (64, 60, 1), (32, 60, 2), (32, 30, 3), (32, 30, 3)]:
+        (runs["rl"] / "summary.json").write_text(json.dumps({"steps": steps}))
+        _analyze(tmp_path, 0, runs, {"limit": str(limit)})
+        assert len(made) == times
+    assert made[1][-6:] == (*("--limit", "32", "--output"), str(tmp_path / "seed0"), *made[0][-2:])
 
 
 def test_tables_are_read_as_they_were_written(tmp_path):
