@@ -1460,7 +1460,7 @@ MUTANTS = [
     two_point("(self.target - self.second) /", "(self.target - self.first) /"),
     two_point("-coefficient)", "coefficient)"),
     two_point("if trainer.global_step == self.first:", "if False:"),
-    two_point("trainer.global_step > self.first:", "trainer.global_step > self.second:"),
+    two_point("trainer.global_step > self.first and", "trainer.global_step > self.second and"),
     two_point("seen = self._resumed and", "seen ="),
     two_point(
         "self.weights.over_shards(World(trainer.strategy))",
