@@ -190,6 +190,9 @@ study_figures = of(
     "eval/study/figures.py",
     f"{STUDY}::test_the_figure_shows_medians_and_what_is_only_known_to_be_more",
 )
+many_methods = of(
+    "eval/study/figures.py", f"{STUDY}::test_of_many_methods_each_has_a_row_of_medians"
+)
 harness = of("eval/harness.py", HARNESS)
 engine_lm = of("eval/engine_lm.py", EVALUATE)
 kept = of("eval/kept.py", EVALUATE)
@@ -735,6 +738,11 @@ MUTANTS = [
     study_figures('marker, "markersize": 5} if known_to_be', "marker} if not known_to_be"),
     study_figures("axis.fill_between(rates, lows, highs", "axis.fill_between(rates, lows, lows"),
     study_figures("if several and len(rates) == 1", "if several and not rates"),
+    many_methods("[low, min(far, high)]", "[middle, min(far, high)]"),
+    many_methods("if exact else UNKNOWN |", "if not exact else UNKNOWN |"),
+    many_methods("len(methods) - 0.5, -0.5", "-0.5, len(methods) - 0.5"),
+    many_methods("own.index(group.learning_rate) -", "-own.index(group.learning_rate) +"),
+    of("eval/study/results.py", f"{STUDY} -k means_are_compared")("if whole and any", "if any"),
     study_figures(
         "set.intersection(*map(set, seeds))",
         "set.union(*map(set, seeds))",

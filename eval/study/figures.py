@@ -18,6 +18,7 @@ from eval.runs import Run
 from eval.study.grid import Trial
 from eval.study.outcomes import Group, Median
 
+MANY = 7  # methods that lines tell apart
 UNKNOWN: Any = {"marker": "^", "markersize": 8, "markerfacecolor": "white"}  # it is more
 
 
@@ -26,7 +27,7 @@ def costs(groups: Sequence[Group], measures: Mapping[str, str]) -> Figure:
 
     Bands are bootstrap intervals over seeds. What is only known to be more is an open triangle. A
     method with a single learning rate, where another has several, is a line across, dashed if it is
-    only known to be more.
+    only known to be more. Many methods have a row each instead, and learning rates a color.
 
     Args:
         groups: Of a study.
@@ -34,6 +35,8 @@ def costs(groups: Sequence[Group], measures: Mapping[str, str]) -> Figure:
     """
     points = list(dict.fromkeys(group.settings for group in groups))
     methods = list(dict.fromkeys(group.method for group in groups))
+    if len(methods) > MANY:
+        return _by_method(groups, measures, points, methods)
     figure, axes = plt.subplots(
         *(len(points), len(measures)),
         figsize=(4 * len(measures), 3.4 * len(points) + 0.6),
@@ -51,6 +54,67 @@ def costs(groups: Sequence[Group], measures: Mapping[str, str]) -> Figure:
             axis.set_title(title, size=9)
             axis.set_ylabel(name)
     return _with_legend(figure, methods)
+
+
+def _by_method(
+    groups: Sequence[Group],
+    measures: Mapping[str, str],
+    points: Sequence[Any],
+    methods: Sequence[str],
+) -> Figure:
+    rates = sorted({group.learning_rate for group in groups})
+    colors = {rate: plt.get_cmap("viridis")(i / len(rates)) for i, rate in enumerate(rates)}
+    figure, axes = plt.subplots(
+        *(len(points), len(measures)),
+        figsize=(4 * len(measures), (0.34 * len(methods) + 0.9) * len(points) + 0.6),
+        squeeze=False,
+        sharey=True,
+    )
+    for row, settings in zip(axes, points, strict=True):
+        title = ", ".join(f"{key} = {value}" for key, value in settings)
+        for axis, (measure, name) in zip(row, measures.items(), strict=True):
+            mine = [group for group in groups if group.settings == settings]
+            found = [(g, value) for g in mine if (value := g.median(measure)) is not None]
+            far = 1.3 * max((end for _, value in found for end in _ends(value)), default=1.0)
+            for group, value in found:
+                own = sorted(g.learning_rate for g in mine if g.method == group.method)
+                aside = 0.22 * (own.index(group.learning_rate) - (len(own) - 1) / 2)
+                _dot(
+                    axis,
+                    value,
+                    methods.index(group.method) + aside,
+                    colors[group.learning_rate],
+                    far,
+                )
+            axis.set_xscale("log")
+            axis.set_xlim(right=far)
+            axis.xaxis.set_major_locator(LogLocator(subs=(1, 2, 3, 5)))
+            axis.xaxis.set_major_formatter("{x:,.6g}")
+            axis.xaxis.set_minor_formatter(NullFormatter())
+            axis.set_yticks(range(len(methods)), methods)
+            axis.set_ylim(len(methods) - 0.5, -0.5)
+            axis.tick_params(axis="x", labelsize=8)
+            axis.grid(alpha=0.3, axis="x", linewidth=0.5)
+            axis.set_title(title, size=9)
+            axis.set_xlabel(name)
+            for i in range(0, len(methods), 2):
+                axis.axhspan(i - 0.5, i + 0.5, color="black", alpha=0.04, linewidth=0)
+    handles = [Line2D([], [], color=colors[rate], marker="o", linestyle="") for rate in rates]
+    names = [f"learning rate {rate:g}" if rate == rates[0] else f"{rate:g}" for rate in rates]
+    figure.legend(handles, names, loc="upper center", ncols=len(rates), frameon=False)
+    figure.tight_layout(rect=(0, 0, 1, 1 - 0.35 / figure.get_figheight()))
+    return figure
+
+
+def _dot(axis: Axes, value: Median, y: float, color: Any, far: float) -> None:
+    """Draw a median and its interval across; what is only known to be more points to the right."""
+    middle = value.value.low
+    low = middle if value.low is None else value.low
+    high = value.value.high if value.high is None else value.high
+    axis.plot([low, min(far, high)], [y, y], color=color, linewidth=1.5, alpha=0.6)
+    exact = value.value.low == value.value.high
+    look: Any = {"marker": "o", "markersize": 5} if exact else UNKNOWN | {"marker": ">"}
+    axis.plot(middle, y, color=color, **look)
 
 
 def _costs(axis: Axes, lines: Mapping[str, Mapping[float, Median]], methods: list[str]) -> None:

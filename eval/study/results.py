@@ -95,7 +95,9 @@ class Study:
             "tokens": "generated tokens",
             "seconds": "seconds",
         }
-        if any(group.measured("mean_reverse_kl") for group in self.groups):
+        # Of runs that were stopped at the target none is known; the others' would be the slow ones'
+        whole = all(o.mean_accuracy is not None for o in self.outcomes if o.steps is not None)
+        if whole and any(group.measured("mean_reverse_kl") for group in self.groups):
             names["mean_reverse_kl"] = "mean reverse KL"
         return names
 

@@ -552,6 +552,35 @@ def test_the_figure_shows_medians_and_what_is_only_known_to_be_more():
     assert (axis.get_xscale(), axis.get_yscale()) == ("log", "log")
 
 
+def test_of_many_methods_each_has_a_row_of_medians():
+    """The first is at 128 or more, and at 20 (10 to 30); the others at 40, with a rate each."""
+    more = {Trial(f"m{i}", 1.0, seed): reaches(40) for i in range(6) for seed in range(3)}
+    runs = two_methods() | more
+    groups = grouped([outcome_of(trial, run, 0.9, 128) for trial, run in runs.items()])
+    (axis,) = figures.costs(groups, {"steps": "steps to 0.9"}).axes
+    rows = [label.get_text() for label in axis.get_yticklabels()]
+    assert rows == ["a & b", "alone", *(f"m{i}" for i in range(6))]
+    lines = [line for line in axis.get_lines() if round(line.get_ydata()[0]) == 0]
+    spans, dots = lines[::2], lines[1::2]
+    assert [dot.get_xdata()[0] for dot in dots] == [128, 20]
+    assert [dot.get_marker() for dot in dots] == [">", "o"]
+    assert [tuple(span.get_xdata()) for span in spans] == [(60, axis.get_xlim()[1]), (10, 30)]
+    assert dots[0].get_ydata()[0] < dots[1].get_ydata()[0]  # by learning rate, from above
+    assert axis.get_ylim() == (7.5, -0.5)
+
+
+def test_means_are_compared_where_all_runs_went_to_the_end():
+    def measures(*runs):
+        trials = {Trial("a", 1.0, seed): run for seed, run in enumerate(runs)}
+        return Study.of(trials, baseline="a", target=0.9, max_steps=4).measures
+
+    slow, whole = run_of((0, 0.1, 1.0), (4, 0.2, 0.5)), run_of((0, 0.1, 1.0), (4, 0.9, 0.5))
+    stopped, diverged = run_of((0, 0.1, 1.0), (2, 0.9, 0.5)), run_of((0, 0.1, 1.0), (2, 0.0, 9.0))
+    assert "mean_reverse_kl" in measures(slow, whole)
+    assert "mean_reverse_kl" not in measures(slow, stopped)
+    assert "mean_reverse_kl" not in measures(slow, diverged)  # of one of its seeds it is not known
+
+
 def test_curves_show_each_seed_and_their_median():
     runs = {
         Trial("a", 1e-3, seed): run_of((0, 0.1, 1.0), (2, 0.2, kl), *more)
