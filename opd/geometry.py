@@ -5,10 +5,11 @@ at a time: its spectrum (4.5), what is left of it in subspaces (4.6), the angle 
 directions and those of another checkpoint (4.7), and updates with another norm (4.8). ``opd
 analyze`` does it for whole models, ``callbacks.UpdateGeometry`` during a run.
 
-Everything is computed in float64. A matrix whose smaller side has at most :data:`EXACT` rows is
-decomposed exactly. Of a larger one all singular values are exact, to :data:`GRAM_ERROR` of the
-largest, and singular vectors, where only some are wanted, come from a randomised decomposition
-(Halko et al., arXiv 0909.4061) with an error that is measured and stated.
+Everything is computed in float64. A matrix whose smaller side has more than :data:`EXACT` rows is
+decomposed by the eigenvectors of A A^T or A^T A, whichever is smaller, in a third of the time;
+where a few are wanted, by those of Lanczos' method (ARPACK), which goes on until they are exact.
+Singular values are then exact to :data:`GRAM_ERROR` of the largest. (A randomised decomposition
+finds values, and not directions: those of a flat spectrum come out with cosines of a half.)
 
 Shapes: a matrix is [m, n], r = min(m, n); u [m, k], s [k] in descending order, v [n, k].
 """
@@ -19,17 +20,15 @@ import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
+import numpy as np
 import torch
+from scipy.sparse.linalg import eigsh
 from torch import Tensor
-
-from opd.randomness import own_randomness
 
 EXACT = 512  # smaller side of a matrix
 GRAM_ERROR = 2.0**-24  # of singular values that are square roots of eigenvalues in float64
 ROUTERS = ("gate", "router", "shared_expert_gate")  # modules that choose experts
-OVERSAMPLED = 10  # directions beyond those wanted
-WANTED_ERROR = 1e-3  # of a randomised decomposition
-ITERATIONS = (4, 16)  # of the subspace, until its error is as wanted
+FEW = 1 / 16  # of all directions: so many Lanczos' method finds sooner than they are all found
 
 
 def has_matrices(name: str, shape: Sequence[int]) -> bool:
@@ -99,15 +98,13 @@ class Decomposition:
     Attributes:
         u: Left singular directions, [m, k].
         s: Singular values, [k], descending.
-        v: Right singular directions, [n, k].
-        error: Of |A v_i - s_i u_i| and |A^T u_i - s_i v_i| the largest, over s_1. Each s_i is that
-            close, as a part of s_1, to a singular value of the matrix; 0 where all are exact.
+        v: Right singular directions, [n, k]. Of large matrices, where s_i is 0 to rounding, u_i or
+            v_i is 0: the one of the longer side.
     """
 
     u: Tensor
     s: Tensor
     v: Tensor
-    error: float
 
     def part(self, first: int, last: int | None = None) -> Tensor:
         """Return sum_{first <= i < last} s_i u_i v_i^T, counted from 0, [m, n]."""
@@ -119,8 +116,7 @@ class Decomposition:
 def singular_values(matrix: Tensor) -> Tensor:
     """Return all singular values of a matrix, [r], descending, float64.
 
-    Of a large one they are roots of the eigenvalues of A A^T or A^T A, whichever is smaller, which
-    takes a third of the time: exact to :data:`GRAM_ERROR` times the largest. If some number of the
+    Of a large one they are exact to :data:`GRAM_ERROR` times the largest. If some number of the
     matrix is not finite, none of them is known: they are NaN.
     """
     matrix = matrix.double()
@@ -129,8 +125,7 @@ def singular_values(matrix: Tensor) -> Tensor:
     if min(matrix.shape) <= EXACT:
         exact: Tensor = torch.linalg.svdvals(matrix)
         return exact
-    gram = matrix @ matrix.T if matrix.shape[0] <= matrix.shape[1] else matrix.T @ matrix
-    values: Tensor = torch.linalg.eigvalsh(gram)
+    values: Tensor = torch.linalg.eigvalsh(_gram(matrix))
     return values.clamp(min=0).flip(0).sqrt()
 
 
@@ -139,27 +134,38 @@ def decompose(matrix: Tensor, k: int | None = None) -> Decomposition:
 
     Args:
         matrix: [m, n].
-        k: How many directions are wanted; None: all r of them, exactly. Of a small matrix, or if
-            more than a quarter of them are wanted, they are exact too; else randomised, from a
-            fixed seed.
+        k: How many directions are wanted; None: all r of them.
     """
     matrix = matrix.double()
     r = min(matrix.shape)
     k = r if k is None else min(k, r)
-    if r <= EXACT or k + OVERSAMPLED > r // 4:
+    if r <= EXACT:
         u, s, vh = torch.linalg.svd(matrix, full_matrices=False)
-        return Decomposition(u[:, :k], s[:k], vh[:k].T, 0.0)
-    for iterations in ITERATIONS:
-        with own_randomness(matrix.device, "svd"):
-            u, s, v = (
-                part[..., :k] for part in torch.svd_lowrank(matrix, k + OVERSAMPLED, iterations)
-            )
-        left, right = matrix @ v - u * s, matrix.T @ u - v * s
-        residual = torch.stack([left.norm(dim=0), right.norm(dim=0)]).max()
-        error = float(residual / s[0].clamp(min=torch.finfo(s.dtype).tiny))
-        if error <= WANTED_ERROR:
-            break
-    return Decomposition(u, s, v, error)
+        return Decomposition(u[:, :k], s[:k], vh[:k].T)
+    values, shorter = _eigenvectors(_gram(matrix), k)
+    s = values.clamp(min=0).sqrt()
+    inverse = torch.where(s > GRAM_ERROR * s[0], 1 / s, 0.0)
+    if matrix.shape[0] <= matrix.shape[1]:
+        return Decomposition(shorter, s, matrix.T @ shorter * inverse)
+    return Decomposition(matrix @ shorter * inverse, s, shorter)
+
+
+def _gram(matrix: Tensor) -> Tensor:
+    """Return A A^T or A^T A, whichever is smaller."""
+    gram: Tensor = matrix @ matrix.T if matrix.shape[0] <= matrix.shape[1] else matrix.T @ matrix
+    return gram
+
+
+def _eigenvectors(gram: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    """Return the k largest eigenvalues, descending, [k], and their eigenvectors, [r, k]."""
+    r = len(gram)
+    if k > FEW * r or not 0 < float(gram.trace()) < math.inf:
+        values, vectors = torch.linalg.eigh(gram)
+        return values.flip(0)[:k], vectors.flip(1)[:, :k]
+    start = np.random.default_rng(0).standard_normal(r)
+    found = eigsh(gram.cpu().numpy(), k, v0=start)
+    values, vectors = (torch.from_numpy(part[..., ::-1].copy()).to(gram.device) for part in found)
+    return values, vectors
 
 
 def rounding(weight: Tensor, dtype: torch.dtype) -> float:

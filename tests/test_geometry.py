@@ -86,8 +86,11 @@ def test_of_a_matrix_that_is_not_finite_no_singular_value_is_known(size):
 # --- decompositions -------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("shape", [(40, 25), (25, 40), (900, 600), (600, 900)])
-def test_known_directions_are_found_and_the_error_says_how_well(shape):
+LARGE = [(900, 600), (600, 900)]
+
+
+@pytest.mark.parametrize("shape", [(40, 25), (25, 40), *LARGE])
+def test_known_directions_are_found(shape):
     matrix, u, s, v = with_values([9.0, 5.0, 3.0, 1.0], *shape)
     matrix += 1e-3 * random_matrix(*shape, seed=5) / math.sqrt(max(shape))
     found = geometry.decompose(matrix, 3)
@@ -96,23 +99,33 @@ def test_known_directions_are_found_and_the_error_says_how_well(shape):
     assert torch.allclose(found.s, s[:3], rtol=1e-3)
     assert geometry.cosines(found.u, u[:, :3]).min() > 0.999
     assert geometry.cosines(found.v, v[:, :3]).min() > 0.999
-    exact = torch.tensor(scipy.linalg.svdvals(matrix.numpy())[:3])
-    assert ((found.s - exact).abs() <= found.error * exact[0] + 1e-12).all()
-    assert found.error <= geometry.WANTED_ERROR
-    assert (found.error == 0) == (min(shape) <= geometry.EXACT)
 
 
-@pytest.mark.parametrize("shape", [(1200, 600), (600, 1200)])
-def test_a_flat_spectrum_states_an_error_that_holds(shape):
-    """Where directions cannot be told apart, the error must not claim that they could."""
+@pytest.mark.parametrize("k", [20, 37, 38, 200, None])  # few of 600, and many
+@pytest.mark.parametrize("shape", LARGE)
+def test_directions_of_a_flat_spectrum_are_those_of_scipy(shape, k):
+    """Their values are a hundredth apart and less; a randomised decomposition cannot tell them."""
     matrix = random_matrix(*shape)
-    found = geometry.decompose(matrix, 20)
-    exact = torch.tensor(scipy.linalg.svdvals(matrix.numpy()))
-    nearest = (found.s[:, None] - exact).abs().min(dim=1).values
-    assert found.error > geometry.WANTED_ERROR
-    assert (nearest <= found.error * exact[0]).all()
-    for left, right in [(matrix @ found.v, found.u), (matrix.T @ found.u, found.v)]:
-        assert ((left - right * found.s).norm(dim=0) <= found.error * found.s[0] * 1.001).all()
+    found = geometry.decompose(matrix, k)
+    u, s, vh = (torch.tensor(part) for part in scipy.linalg.svd(matrix.numpy(), False))
+    assert found.s.shape == s[:k].shape
+    torch.testing.assert_close(found.s, s[:k], rtol=1e-9, atol=0)
+    assert geometry.cosines(found.u, u[:, :k]).min() > 1 - 1e-9
+    assert geometry.cosines(found.v, vh[:k].T).min() > 1 - 1e-9
+    torch.testing.assert_close(matrix @ found.v, found.u * found.s)  # so signs go together
+
+
+@pytest.mark.parametrize("shape", LARGE)
+def test_of_a_matrix_of_zeros_or_of_low_rank_there_is_nothing_more(shape):
+    nothing = geometry.decompose(torch.zeros(shape), 3)
+    assert nothing.s.tolist() == [0, 0, 0]
+    assert nothing.part(0).count_nonzero() == 0
+    matrix, *_ = with_values([5.0, 2.0], *shape)
+    for k in (20, 300):
+        found = geometry.decompose(matrix, k)
+        assert found.u.isfinite().all()
+        assert found.v.isfinite().all()
+        torch.testing.assert_close(found.part(0), matrix)
 
 
 def test_a_decomposition_leaves_the_random_state_alone():
@@ -134,14 +147,6 @@ def test_the_top_and_the_rest_give_the_update_back_and_share_its_norm(shape):
         assert norm == pytest.approx(matrix.norm().square())
         assert torch.linalg.matrix_rank(top) == k
     assert torch.equal(geometry.decompose(matrix, 3).u, parts.u[:, :3])
-
-
-def test_more_than_a_quarter_of_a_large_matrix_is_exact():
-    matrix = random_matrix(600, 520)
-    found = geometry.decompose(matrix, 200)
-    assert found.error == 0.0
-    wanted = scipy.linalg.svdvals(matrix.numpy())[:200]
-    np.testing.assert_allclose(found.s.numpy(), wanted, rtol=1e-9)
 
 
 # --- angles, norms --------------------------------------------------------------------------------

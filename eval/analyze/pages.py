@@ -132,7 +132,7 @@ def contents(chosen: Sequence[str], found: Mapping[str, list[Row]], about: str) 
     }
     tables: dict[str, list[Row]] = {"spectra": means}
     if "lock_in" in chosen:
-        tables["lock_in"] = spectra.mean_rows(found["directions"], ["cosine_mean", "error"])
+        tables["lock_in"] = spectra.mean_rows(found["directions"], ["cosine_mean"])
     tables |= {name: found[name] for name in chosen if ANALYSES[name].scored}
     files: Files = {
         f"{name}.csv": as_csv(rows) for name, rows in ({**found, **tables}).items() if rows

@@ -133,7 +133,7 @@ def _direction_rows(run: Sequence[_Leading]) -> list[Row]:
             continue
         cosines = geometry.cosines(one.of.u[:, :count], run[-1].of.u[:, :count])
         row = one.row | {"cosine_mean": float(cosines.mean())}
-        row |= {"directions": count, "error": one.of.error}
+        row |= {"directions": count}
         row |= {f"cosine_{k}": float(value) for k, value in enumerate(cosines, start=1)}
         rows.append(row)
     return rows
