@@ -1,6 +1,6 @@
 # make demo           environment, then the main job on the embedded pair; ends with a table
 # make demo-smollm2   the same with a real language model of 135 M parameters, which it fetches
-# make results        OPD beside RL on the embedded pair: what of the paper's findings holds; half an hour
+# make results        OPD beside RL on the embedded pair, and all accelerators at three rates: half an hour
 # make test           environment, then every test that needs neither GPU nor network
 # make test-slow      the tests that it leaves out: kills, strategies, several processes, twice over
 # make test-vllm      an environment with vLLM for CPUs, then the tests that need it

@@ -9,6 +9,9 @@ scores weights::
     python -m eval.results.command --study my_study.yaml --base MODEL --tasks TASKS \
       --teacher MODEL --prompts DATA --output DIR
 
+Then it runs accelerators at several learning rates: of the built-in pair all of study/controls, of
+their seeds the first; of another the study that ``--accelerators`` names.
+
 It ends with ``results.md``, ``results.html`` and the figures of ``opd analyze``, means over seeds.
 What has been finished with the same options is not done again.
 """
@@ -35,6 +38,7 @@ from eval.study.grid import Trial
 from opd.errors import UserError
 
 TABLES = ("norms", "matrices", "directions", "planes", "spectra", "lock_in", *ANALYSES)
+OWN_STUDY, ACCELERATORS = "study/results", "accelerators"
 SUMMARY, MADE_OF = "summary.json", "made_of.json"  # of a run; of an analysis of ours
 NUMBERS = ("step", "layer", "matrices", "percent", "centre")  # whole ones, beside names
 KEYS = (  # what a row is about
@@ -59,10 +63,12 @@ PAPER = {
 def main(argv: Sequence[str] | None = None) -> int:
     """Run all of it; returns an exit code."""
     parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+        prog="python -m eval.results.command",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     for name, default, about in [
-        ("study", "study/results", "YAML with methods opd and rl"),
+        ("study", OWN_STUDY, "YAML with methods opd and rl"),
         ("base", "embedded:base", "what both begin with"),
         ("tasks", "arithmetic", "lm-eval tasks that score weights"),
         ("limit", "128", "problems and prompts of a score"),
@@ -72,20 +78,31 @@ def main(argv: Sequence[str] | None = None) -> int:
         ("output", "runs/results", "folder for everything"),
     ]:
         parser.add_argument(f"--{name}", default=default, help=f"{about} (default: {default})")
+    parser.add_argument("--accelerators", help="YAML of a study of accelerators, as above")
     options = vars(parser.parse_args(argv))
     output, study = Path(options.pop("output")), options.pop("study")
+    accelerators = _accelerators(study, options.pop("accelerators"))
     try:
         opd("study", "--config", study, "--output", str(output / "study"))
         trials = by_seed(output / "study")
         with ThreadPoolExecutor(2) as pool:
             jobs = [pool.submit(_analyze, output, seed, of, options) for seed, of in trials.items()]
             found = {seed: job.result() for seed, job in zip(trials, jobs, strict=True)}
+        if accelerators:
+            opd("study", *accelerators, "--output", str(output / ACCELERATORS))
         write_files({output / name: content for name, content in results(found, output).items()})
     except UserError as error:
         print(f"eval.results: error: {error}", file=sys.stderr)
         return 2
     print((output / "results.md").read_text("utf-8"))
     return 0
+
+
+def _accelerators(study: str, accelerators: str | None) -> list[str]:
+    """Return the options of their study; none if there is to be none."""
+    if accelerators is not None:
+        return ["--config", accelerators]
+    return ["--config", "study/controls", "--seeds", "[0]"] if study == OWN_STUDY else []
 
 
 def by_seed(study: Path) -> dict[int, dict[str, Path]]:
@@ -157,7 +174,8 @@ def mean_over_seeds(tables: Sequence[Sequence[Row]]) -> list[Row]:
         mean = dict(rows[0])
         for name, value in rows[0].items():
             if name not in KEYS and isinstance(value, float):
-                mean[name] = sum(row[name] for row in rows) / len(rows)
+                values = [row[name] for row in rows if name in row]  # a direction fewer in some
+                mean[name] = sum(values) / len(values)
         means.append(mean)
     return means
 
@@ -180,11 +198,15 @@ def results(found: Mapping[int, Mapping[str, list[Row]]], output: Path) -> dict[
     text = ["# OPD beside RL", "", about, ""]
     for title, rows in sections:
         text += [f"## {title}", "", text_table(*rows), ""]
+    cost = output / ACCELERATORS / "results.md"
+    if cost.is_file():
+        text += ["## Accelerators", "", cost.read_text("utf-8")]
     page = str(files.pop("analysis.html"))
     head = "".join(f"<h2>{html.escape(t)}</h2>{html_table(*rows)}" for t, rows in sections)
-    study = output / "study" / "results.png"
-    if study.is_file():
-        head += f"<h2>Accuracy</h2>{image('cost of both', study.read_bytes())}"
+    for title, folder in [("Accuracy", "study"), ("Accelerators", ACCELERATORS)]:
+        picture = output / folder / "results.png"
+        if picture.is_file():
+            head += f"<h2>{title}</h2>{image(f'cost: {title}', picture.read_bytes())}"
     files["results.html"] = page.replace("<h2>Norms</h2>", f"{head}<h2>Norms</h2>", 1)
     files["results.md"] = "\n".join(text)
     return files

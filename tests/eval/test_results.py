@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from eval.results import findings
+from eval.results import command, findings
 from eval.results.command import _analyze, by_seed, mean_over_seeds, paper_table, read_tables
 from eval.results.findings import Answer, answered, interpolated, verdict
 from opd.errors import UserError
@@ -166,6 +166,31 @@ def test_means_are_of_what_is_about_the_same():
         row("opd", 1.0, pytest.approx(0.6)),
         row("rl", 1.0, pytest.approx(0.3)),
     ]
+
+
+def test_a_mean_is_of_the_seeds_that_have_a_number():
+    seeds = [[{"run": "rl", "cosine_2": 0.5}], [{"run": "rl"}], [{"run": "rl", "cosine_2": 0.7}]]
+    assert mean_over_seeds(seeds) == [{"run": "rl", "cosine_2": pytest.approx(0.6)}]
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ([], [["--config", "study/controls", "--seeds", "[0]"]]),
+        (["--study", "mine.yaml"], []),
+        (["--study", "mine.yaml", "--accelerators", "more.yaml"], [["--config", "more.yaml"]]),
+    ],
+)
+def test_accelerators_are_run_too(tmp_path, monkeypatch, options, said):
+    commands = []
+    monkeypatch.setattr(command, "opd", lambda *words, **_: commands.append(list(words)))
+    monkeypatch.setattr(command, "by_seed", lambda _: {})
+    monkeypatch.setattr(command, "results", lambda *_: {"results.md": "done"})
+    assert command.main([*options, "--output", str(tmp_path)]) == 0
+    own = options[1] if options else "study/results"
+    first, *others = [words[: words.index("--output")] for words in commands]
+    assert first == ["study", "--config", own]
+    assert others == [["study", *words] for words in said]
 
 
 def test_table_1_has_means_and_ranges_of_the_last_updates():
