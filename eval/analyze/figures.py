@@ -81,7 +81,9 @@ def lock_in(means: Sequence[Row], directions: Sequence[Row], planes: Sequence[Ro
         first = min(row["step"] for row in mine)
         _heat_map(axes[1 + 2 * i], [row for row in mine if row["step"] == first])
         axes[1 + 2 * i].set_title(f"{run}: |cos| of $u_1$, step {first} and last", fontsize=9)
-        _plane(axes[2 + 2 * i], [row for row in planes if row["run"] == run], COLORS[i % 7])
+        _plane(
+            axes[2 + 2 * i], [row for row in planes if row["run"] == run], COLORS[i % len(COLORS)]
+        )
     return _finished(figure, axes, legend=axes[0])
 
 
@@ -141,7 +143,7 @@ def embeddings(rows: Sequence[Row]) -> Figure:
             of = {row["weights"]: row[name] for row in rows if row["run"] == run}
             places = np.arange(len(kinds)) + (i - (len(runs) - 1) / 2) * width
             values = [of.get(kind, np.nan) for kind in kinds]
-            axis.barh(places, values, width, color=COLORS[i % 7], label=run)
+            axis.barh(places, values, width, color=COLORS[i % len(COLORS)], label=run)
         axis.set_yticks(range(len(kinds)), kinds, fontsize=8)
         axis.invert_yaxis()
         axis.set_xlabel(SCORES[name])
@@ -173,7 +175,7 @@ def subspaces(rows: Sequence[Row]) -> Figure:
             _by_run(axis, of, "percent", name, style=style, suffix=f", {part}")
         for i, run in enumerate(_runs(rows)):
             whole = next(r for r in rows if r["run"] == run and r["part"] == "all")
-            axis.axhline(whole[name], color=COLORS[i % 7], linewidth=0.8, linestyle=":")
+            axis.axhline(whole[name], color=COLORS[i % len(COLORS)], linewidth=0.8, linestyle=":")
         axis.set_xscale("log")
         ticks = sorted({row["percent"] for row in rows if row["part"] != "all"})
         axis.set_xticks(ticks, [f"{tick}%" for tick in ticks])
@@ -206,8 +208,13 @@ def norm_matching(rows: Sequence[Row]) -> Figure:
         axis.set_title(run, fontsize=10)
         axis.set_xlabel("b (0: as it is, 1: norm of the end)")
         _score_axis(axis, name)
-        axis.legend(frameon=False, fontsize=7)
         axis.grid(alpha=0.3)
+        if name == names[0]:
+            axis.legend(frameon=False, fontsize=7)
+    for i in range(len(names)):  # runs are compared at the same scale
+        ends = [axis.get_ylim() for axis in axes[i :: len(names)]]
+        for axis in axes[i :: len(names)]:
+            axis.set_ylim(min(low for low, _ in ends), max(high for _, high in ends))
     figure.tight_layout()
     return figure
 
