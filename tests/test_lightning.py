@@ -1,6 +1,7 @@
 """Lightning's usual things work as its users know them; what cannot is in ``bad_input.txt``."""
 
 import csv
+import logging
 
 import pytest
 from conftest import QUICKSTART, QUIET, SHRUNK, assert_same, load, student_of
@@ -60,6 +61,14 @@ def test_a_limit_of_1_is_one_batch_and_of_1_0_all_of_them(tmp_path):
         options = ["--trainer.limit_predict_batches", limit, "--output", str(output)]
         assert main(["predict", "--config", QUICKSTART, *QUIET, *few, *options]) == 0
         assert len((output / "predictions.jsonl").read_text().splitlines()) == records
+
+
+def test_a_run_advertises_nothing(fit, caplog):
+    with caplog.at_level(logging.INFO, logger="lightning.pytorch"):
+        fit("run", steps=1)
+    said = [record.getMessage() for record in caplog.records]
+    assert any("GPU available" in line for line in said)
+    assert not any("install" in line for line in said)
 
 
 def test_what_print_config_prints_is_a_configuration(fit, tmp_path, capsys):

@@ -22,7 +22,7 @@ from jsonargparse import Namespace
 from lightning.pytorch import Trainer
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
 from lightning.pytorch.loggers import Logger, TensorBoardLogger
-from lightning.pytorch.utilities import rank_zero_only
+from lightning.pytorch.utilities import rank_zero, rank_zero_only
 from tensorboard.compat.proto.summary_pb2 import Summary  # type: ignore[import-untyped]
 
 from callbacks import RunCheckpoint, RunSummary, SampleWriter, UpdateGeometry
@@ -74,6 +74,7 @@ class OPDCLI(LightningCLI):
         warnings.filterwarnings("ignore", message=".*sync_dist=True.*")  # we log reduced values
         warnings.filterwarnings("ignore", message=".*ModelCheckpoint with manual optimization.*")
         warnings.filterwarnings("ignore", message=".*exists and is not empty.*")  # a resumed run's
+        logging.getLogger(rank_zero.__name__).addFilter(_is_no_advertisement)
         return cls(
             OPDModule,
             PromptDataModule,
@@ -449,6 +450,11 @@ def _integers_first(hint: Any) -> Any:
     if not {int, float} <= set(members):
         return hint
     return functools.reduce(operator.or_, [int, *(m for m in members if m is not int)])
+
+
+def _is_no_advertisement(record: logging.LogRecord) -> bool:
+    """Whether a line of Lightning's is about the run, and not about what else one might install."""
+    return "Tip: For seamless cloud" not in record.getMessage()
 
 
 def _asked() -> str:
