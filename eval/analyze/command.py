@@ -21,6 +21,7 @@ from eval.analyze.judge import Judge, PromptScore
 from eval.analyze.pages import ANALYSES, RESULTS, contents
 from eval.analyze.tensors import Tensors
 from eval.analyze.updates import Row, Updates, open_updates
+from eval.benchmarks import use_data, use_tasks
 from eval.evaluate import usable_device
 from eval.files import output_folder, write_files
 from eval.harness import Settings
@@ -97,6 +98,8 @@ def analyze(
     dtype: Dtype = "float32",
     device: str | None = None,
     seed: int = 0,
+    data: str | None = None,
+    include_path: str | None = None,
     allow_code_execution: bool = False,
     trust_remote_code: bool = False,
     overwrite: bool = False,
@@ -122,6 +125,8 @@ def analyze(
         dtype: Dtype of the model that is run; beside a teacher it is float32.
         device: Where models are run: cpu, cuda, cuda:NUMBER. None: the GPU where there is one.
         seed: Seed of the sampling.
+        data: Folder with copies of benchmarks, as of opd evaluate.
+        include_path: Folder with further tasks, likewise.
         allow_code_execution: Run the programs that a model writes, for tasks that need it.
         trust_remote_code: Let models run their own code.
         overwrite: Replace an earlier analysis there.
@@ -141,6 +146,10 @@ def analyze(
         seed=seed,
         allow_code_execution=allow_code_execution,
     )
+    if data is not None:
+        use_data(data)
+    if include_path is not None:
+        use_tasks(include_path)
     where = usable_device(device)
     scoring = Scoring(tasks, settings, teacher, prompts, dtype, where, trust_remote_code)
     chosen = _chosen(analyses, scoring)

@@ -79,9 +79,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     ]:
         parser.add_argument(f"--{name}", default=default, help=f"{about} (default: {default})")
     parser.add_argument("--accelerators", help="YAML of a study of accelerators, as above")
-    options = vars(parser.parse_args(argv))
+    for name in ("samples", "data", "include_path", "device"):
+        parser.add_argument(f"--{name}", help="as of opd analyze")
+    options = {k: value for k, value in vars(parser.parse_args(argv)).items() if value is not None}
     output, study = Path(options.pop("output")), options.pop("study")
-    accelerators = _accelerators(study, options.pop("accelerators"))
+    accelerators = _accelerators(study, options.pop("accelerators", None))
     try:
         opd("study", "--config", study, "--output", str(output / "study"))
         trials = by_seed(output / "study")
