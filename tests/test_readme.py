@@ -28,10 +28,20 @@ def test_every_command_runs_in_order(tmp_path, monkeypatch):
     assert {command[0] for command in commands()} == set(COMMANDS) - {"study", "serve"}
     small = ["--data.validation_limit", "8", "--data.batch_size", "4"]
     for command in commands():
+        if command[0] == "bench":  # below
+            continue
         extra = small if command[0] in ("fit", "validate", "test", "predict") else []
         assert main([*command, *extra]) == 0, command
     assert (tmp_path / "runs" / "report.html").stat().st_size < 1_000_000
     assert (tmp_path / "runs" / "exported" / "model.safetensors").is_file()
+
+
+@pytest.mark.slow
+def test_the_bench_runs(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (command,) = [command for command in commands() if command[0] == "bench"]
+    assert main(command) == 0
+    assert (tmp_path / "runs" / "bench" / "bench.md").is_file()
 
 
 def test_the_adapter_of_the_example_is_one(tmp_path):

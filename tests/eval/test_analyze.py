@@ -495,6 +495,20 @@ def test_the_command_scores_as_evaluate_and_validate_do(vanilla, tmp_path, capsy
     assert float(dynamics[-1]["reverse_kl"]) == pytest.approx(value, rel=1e-4)
 
 
+@pytest.mark.gpu
+def test_models_are_run_on_the_device_that_is_named(tmp_path):
+    """Scores by tasks leave the student there, and those by prompts take it away again."""
+    score = ["--tasks", "arithmetic", "--limit", "4", "--max_new_tokens", "24"]
+    score += ["--teacher", "embedded:teacher", "--prompts", "embedded:test"]
+    for device in ("cuda", "cpu"):
+        out = ["--output", str(tmp_path / device), "--device", device]
+        command = ["analyze", "--base", BASE, "--checkpoints", "embedded:teacher", *score, *out]
+        assert main([*command, "--analyses", "embeddings"]) == 0
+    one, other = (read_csv(tmp_path / name / "embeddings.csv") for name in ("cuda", "cpu"))
+    for row, wanted in zip(one, other, strict=True):
+        assert float(row["cosine"]) == pytest.approx(float(wanted["cosine"]), abs=1e-2)
+
+
 def test_weights_alone_need_nothing_else_and_an_analysis_is_not_replaced(known, tmp_path, capsys):
     out = tmp_path / "out"
     command = ["analyze", "--base", BASE, "--checkpoints", *known, "--output", str(out)]
