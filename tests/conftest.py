@@ -8,6 +8,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import lightning.pytorch  # noqa: F401 - now: its log must not go to one test's stderr
 import pytest
@@ -51,7 +52,7 @@ LLAMA_TEMPLATE = (
 )
 
 
-def slow_but(quick: str, *others: str) -> list:
+def slow_but(quick: Any, *others: Any) -> list:
     """Parameters of which the default suite takes one, and ``-m slow`` the others."""
     rest = [name for name in others if name != quick]
     return [quick, *(pytest.param(name, marks=pytest.mark.slow) for name in rest)]

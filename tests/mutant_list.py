@@ -1951,7 +1951,7 @@ MUTANTS = [
     findings("best[run] < max(centres)", "best[run] <= max(centres)"),
     findings('r["matrices"] == max(', 'r["matrices"] <= max('),
     findings("holds &= min(centres)", "holds = min(centres)"),
-    results("/ len(values)\n", "\n"),
+    results("mean[name] = sum(values) / len(values)", "mean[name] = sum(values)"),
     results("if name in row]  # a direction", "]  # a direction"),
     results("if study == OWN_STUDY else []", ""),
     results('or note.read_text("utf-8") != made_of', ""),

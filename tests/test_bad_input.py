@@ -80,6 +80,8 @@ def test_there_are_enough_of_them():
 def test_bad_input_ends_in_one_line(command, said, folder, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(folder)
     monkeypatch.delenv("OPD_OUTPUT", raising=False)
+    for name in ("OPD_BENCHMARK_DATA", "OPD_TASKS"):  # which --data and --include_path set
+        monkeypatch.setenv(name, "")
     before = contents(folder)
     name, *arguments = shlex.split(command.replace("DIR", str(folder)))
     output = ["--output", str(tmp_path / "run")] if name in USUAL else []

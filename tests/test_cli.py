@@ -11,7 +11,7 @@ from unittest.mock import Mock
 
 import pytest
 import yaml
-from conftest import QUICKSTART, SHRUNK, assert_same, copy_of, load
+from conftest import QUICKSTART, SHRUNK, assert_same, copy_of, load, slow_but
 from safetensors import SafetensorError
 
 from opd.cli import COMMANDS, main, recipes, run_folder
@@ -216,7 +216,7 @@ def test_help_and_version(capsys):
     assert capsys.readouterr().out == f"opd {importlib.metadata.version('opd')}\n"
 
 
-@pytest.mark.parametrize("arguments", [["--help"], ["report", "--help"]])
+@pytest.mark.parametrize("arguments", slow_but(["--help"], ["report", "--help"]))
 def test_nobody_reads_what_is_printed(arguments):
     """As in `opd --help | head -1`, where head ends before all is printed."""
     reading, writing = os.pipe()

@@ -18,6 +18,7 @@ from conftest import (
     FSDP2,
     LINE_SEARCH,
     QUICKSTART,
+    STRATEGIES,
     assert_same,
     copy_of,
     fail,
@@ -366,14 +367,14 @@ def test_predictions_of_all_ranks_are_put_together(tmp_path):
     assert [record["row"] for record in records] == [0, 1, 2, 3, 4]
 
 
-@pytest.mark.parametrize("strategy", [FSDP2, FSDP1, DDP], ids=["fsdp2", "fsdp1", "ddp"])
-def test_benchmarks_score_the_student_of_any_strategy(tmp_path, strategy):
+@pytest.mark.parametrize("name", slow_but("fsdp2", *STRATEGIES))
+def test_benchmarks_score_the_student_of_any_strategy(tmp_path, name):
     """Ranks share the work: chunks of four, of which there is an odd number."""
     callback = ["--trainer.callbacks+=callbacks.Benchmarks", "--trainer.callbacks.limit", "10"]
     callback += ["--trainer.callbacks.tasks", "[arithmetic]", "--trainer.callbacks.batch_size", "4"]
     engine = ["--model.engine", "probes.CountingEngine", "--model.engine.path"]
     none = ["--trainer.limit_val_batches", "0"]
-    options = [*strategy, *callback, *none, *engine, str(tmp_path / "rank")]
+    options = [*STRATEGIES[name], *callback, *none, *engine, str(tmp_path / "rank")]
     run = launch(2, tmp_path / "run", *options, steps=1)
     said = [(tmp_path / f"rank_{rank}.txt").read_text().splitlines() for rank in (0, 1)]
     assert [[int(line.split()[0]) for line in lines[1:]] for lines in said] == [[4, 2], [4]]

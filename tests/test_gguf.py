@@ -139,6 +139,7 @@ def test_what_follows_is_an_ordinary_model(llama, file, tmp_path):
     load_tokenizer(str(tmp_path / "file.hf"))
 
 
+@pytest.mark.slow
 def test_ranks_that_share_a_model_out_read_it_like_one(file, tmp_path):
     """Rank 0 reads the weights of FSDP2; the others build the model without them."""
     models = ["--model.student", file, "--model.teacher", file, "--model.max_new_tokens", "4"]

@@ -8,7 +8,7 @@ import sys
 import time
 
 import pytest
-from conftest import AUTO, QUICKSTART, SHRUNK, assert_same, copy_of, load, run_fit
+from conftest import AUTO, QUICKSTART, SHRUNK, assert_same, copy_of, load, run_fit, slow_but
 
 from opd.checkpoints import newest_checkpoint
 from opd.cli import main
@@ -47,7 +47,7 @@ def two_epochs(request, tmp_path_factory):
     return options, run_fit(folder / "run", *options, steps=6)
 
 
-@pytest.mark.parametrize("stop", [2, 3, 4])
+@pytest.mark.parametrize("stop", slow_but(3, 2, 4))
 def test_resume_continues_bit_identically_across_epochs(fit, two_epochs, stop):
     """Three batches an epoch, stopped within one, at its end, and within the next."""
     options, straight = two_epochs

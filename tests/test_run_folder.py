@@ -21,6 +21,7 @@ from conftest import (
     launch_environment,
     load,
     run_fit,
+    slow_but,
     torchrun_command,
 )
 from lightning.pytorch import LightningModule, Trainer
@@ -127,7 +128,7 @@ def test_the_working_directory_its_parent_and_links_are_no_exceptions(
     assert contents(tmp_path) == before
 
 
-@pytest.mark.parametrize("marked", [True, False])
+@pytest.mark.parametrize("marked", slow_but(True, False))
 def test_overwrite_replaces_the_run_and_keeps_what_is_beside_it(vanilla, tmp_path, marked):
     folder = copy_of(vanilla, tmp_path)
     put_mine(folder)
@@ -337,7 +338,7 @@ def test_a_run_goes_on_from_its_last_step_whatever_is_configured(fit, options):
     assert steps_of(folder) == [1, 2, 3, 4]
 
 
-@pytest.mark.parametrize("moved", [False, True])
+@pytest.mark.parametrize("moved", slow_but(True, False))
 def test_a_resumed_run_keeps_as_many_checkpoints_as_an_unbroken_one(fit, tmp_path, moved):
     folder = fit("run", "--checkpoint.every_n_train_steps", "1", steps=1)
     if moved:

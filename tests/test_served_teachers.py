@@ -12,7 +12,7 @@ from threading import Thread
 
 import pytest
 import torch
-from conftest import fail, load, opd_arguments, student_of
+from conftest import fail, load, opd_arguments, slow_but, student_of
 from test_reuse import column
 from test_step import module_of, rollouts_of
 
@@ -155,7 +155,7 @@ def test_a_part_of_a_part(tiny, server):
     assert opinion.select([4, 2, 0]).select([1, 2]).rows == (2, 0)
 
 
-@pytest.mark.parametrize("objective", ["GeneralizedJSD", "PolicyGradient", "ForwardKL"])
+@pytest.mark.parametrize("objective", slow_but("GeneralizedJSD", "PolicyGradient", "ForwardKL"))
 def test_a_run_is_that_with_the_local_teacher(fit, embedded, objective):
     options = ["--model.objective", f"opd.objectives.{objective}", "--model.temperature", "0.9"]
     options += ["--model.micro_batch_tokens", "100", "--data.format.teacher_rendering", "own"]

@@ -24,7 +24,7 @@ from eval.analyze.updates import Row, Updates, open_updates
 from eval.benchmarks import use_data, use_tasks
 from eval.evaluate import usable_device
 from eval.files import output_folder, write_files
-from eval.harness import Settings
+from eval.harness import Settings, check_tasks
 from opd.errors import UserError
 from opd.models import load_model, load_tokenizer
 from opd.models.adapters import Dtype
@@ -47,6 +47,8 @@ class Scoring:
     def __post_init__(self) -> None:
         if (self.teacher is None) != (self.prompts is None):
             raise UserError("--teacher and --prompts: one needs the other")
+        if self.tasks is not None:
+            check_tasks(self.names, self.settings)
 
     @property
     def possible(self) -> bool:
@@ -78,8 +80,13 @@ class Scoring:
             tokenizer = load_tokenizer(base, trust_remote_code=trust)
             judge = Judge(tensors, model.eval(), tokenizer, self.device)
         if self.tasks is not None:
-            judge.by_tasks([n.strip() for n in self.tasks.split(",") if n.strip()], self.settings)
+            judge.by_tasks(self.names, self.settings)
         return judge
+
+    @property
+    def names(self) -> list[str]:
+        """Of the tasks."""
+        return [name.strip() for name in (self.tasks or "").split(",") if name.strip()]
 
 
 def analyze(
@@ -160,12 +167,13 @@ def analyze(
             open_updates(base, checkpoints, trust_remote_code=trust_remote_code)
         )
         chosen = _possible(chosen, updates, told=analyses is not None)
+        scores = any(ANALYSES[name].scored for name in chosen)
+        judge = scoring.judge(updates.base, base) if scores else None  # what is wrong, is at once
         norms = spectra.tensor_norms(updates)
         found: dict[str, list[Row]] = {"norms": spectra.norm_rows(updates, norms)}
         if any(not ANALYSES[name].scored for name in chosen):
             found |= _from_weights(updates, chosen, directions)
-        if any(ANALYSES[name].scored for name in chosen):
-            judge = scoring.judge(updates.base, base)
+        if judge is not None:
             radius = window or _radius(updates)
             todo = {
                 "scaling": lambda: scored.scaling(updates, judge, norms),

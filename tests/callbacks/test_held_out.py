@@ -16,7 +16,6 @@ from conftest import (
     byte_level_tokenizer,
     launch,
     load,
-    slow_but,
 )
 from tokenizers import Tokenizer, decoders, pre_tokenizers
 from tokenizers import models as tokenizer_models
@@ -132,7 +131,8 @@ def test_training_is_bit_for_bit_the_same_with_and_without(fit):
     assert metrics[0] == metrics[1]
 
 
-@pytest.mark.parametrize("name", slow_but("fsdp2", "ddp"))
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["fsdp2", "ddp"])
 def test_two_processes_write_the_prompts_that_one_writes(fit, tmp_path, name):
     """Batches of 4 and 5 prompts wanted; a teacher that is sharded does not speak."""
     options = ["--samples.held_out", "5", "--data.validation_batch_size", "4"]

@@ -117,7 +117,9 @@ def test_ours_alone_is_told_by_phase_with_a_trace(tiny_workload, tmp_path, capsy
         (["--workloads", ","], "--workloads names none"),
         (["--repeats", "0"], "--repeats 0 must be at least 1"),
         (["--peer", "none", "--workloads", "model"], "name the folder of a model with --model"),
-        (["--peer_python", "/missing/python"], "trl cannot be run"),
+        pytest.param(
+            *(["--peer_python", "/missing/python"], "trl cannot be run"), marks=pytest.mark.slow
+        ),
     ],
 )
 def test_what_cannot_be_measured_is_named(options, message, tiny_workload, tmp_path, capsys):

@@ -11,7 +11,15 @@ from dataclasses import replace
 
 import pytest
 from benchmark_rows import MAKERS
-from conftest import ROOT, assert_same, launch_environment, load, run_ranks, student_of
+from conftest import (
+    ROOT,
+    assert_same,
+    launch_environment,
+    load,
+    run_ranks,
+    slow_but,
+    student_of,
+)
 
 from eval.benchmarks import benchmarks, load_rows, tasks
 from eval.benchmarks.scoring import SCORERS
@@ -118,7 +126,8 @@ def test_scoring_again_needs_no_generation(undisturbed, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    "other", [["--model", "embedded:teacher"], ["--temperature", "0.5"], ["--seed", "1"]]
+    "other",
+    slow_but(["--temperature", "0.5"], ["--model", "embedded:teacher"], ["--seed", "1"]),
 )
 def test_completions_of_another_evaluation_are_not_taken_for_its_own(undisturbed, tmp_path, other):
     folder = tmp_path / "out"

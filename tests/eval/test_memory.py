@@ -6,7 +6,7 @@ Rollout and search are measured in tests/test_distributed.py.
 import json
 
 import pytest
-from conftest import FSDP2, ROOT, launch
+from conftest import FSDP2, ROOT, launch, slow_but
 
 from eval.memory import Memory, memory, table
 
@@ -37,7 +37,7 @@ def test_the_readme_has_this_table():
     assert all(line in readme for line in table().splitlines())
 
 
-@pytest.mark.parametrize("gradient_sync", ["last", "every"])
+@pytest.mark.parametrize("gradient_sync", slow_but("last", "every"))
 def test_backward_and_step_of_a_real_run(tmp_path, gradient_sync):
     """Two processes that share out the built-in pair; tokens and prompts hardly count beside it."""
     options = [*FSDP2, "--trainer.precision", "bf16-mixed", "--model.teacher_dtype", "bfloat16"]

@@ -231,7 +231,7 @@ def test_a_run_without_a_value_head_goes_on_with_one_and_back(run):  # noqa: F81
 @pytest.mark.parametrize(
     "strategy",
     [
-        pytest.param(DDP, id="ddp"),
+        pytest.param(DDP, id="ddp", marks=pytest.mark.slow),
         pytest.param(FSDP2, id="fsdp2", marks=pytest.mark.slow),
         pytest.param(FSDP1, id="fsdp1", marks=pytest.mark.slow),
     ],

@@ -6,7 +6,18 @@ import math
 
 import pytest
 import torch
-from conftest import DDP, FSDP2, QUICKSTART, ROOT, SHRUNK, assert_same, launch, load, student_of
+from conftest import (
+    DDP,
+    FSDP2,
+    QUICKSTART,
+    ROOT,
+    SHRUNK,
+    assert_same,
+    launch,
+    load,
+    slow_but,
+    student_of,
+)
 from test_step import StepRequest, batch_of
 
 from opd.cli import main
@@ -284,7 +295,7 @@ def test_a_teacher_that_is_named_is_measured_and_not_trained_on(run):
     assert all(float(row["opd/reverse_kl"]) > 0.01 for row in steps_of(watched))
 
 
-@pytest.mark.parametrize("strategy", ["dynamic", "reuse"])
+@pytest.mark.parametrize("strategy", slow_but("reuse", "dynamic"))
 def test_a_resumed_run_is_the_undisturbed_one_bit_for_bit(run, strategy):
     several = ["--model.reuse.steps", "3", "--model.reuse.held_out", "0"]
     options = [*DAPO, *SMALL, *FEWEST, *(several if strategy == "reuse" else [])]
