@@ -76,7 +76,8 @@ def test_group_normalised_advantages_are_those_of_their_definition():
 
 @pytest.mark.parametrize("advantage", [GroupNormalized(), GroupNormalized(0.0), Centred()])
 def test_equal_rewards_and_none_give_no_advantage(advantage):
-    same = advantage(torch.full((4,), 0.1).double(), torch.tensor([0, 0, 0, 1]))
+    reward = torch.full((4,), 0.1, dtype=torch.float64)
+    same = advantage(reward, torch.tensor([0, 0, 0, 1]))
     assert same.tolist() == pytest.approx([0] * 4, abs=1e-12)  # 0.1 + 0.1 + 0.1 is not 0.3
     assert advantage(torch.zeros(0).double(), torch.zeros(0).long()).tolist() == []
 
