@@ -251,21 +251,23 @@ def test_updates_of_rank_one_are_seen_as_such(known):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_directions_are_as_many_as_the_update_has(tmp_path, dtype):
-    """Two, of which the second turns by 60 degrees, and a third below what rounding does."""
+    """One, and then two, of which the second turns by 60 degrees, and a third below rounding."""
 
     def change(angle, name, tensor):
         parts = [rank_one(2.0, 0), rank_one(0.2, 10, angle), rank_one(1e-7, 20)]
         return sum(part(name, tensor) for part in parts)
 
+    first = write(tmp_path / "first", rank_one(2.0, 0))
     early = write(tmp_path / "early", functools.partial(change, math.pi / 3), dtype)
     late = write(tmp_path / "late", functools.partial(change, 0.0))
-    with open_updates(BASE, [early, late]) as updates:
+    with open_updates(BASE, [first, early, late]) as updates:
         found = [row for part in spectra.matrix_rows(updates, 20) for row in part.directions]
-    assert len(found) == 2 * 28
+    assert [row["directions"] for row in found] == 28 * [1, 2, 2]
     for row in found:
-        assert row["directions"] == 2
-        turned = 0.5 if row["step"] == 1 else 1.0
+        turned = 0.5 if row["step"] == 2 else 1.0
         assert row["cosine_1"] == pytest.approx(1.0, abs=0.01)
+        if row["step"] == 1:
+            continue
         assert row["cosine_2"] == pytest.approx(turned, abs=0.2)
         mean = (row["cosine_1"] + row["cosine_2"]) / 2
         assert row["cosine_mean"] == pytest.approx(mean)
