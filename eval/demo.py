@@ -93,7 +93,8 @@ def opd(*args: str, threads: int | None = None) -> None:
         environment.setdefault("OMP_NUM_THREADS", str(threads))
     finished = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
     if finished.returncode:
-        sys.exit(finished.stdout + finished.stderr)
+        print(finished.stdout + finished.stderr, file=sys.stderr)
+        sys.exit(finished.returncode)
 
 
 # Learning rates of vanilla OPD on the embedded pair

@@ -30,8 +30,10 @@ from typing import Any
 
 from eval.analyze.pages import ANALYSES, contents
 from eval.analyze.updates import Row
+from eval.benchmarks import use_tasks
 from eval.demo import opd
 from eval.files import write_files
+from eval.harness import Settings, check_tasks
 from eval.report import html_table, image, text_table
 from eval.results.findings import OPD, RL, Answer, Finding, answered, last, verdict
 from eval.study.grid import Trial
@@ -85,6 +87,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     output, study = Path(options.pop("output")), options.pop("study")
     accelerators = _accelerators(study, options.pop("accelerators", None))
     try:
+        _check(options)  # before anything is trained
         opd("study", "--config", study, "--output", str(output / "study"))
         trials = by_seed(output / "study")
         with ThreadPoolExecutor(2) as pool:
@@ -98,6 +101,24 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 2
     print((output / "results.md").read_text("utf-8"))
     return 0
+
+
+def _check(options: Mapping[str, str]) -> None:
+    """Make sure that weights can be scored.
+
+    Raises:
+        UserError: A task is not there, or a number is none or out of range.
+    """
+    numbers: dict[str, Any] = {}
+    for name in ("samples", "limit", "max_new_tokens"):
+        if name in options:
+            try:
+                numbers[name] = int(options[name])
+            except ValueError as error:
+                raise UserError(f"--{name} {options[name]}: is no whole number") from error
+    if (folder := options.get("include_path")) is not None:
+        use_tasks(folder)
+    check_tasks([name.strip() for name in options["tasks"].split(",")], Settings(**numbers))
 
 
 def _accelerators(study: str, accelerators: str | None) -> list[str]:

@@ -4,6 +4,7 @@ import json
 
 import pytest
 
+from eval.demo import opd
 from eval.results import command, findings
 from eval.results.command import _analyze, by_seed, mean_over_seeds, paper_table, read_tables
 from eval.results.findings import Answer, answered, interpolated, verdict
@@ -191,6 +192,30 @@ def test_accelerators_are_run_too(tmp_path, monkeypatch, options, said):
     first, *others = [words[: words.index("--output")] for words in commands]
     assert first == ["study", "--config", own]
     assert others == [["study", *words] for words in said]
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        (["--tasks", "nope"], "--tasks nope: no such task"),
+        (["--limit", "0"], "limit 0 must be at least 1"),
+        (["--samples", "many"], "--samples many: is no whole number"),
+        (["--include_path", "nowhere"], "--include_path nowhere: is no folder"),
+    ],
+)
+def test_what_cannot_score_is_said_before_anything_is_trained(options, said, monkeypatch, capsys):
+    monkeypatch.setattr(command, "opd", None)
+    assert command.main(options) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("eval.results: error: ")
+    assert said in line
+
+
+def test_a_command_that_fails_ends_with_its_code(capfd):
+    with pytest.raises(SystemExit) as ended:
+        opd("study", "--config", "nope.yaml")
+    assert ended.value.code == 2
+    assert "opd study: error: --config nope.yaml: there is no such file" in capfd.readouterr().err
 
 
 def test_table_1_has_means_and_ranges_of_the_last_updates():
