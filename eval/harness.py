@@ -176,7 +176,8 @@ def _quiet() -> Iterator[None]:
 
 @functools.cache
 def _index(folders: tuple[Path, ...], *, builtin: bool = False) -> TaskManager:
-    return TaskManager(include_path=list(map(str, folders)), include_defaults=builtin)
+    with _quiet():  # that ours go before lm-eval's of the same name
+        return TaskManager(include_path=list(map(str, folders)), include_defaults=builtin)
 
 
 def own_tasks() -> TaskManager:
