@@ -178,6 +178,16 @@ def fit(tmp_path: Path) -> Callable[..., Path]:
     return run
 
 
+@pytest.fixture
+def fit_recipe(fit: Callable[..., Path]) -> Callable[..., Path]:
+    """Run a recipe, whose own number of steps comes after that of ``fit``."""
+
+    def run(name: str, *options: str, steps: int = 2) -> Path:
+        return fit(name, *options, "--trainer.max_steps", str(steps))
+
+    return run
+
+
 @pytest.fixture(scope="session")
 def vanilla(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Three steps, with a checkpoint and samples of each. Copy it before you change it."""

@@ -6,7 +6,7 @@ import math
 import pytest
 import torch
 from conftest import DDP, FSDP1, FSDP2, ROOT, SHRUNK, assert_same, launch, load, load_any
-from test_rl import GRPO, module_of, run, steps_of  # noqa: F401 - a fixture
+from test_rl import GRPO, module_of, steps_of
 from test_step import batch_of
 
 from opd import stages
@@ -199,8 +199,8 @@ PPO = ["--config", str(ROOT / "configs" / "rl" / "ppo.yaml"), *SHRUNK]
 PPO += ["--data.batch_size", "24", "--data.validation_limit", "8"]
 
 
-def test_the_recipe_runs_with_one_completion_of_each_prompt(run):  # noqa: F811
-    folder = run("run", *PPO, steps=3)
+def test_the_recipe_runs_with_one_completion_of_each_prompt(fit_recipe):
+    folder = fit_recipe("run", *PPO, steps=3)
     rows, summary = steps_of(folder), json.loads((folder / "summary.json").read_text())
     assert summary["cost"]["teacher_tokens"] == 0
     for row in rows:
@@ -211,20 +211,20 @@ def test_the_recipe_runs_with_one_completion_of_each_prompt(run):  # noqa: F811
     assert load(folder)["state_dict"]["critic.weight"].abs().max() > 0
 
 
-def test_a_resumed_run_is_the_undisturbed_one_bit_for_bit(run):  # noqa: F811
-    run("resumed", *PPO, steps=1)
-    resumed = run("resumed", *PPO, "--ckpt_path", "last", steps=3)
-    straight = run("straight", *PPO, steps=3)
+def test_a_resumed_run_is_the_undisturbed_one_bit_for_bit(fit_recipe):
+    fit_recipe("resumed", *PPO, steps=1)
+    resumed = fit_recipe("resumed", *PPO, "--ckpt_path", "last", steps=3)
+    straight = fit_recipe("straight", *PPO, steps=3)
     for key in ("state_dict", "optimizer_states", "random_state"):
         assert_same(load(resumed)[key], load(straight)[key])
 
 
-def test_a_run_without_a_value_head_goes_on_with_one_and_back(run):  # noqa: F811
+def test_a_run_without_a_value_head_goes_on_with_one_and_back(fit_recipe):
     several = ["--model.rollouts_per_prompt", "2"]
-    run("run", *GRPO, *SHRUNK, *several, steps=1)
-    with_one = run("run", *PPO, *several, "--ckpt_path", "last", steps=2)
+    fit_recipe("run", *GRPO, *SHRUNK, *several, steps=1)
+    with_one = fit_recipe("run", *PPO, *several, "--ckpt_path", "last", steps=2)
     assert "critic.weight" in load(with_one)["state_dict"]
-    without = run("run", *GRPO, *SHRUNK, *several, "--ckpt_path", "last", steps=3)
+    without = fit_recipe("run", *GRPO, *SHRUNK, *several, "--ckpt_path", "last", steps=3)
     assert "critic.weight" not in load(without)["state_dict"]
 
 
@@ -236,11 +236,11 @@ def test_a_run_without_a_value_head_goes_on_with_one_and_back(run):  # noqa: F81
         pytest.param(FSDP1, id="fsdp1", marks=pytest.mark.slow),
     ],
 )
-def test_two_processes_give_the_numbers_of_one(tmp_path, run, strategy):  # noqa: F811
+def test_two_processes_give_the_numbers_of_one(tmp_path, fit_recipe, strategy):
     """Of 23 completions one rank has twelve, in several micro-batches."""
     options = [*PPO, "--data.batch_size", "23", "--model.micro_batch_tokens", "100"]
     options += ["--model.reward.of", "test_rl.Length"]
-    one = run("one", *options, steps=3)
+    one = fit_recipe("one", *options, steps=3)
     two = launch(2, tmp_path / "two", *strategy, *options, steps=3)
     names = ["opd/loss", "optim/grad_norm", "rl/explained_variance", "reuse/clip_fraction"]
     for name in names:

@@ -260,19 +260,9 @@ def steps_of(folder):
     return [row for row in read_metrics(folder / "metrics.csv") if "opd/loss" in row]
 
 
-@pytest.fixture
-def run(fit):
-    """Run a recipe, whose own number of steps comes after that of ``fit``."""
-
-    def run_recipe(name, *options, steps=2):
-        return fit(name, *options, "--trainer.max_steps", str(steps))
-
-    return run_recipe
-
-
 @pytest.mark.parametrize(("recipe", "options"), [(GRPO, SMALL), (DAPO, [*SMALL, *FEWEST])])
-def test_a_recipe_runs_without_a_teacher(run, recipe, options):
-    folder = run("run", *recipe, *options)
+def test_a_recipe_runs_without_a_teacher(fit_recipe, recipe, options):
+    folder = fit_recipe("run", *recipe, *options)
     rows, summary = steps_of(folder), json.loads((folder / "summary.json").read_text())
     assert summary["cost"]["teacher_tokens"] == 0
     assert 0 < summary["accuracy"]["final"] < 1
@@ -288,20 +278,20 @@ def test_a_recipe_runs_without_a_teacher(run, recipe, options):
         assert trained == 1 if recipe is GRPO else 0 < trained <= 1
 
 
-def test_a_teacher_that_is_named_is_measured_and_not_trained_on(run):
-    alone = run("alone", *GRPO, *SMALL)
-    watched = run("watched", *GRPO, *SMALL, "--model.teacher", "embedded:teacher")
+def test_a_teacher_that_is_named_is_measured_and_not_trained_on(fit_recipe):
+    alone = fit_recipe("alone", *GRPO, *SMALL)
+    watched = fit_recipe("watched", *GRPO, *SMALL, "--model.teacher", "embedded:teacher")
     assert_same(student_of(load(watched)), student_of(load(alone)))
     assert all(float(row["opd/reverse_kl"]) > 0.01 for row in steps_of(watched))
 
 
 @pytest.mark.parametrize("strategy", slow_but("reuse", "dynamic"))
-def test_a_resumed_run_is_the_undisturbed_one_bit_for_bit(run, strategy):
+def test_a_resumed_run_is_the_undisturbed_one_bit_for_bit(fit_recipe, strategy):
     several = ["--model.reuse.steps", "3", "--model.reuse.held_out", "0"]
     options = [*DAPO, *SMALL, *FEWEST, *(several if strategy == "reuse" else [])]
-    run("resumed", *options, steps=1)
-    resumed = run("resumed", *options, "--ckpt_path", "last", steps=3)
-    straight = run("straight", *options, steps=3)
+    fit_recipe("resumed", *options, steps=1)
+    resumed = fit_recipe("resumed", *options, "--ckpt_path", "last", steps=3)
+    straight = fit_recipe("straight", *options, steps=3)
     for key in ("state_dict", "optimizer_states", "random_state"):
         assert_same(load(resumed)[key], load(straight)[key])
     assert [row["step"] for row in steps_of(resumed)] == ["1", "2", "3"]
@@ -311,12 +301,12 @@ def test_a_resumed_run_is_the_undisturbed_one_bit_for_bit(run, strategy):
 @pytest.mark.slow
 @pytest.mark.parametrize("strategy", [DDP, FSDP2], ids=["ddp", "fsdp2"])
 @pytest.mark.parametrize("recipe", [GRPO, DAPO], ids=["grpo", "dapo"])
-def test_two_processes_give_the_numbers_of_one(tmp_path, run, strategy, recipe):
+def test_two_processes_give_the_numbers_of_one(tmp_path, fit_recipe, strategy, recipe):
     """A reward that depends on the length, a reference, several steps: sums over ranks of all."""
     options = [*recipe, *SMALL, "--model.objective.kl", "0.5", "--model.temperature", "2"]
     options += ["--model.reuse.steps", "2", "--model.reuse.held_out", "0"]
     options += ["--model.optimizer.lr", "1e-3", *(FEWEST if recipe is DAPO else [])]
-    one = steps_of(run("one", *options))
+    one = steps_of(fit_recipe("one", *options))
     two = steps_of(launch(2, tmp_path / "two", *strategy, *options))
     names = ["opd/loss", "optim/grad_norm", "rollout/reward", "rollout/tokens", "rl/kl"]
     names += ["cost/rollout_tokens", "cost/train_tokens", "reuse/ratio", "reuse/clip_fraction"]
