@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 from matplotlib import pyplot as plt
 from matplotlib.axes import Axes
+from matplotlib.axis import Axis
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import LogLocator, NullFormatter
@@ -74,31 +75,9 @@ def _by_method(
         title = ", ".join(f"{key} = {value}" for key, value in settings)
         for axis, (measure, name) in zip(row, measures.items(), strict=True):
             mine = [group for group in groups if group.settings == settings]
-            found = [(g, value) for g in mine if (value := g.median(measure)) is not None]
-            far = 1.3 * max((end for _, value in found for end in _ends(value)), default=1.0)
-            for group, value in found:
-                own = sorted(g.learning_rate for g in mine if g.method == group.method)
-                aside = 0.22 * (own.index(group.learning_rate) - (len(own) - 1) / 2)
-                _dot(
-                    axis,
-                    value,
-                    methods.index(group.method) + aside,
-                    colors[group.learning_rate],
-                    far,
-                )
-            axis.set_xscale("log")
-            axis.set_xlim(right=far)
-            axis.xaxis.set_major_locator(LogLocator(subs=(1, 2, 3, 5)))
-            axis.xaxis.set_major_formatter("{x:,.6g}")
-            axis.xaxis.set_minor_formatter(NullFormatter())
-            axis.set_yticks(range(len(methods)), methods)
-            axis.set_ylim(len(methods) - 0.5, -0.5)
-            axis.tick_params(axis="x", labelsize=8)
-            axis.grid(alpha=0.3, axis="x", linewidth=0.5)
+            _rows(axis, mine, measure, methods, colors)
             axis.set_title(title, size=9)
             axis.set_xlabel(name)
-            for i in range(0, len(methods), 2):
-                axis.axhspan(i - 0.5, i + 0.5, color="black", alpha=0.04, linewidth=0)
     handles = [Line2D([], [], color=colors[rate], marker="o", linestyle="") for rate in rates]
     names = [f"learning rate {rate:g}" if rate == rates[0] else f"{rate:g}" for rate in rates]
     figure.legend(handles, names, loc="upper center", ncols=len(rates), frameon=False)
@@ -106,20 +85,38 @@ def _by_method(
     return figure
 
 
-def _dot(axis: Axes, value: Median, y: float, color: Any, far: float) -> None:
-    """Draw a median and its interval across; what is only known to be more points to the right."""
-    middle = value.value.low
-    low = middle if value.low is None else value.low
-    high = value.value.high if value.high is None else value.high
-    axis.plot([low, min(far, high)], [y, y], color=color, linewidth=1.5, alpha=0.6)
-    exact = value.value.low == value.value.high
-    look: Any = {"marker": "o", "markersize": 5} if exact else UNKNOWN | {"marker": ">"}
-    axis.plot(middle, y, color=color, **look)
+def _rows(
+    axis: Axes,
+    groups: Sequence[Group],
+    measure: str,
+    methods: Sequence[str],
+    colors: Mapping[float, Any],
+) -> None:
+    """Draw medians and their intervals; what is only known to be more points to the right."""
+    found = [(g, value) for g in groups if (value := g.median(measure)) is not None]
+    far = _beyond(value for _, value in found)
+    for group, value in found:
+        own = sorted(g.learning_rate for g in groups if g.method == group.method)
+        aside = 0.22 * (own.index(group.learning_rate) - (len(own) - 1) / 2)
+        y, color = methods.index(group.method) + aside, colors[group.learning_rate]
+        low, high = _interval(value, far)
+        axis.plot([low, high], [y, y], color=color, linewidth=1.5, alpha=0.6)
+        look = {"marker": "o", "markersize": 5} if _is_known(value) else UNKNOWN | {"marker": ">"}
+        axis.plot(value.value.low, y, color=color, **look)
+    axis.set_xscale("log")
+    axis.set_xlim(right=far)
+    _number(axis.xaxis, (1, 2, 3, 5))
+    axis.set_yticks(range(len(methods)), methods)
+    axis.set_ylim(len(methods) - 0.5, -0.5)
+    axis.tick_params(axis="x", labelsize=8)
+    axis.grid(alpha=0.3, axis="x", linewidth=0.5)
+    for i in range(0, len(methods), 2):
+        axis.axhspan(i - 0.5, i + 0.5, color="black", alpha=0.04, linewidth=0)
 
 
 def _costs(axis: Axes, lines: Mapping[str, Mapping[float, Median]], methods: list[str]) -> None:
-    known = [end for line in lines.values() for value in line.values() for end in _ends(value)]
-    top = 1.3 * max(known, default=1.0)  # a band that reaches it has no end
+    known = [value for line in lines.values() for value in line.values()]
+    top = _beyond(known)  # a band that reaches it has no end
     several = any(len(line) > 1 for line in lines.values())
     shown: set[float] = set()
     for method, line in lines.items():
@@ -127,11 +124,8 @@ def _costs(axis: Axes, lines: Mapping[str, Mapping[float, Median]], methods: lis
         rates = sorted(line)
         values = [line[rate] for rate in rates]
         middles = [value.value.low for value in values]
-        lows = [value.value.low if value.low is None else value.low for value in values]
-        highs = [
-            min(top, value.value.high if value.high is None else value.high) for value in values
-        ]
-        exact = [value.value.low == value.value.high for value in values]
+        lows, highs = zip(*(_interval(value, top) for value in values), strict=True)
+        exact = [_is_known(value) for value in values]
         if several and len(rates) == 1:
             axis.axhline(middles[0], color=color, linestyle="-" if exact[0] else "--")
             axis.axhspan(lows[0], highs[0], color=color, alpha=0.12, linewidth=0)
@@ -147,14 +141,35 @@ def _costs(axis: Axes, lines: Mapping[str, Mapping[float, Median]], methods: lis
     axis.set_xticks(sorted(shown), [f"{rate:g}" for rate in sorted(shown)], rotation=45, size=8)
     axis.set_xticks([], minor=True)
     axis.set_xlabel("learning rate")
-    if any(known):  # of zeros alone there is no logarithm
+    if any(end for value in known for end in _ends(value)):  # of zeros there is no logarithm
         axis.set_yscale("log")
         axis.set_ylim(top=top)
-        axis.yaxis.set_major_locator(LogLocator(subs=(1, 2, 3, 5, 7)))
-        axis.yaxis.set_major_formatter("{x:,.6g}")
-        axis.yaxis.set_minor_formatter(NullFormatter())
+        _number(axis.yaxis, (1, 2, 3, 5, 7))
     axis.tick_params(axis="y", labelsize=8)
     axis.grid(alpha=0.3, which="both", linewidth=0.5)
+
+
+def _number(axis: Axis, subs: Sequence[int]) -> None:
+    """Write numbers along a logarithmic axis."""
+    axis.set_major_locator(LogLocator(subs=subs))
+    axis.set_major_formatter("{x:,.6g}")
+    axis.set_minor_formatter(NullFormatter())
+
+
+def _beyond(values: Iterable[Median]) -> float:
+    """Return what is beyond all that is known."""
+    return 1.3 * max((end for value in values for end in _ends(value)), default=1.0)
+
+
+def _interval(value: Median, far: float) -> tuple[float, float]:
+    """Return the ends of a median's interval, the upper one at most so far."""
+    low = value.value.low if value.low is None else value.low
+    high = value.value.high if value.high is None else value.high
+    return low, min(far, high)
+
+
+def _is_known(value: Median) -> bool:
+    return value.value.low == value.value.high
 
 
 def _ends(value: Median) -> Iterator[float]:
