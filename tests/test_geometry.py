@@ -115,6 +115,16 @@ def test_directions_of_a_flat_spectrum_are_those_of_scipy(shape, k):
     torch.testing.assert_close(matrix @ found.v, found.u * found.s)  # so signs go together
 
 
+@pytest.mark.parametrize("shape", [(40, 25), *LARGE])
+def test_values_and_directions_at_once_are_those_of_each_alone(shape):
+    matrix = random_matrix(*shape)
+    values, found = geometry.decompose_with_values(matrix, 7)
+    torch.testing.assert_close(values, geometry.singular_values(matrix))
+    alone = geometry.decompose(matrix, 7)
+    for name in ("u", "s", "v"):
+        assert torch.equal(getattr(found, name), getattr(alone, name))
+
+
 @pytest.mark.parametrize("shape", LARGE)
 def test_of_a_matrix_of_zeros_or_of_low_rank_there_is_nothing_more(shape):
     nothing = geometry.decompose(torch.zeros(shape), 3)

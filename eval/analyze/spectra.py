@@ -84,23 +84,30 @@ def matrix_rows(updates: Updates, directions: int) -> Iterator[Spectra]:
         The rows of one matrix.
     """
     for name in updates.matrices:
-        found = Spectra()
+        found, before = Spectra(), updates.base.read(name)
         for run in updates.runs.values():
             follow = bool(directions) and len(run) > 1
             leading: dict[str, list[_Leading]] = {}
             for checkpoint in run:
-                for matrix, delta in geometry.matrices_of(name, updates.delta(checkpoint, name)):
+                after = checkpoint.tensors.read(name)
+                coarser = max(before.dtype, after.dtype, key=lambda dtype: torch.finfo(dtype).eps)
+                update = updates.difference(checkpoint, name, before, after)
+                weights = geometry.matrices_of(name, before)
+                for (matrix, weight), (_, delta) in zip(
+                    weights, geometry.matrices_of(name, update), strict=True
+                ):
                     row = _where(updates, checkpoint, matrix)
-                    spectrum = geometry.Spectrum.of(geometry.singular_values(delta))
-                    found.matrices.append(row | asdict(spectrum))
-                    if follow and spectrum.norm:
-                        noise = _rounding(updates, checkpoint, matrix)
-                        one = _Leading(row, geometry.decompose(delta, directions), noise)
+                    if follow:
+                        values, of = geometry.decompose_with_values(delta, directions)
+                        one = _Leading(row, of, geometry.rounding(weight, coarser))
                         leading.setdefault(matrix, []).append(one)
-            for of in leading.values():
-                if len(of) == len(run):
-                    found.directions += _direction_rows(of)
-                    found.planes += _plane_rows(of)
+                    else:
+                        values = geometry.singular_values(delta)
+                    found.matrices.append(row | asdict(geometry.Spectrum.of(values)))
+            for of_run in leading.values():
+                if all(one.of.s[0] for one in of_run):
+                    found.directions += _direction_rows(of_run)
+                    found.planes += _plane_rows(of_run)
         yield found
 
 
@@ -116,13 +123,6 @@ class _Leading:
     def count(self) -> int:
         """How many stand out."""
         return int((self.of.s > self.noise).sum())
-
-
-def _rounding(updates: Updates, checkpoint: Checkpoint, matrix: str) -> float:
-    name = parameter_of(matrix)
-    base, dtype = updates.base.read(name), checkpoint.tensors.read(name).dtype
-    coarser = max(base.dtype, dtype, key=lambda d: torch.finfo(d).eps)
-    return geometry.rounding(dict(geometry.matrices_of(name, base))[matrix], coarser)
 
 
 def _direction_rows(run: Sequence[_Leading]) -> list[Row]:

@@ -117,8 +117,19 @@ class Updates:
         Raises:
             UserError: It holds NaN or an infinite number.
         """
-        after, before = (t.read(name).float() for t in (checkpoint.tensors, self.base))
-        found = after - before
+        return self.difference(
+            checkpoint, name, self.base.read(name), checkpoint.tensors.read(name)
+        )
+
+    def difference(
+        self, checkpoint: Checkpoint, name: str, before: Tensor, after: Tensor
+    ) -> Tensor:
+        """Return the same of one that has been read.
+
+        Raises:
+            UserError: It holds NaN or an infinite number.
+        """
+        found = after.float() - before.float()
         if not found.isfinite().all():
             bad = self.base if not before.isfinite().all() else checkpoint.tensors
             raise UserError(f"{bad.source}: {name} holds numbers that are NaN or infinite")
