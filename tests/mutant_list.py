@@ -1955,6 +1955,8 @@ MUTANTS = [
     findings("holds &= min(centres)", "holds = min(centres)"),
     results("mean[name] = sum(values) / len(values)", "mean[name] = sum(values)"),
     results("if name in row]  # a direction", "]  # a direction"),
+    results('cost.read_text("utf-8")]', '""]'),
+    results('("Accelerators", ACCELERATORS)]:', "]:"),
     results("if study == OWN_STUDY else []", ""),
     results('or note.read_text("utf-8") != made_of', ""),
     results('"runs": summaries}', '"runs": 0}'),

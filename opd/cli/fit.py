@@ -74,9 +74,7 @@ class OPDCLI(LightningCLI):
         warnings.filterwarnings("ignore", message=".*sync_dist=True.*")  # we log reduced values
         warnings.filterwarnings("ignore", message=".*ModelCheckpoint with manual optimization.*")
         warnings.filterwarnings("ignore", message=".*exists and is not empty.*")  # a resumed run's
-        warnings.filterwarnings(
-            "ignore", message=".*across ranks is zero.*"
-        )  # data.validation null
+        warnings.filterwarnings("ignore", message=".*across ranks is zero.*")  # no validation
         logging.getLogger(rank_zero.__name__).addFilter(_is_no_advertisement)
         return cls(
             OPDModule,

@@ -218,6 +218,27 @@ def test_a_command_that_fails_ends_with_its_code(capfd):
     assert "opd study: error: --config nope.yaml: there is no such file" in capfd.readouterr().err
 
 
+def test_what_is_written_has_findings_and_accelerators(tmp_path, monkeypatch):
+    page = {"analysis.html": "<h1>x</h1><h2>Norms</h2>rest", "analysis.md": "x", "spectra.csv": "x"}
+    seen = {}
+    monkeypatch.setattr(command, "contents", lambda chosen, *rest: seen.update(of=chosen) or page)
+    for folder in ("study", "accelerators"):
+        (tmp_path / folder).mkdir()
+        (tmp_path / folder / "results.md").write_text(f"table of {folder}")
+        (tmp_path / folder / "results.png").write_bytes(b"PNG")
+    found = {seed: as_the_paper_says() for seed in (0, 3)}
+    files = command.results(found, tmp_path)
+    assert seen["of"][:2] == ["spectra", "layers"]
+    assert files.keys() == {"results.md", "results.html", "analysis.md", "spectra.csv"}
+    text, html = files["results.md"], files["results.html"]
+    assert "Means over seeds 0, 3;" in text
+    assert text.count("yes (2 of 2)") == len(findings.FINDINGS)
+    assert text.index("Table 1 of the paper") < text.index("## Accelerators\n\ntable of accel")
+    assert html.index("Table 1") < html.index("<h2>Accuracy") < html.index("<h2>Accelerators")
+    assert html.index("<h2>Accelerators") < html.index("<h2>Norms</h2>rest")
+    assert html.count("<img") == 2
+
+
 def test_table_1_has_means_and_ranges_of_the_last_updates():
     one, other = as_the_paper_says(), as_the_paper_says()
     other["spectra"][1]["spectral_norm"] = 0.15
